@@ -1,0 +1,3 @@
+//! The `replay-migrate` command.
+
+fn main() {}

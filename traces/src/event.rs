@@ -1,0 +1,96 @@
+//! What a person does to a desktop, as the guest's input devices see it.
+//!
+//! Codes are Linux input event codes (`linux/input-event-codes.h`), the same numbers that
+//! virtio-input carries, so that a log taken at a VNC viewer and one taken from
+//! `/dev/input` are of one kind.
+
+use serde::{Deserialize, Serialize};
+
+/// Time the guest has run since its base checkpoint; stands still while the VM is paused.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct GuestTime {
+    /// Microseconds.
+    pub micros: u64,
+}
+
+/// One entry of the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// When it reached the guest.
+    pub at: GuestTime,
+    /// What reached the guest, or what was seen on its screen.
+    pub event: Event,
+}
+
+/// An input event, or a note that replay needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Event {
+    /// A key of the keyboard, as `KEY_*`. Auto-repeat is the guest's own work and not logged.
+    Key {
+        /// Linux input code.
+        code: u16,
+        /// Pressed or released.
+        down: bool,
+    },
+    /// The pointer's absolute position, in guest pixels from the top left.
+    Pointer {
+        /// Column.
+        x: u16,
+        /// Row.
+        y: u16,
+    },
+    /// A pointer button, as `BTN_*`.
+    Button {
+        /// Linux input code.
+        code: u16,
+        /// Pressed or released.
+        down: bool,
+    },
+    /// Wheel clicks; up and right are positive, as `REL_WHEEL` and `REL_HWHEEL` are.
+    Wheel {
+        /// Vertical clicks.
+        vertical: i8,
+        /// Horizontal clicks.
+        horizontal: i8,
+    },
+    /// The guest's screen has this size from here on, in pixels.
+    Screen {
+        /// Columns.
+        width: u16,
+        /// Rows.
+        height: u16,
+    },
+    /// An interaction begins; this is what its surroundings showed just before.
+    Anchor(Anchor),
+    /// Recording was paused and goes on: what was typed between is not here.
+    Gap,
+    /// A stretch was taken out afterwards (`log redact`).
+    Redacted,
+}
+
+/// What a region of the screen showed, as small hashes of its tiles.
+///
+/// Tiles are [`Anchor::TILE`] pixels square and lie on a grid that starts at the region's
+/// corner; those at the right and bottom edge may be narrower. Hashes are in row order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Anchor {
+    /// Where on the screen, in guest pixels.
+    pub region: Region,
+    /// One truncated BLAKE3 hash a tile, of its RGB bytes.
+    pub tiles: Vec<u32>,
+}
+
+/// A rectangle in guest pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Region {
+    /// Left column.
+    pub x: u16,
+    /// Top row.
+    pub y: u16,
+    /// Columns.
+    pub width: u16,
+    /// Rows.
+    pub height: u16,
+}
