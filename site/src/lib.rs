@@ -1,1 +1,4 @@
 //! site
+pub mod identity;
+pub mod peers;
+pub mod transport;
