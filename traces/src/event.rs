@@ -4,6 +4,8 @@
 //! virtio-input carries, so that a log taken at a VNC viewer and one taken from
 //! `/dev/input` are of one kind.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// Time the guest has run since its base checkpoint; stands still while the VM is paused.
@@ -24,7 +26,9 @@ pub struct Record {
 }
 
 /// An input event, or a note that replay needs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// `Debug` hides which key it was: logs hold passwords, and a record must be safe to trace.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Event {
     /// A key of the keyboard, as `KEY_*`. Auto-repeat is the guest's own work and not logged.
@@ -70,16 +74,44 @@ pub enum Event {
     Redacted,
 }
 
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Key { down, .. } => write!(f, "Key {{ code: .., down: {down} }}"),
+            Self::Pointer { x, y } => write!(f, "Pointer {{ x: {x}, y: {y} }}"),
+            Self::Button { code, down } => write!(f, "Button {{ code: {code}, down: {down} }}"),
+            Self::Wheel { vertical, horizontal } => {
+                write!(f, "Wheel {{ vertical: {vertical}, horizontal: {horizontal} }}")
+            }
+            Self::Screen { width, height } => {
+                write!(f, "Screen {{ width: {width}, height: {height} }}")
+            }
+            Self::Anchor(anchor) => anchor.fmt(f),
+            Self::Gap => f.write_str("Gap"),
+            Self::Redacted => f.write_str("Redacted"),
+        }
+    }
+}
+
 /// What a region of the screen showed, as small hashes of its tiles.
 ///
 /// Tiles are [`Anchor::TILE`] pixels square and lie on a grid that starts at the region's
 /// corner; those at the right and bottom edge may be narrower. Hashes are in row order.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// `Debug` shows no hashes: those of a text field tell somebody who draws the same glyphs what
+/// was typed in it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Anchor {
     /// Where on the screen, in guest pixels.
     pub region: Region,
     /// One truncated BLAKE3 hash a tile, of its RGB bytes.
     pub tiles: Vec<u32>,
+}
+
+impl fmt::Debug for Anchor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Anchor {{ region: {:?}, tiles: {} }}", self.region, self.tiles.len())
+    }
 }
 
 /// A rectangle in guest pixels.
