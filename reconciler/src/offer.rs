@@ -1,0 +1,410 @@
+//! What the source says first: which pages differ from the common base, and a short hash of
+//! each distinct content among them.
+//!
+//! # How short
+//! The target holds `c` candidate pages and the offer names `s` contents. A wrong page is taken
+//! for a right one when their shorts of `b` bits are equal by chance; the expected number of
+//! such accidents is at most `s * c / 2^b`. `b` is chosen so that this is at most 2^-14: one
+//! migration in 16,000 has to refetch a page. An accident costs a round trip and never
+//! correctness, for the full root is compared at the end. For 26,000 contents against 700,000
+//! candidates that is 49 bits: 160 kB instead of 830 kB of full hashes.
+//!
+//! Shorts are keyed with a fresh salt, so that nobody can plant pages in a guest that collide.
+//! Contents whose shorts collide with one another make the source take more bits.
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, within};
+use crate::page::{MAX_PAGES, PageHash, PageIndex};
+use crate::page_set::PageSet;
+use crate::tree::{ImageTree, Root};
+use crate::wire::{Cursor, put_section, put_varint, take_section};
+
+const MAGIC: &[u8; 4] = b"RMof";
+const VERSION: u64 = 1;
+const WHAT: &str = "offer";
+
+/// The expected number of accidents in a migration is at most 2 to minus this.
+const COLLISION_BUDGET_BITS: u32 = 14;
+/// Fewer bits save nothing worth having.
+const MIN_BITS: u32 = 16;
+const MAX_BITS: u32 = 64;
+
+/// A random value, fresh for each exchange, that shorts are keyed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Salt(pub [u8; 32]);
+
+/// How many bits a short needs for so many contents and candidates.
+pub fn short_bits(contents: u64, candidates: u64) -> u32 {
+    let pairs = u128::from(contents.max(1)) * u128::from(candidates.max(1));
+    let bits = 128 - (pairs - 1).leading_zeros() + COLLISION_BUDGET_BITS;
+    bits.clamp(MIN_BITS, MAX_BITS)
+}
+
+/// The first `bits` bits of the salted hash of a page hash.
+#[inline]
+pub(crate) fn short(salt: &Salt, bits: u32, hash: &PageHash) -> u64 {
+    let keyed = blake3::keyed_hash(&salt.0, &hash.0);
+    let mut first = [0; 8];
+    first.copy_from_slice(&keyed.as_bytes()[..8]);
+    u64::from_le_bytes(first) & (u64::MAX >> (64 - bits))
+}
+
+/// How the source builds an offer.
+#[derive(Clone, Copy, Debug)]
+pub struct OfferOptions {
+    /// Fresh randomness.
+    pub salt: Salt,
+    /// How many pages that are not zero the target will search, as far as the source can tell;
+    /// too low a number makes refetches likelier.
+    pub candidates: u64,
+    /// Bits of a short, instead of what the budget asks for.
+    pub force_bits: Option<u32>,
+}
+
+/// Names the pages of the new image that differ from the base, and their contents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    pages: u64,
+    base: Root,
+    root: Root,
+    salt: Salt,
+    bits: u32,
+    zeros: PageSet,
+    changed: PageSet,
+    /// For each page of `changed`, in order, which content it has.
+    contents: Vec<u32>,
+    /// For each content, in order of first appearance.
+    shorts: Vec<u64>,
+}
+
+impl Offer {
+    /// Compares the new image with the base. `base` is the tree of the generation that both
+    /// sites hold, or [`ImageTree::zero`] when there is none.
+    pub fn new(new: &ImageTree, base: &ImageTree, options: &OfferOptions) -> Result<Self, Error> {
+        let differing = new.differing(base);
+        let (mut zeros, mut changed) = (PageSet::new(), PageSet::new());
+        let mut contents = Vec::new();
+        let mut distinct: Vec<PageHash> = Vec::new();
+        let mut known: HashMap<PageHash, u32> = HashMap::new();
+        for index in differing.iter() {
+            let leaf = new.leaf(index);
+            if leaf.is_zero() {
+                zeros.push(index);
+                continue;
+            }
+            changed.push(index);
+            contents.push(*known.entry(leaf).or_insert_with(|| {
+                distinct.push(leaf);
+                // Below 2^30, as the number of pages is.
+                distinct.len() as u32 - 1
+            }));
+        }
+        let forced = options.force_bits.map(|bits| bits.clamp(1, MAX_BITS));
+        let mut bits =
+            forced.unwrap_or_else(|| short_bits(distinct.len() as u64, options.candidates));
+        let shorts = loop {
+            let shorts: Vec<u64> =
+                distinct.iter().map(|hash| short(&options.salt, bits, hash)).collect();
+            if forced.is_some() || bits == MAX_BITS || all_distinct(&shorts) {
+                break shorts;
+            }
+            bits = (bits + 8).min(MAX_BITS);
+        };
+        Ok(Self {
+            pages: new.pages(),
+            base: base.root(),
+            root: new.root(),
+            salt: options.salt,
+            bits,
+            zeros,
+            changed,
+            contents,
+            shorts,
+        })
+    }
+
+    /// How many pages the new image has.
+    pub const fn pages(&self) -> u64 {
+        self.pages
+    }
+    /// The root of the base that the offer counts from.
+    pub const fn base(&self) -> Root {
+        self.base
+    }
+    /// The root of the new image.
+    pub const fn root(&self) -> Root {
+        self.root
+    }
+    /// Pages that are zero now and were not in the base.
+    pub const fn zeros(&self) -> &PageSet {
+        &self.zeros
+    }
+    /// Pages that differ from the base and are not zero.
+    pub const fn changed(&self) -> &PageSet {
+        &self.changed
+    }
+    /// How many distinct contents the changed pages have.
+    pub fn distinct(&self) -> u64 {
+        self.shorts.len() as u64
+    }
+    /// Bits of each short hash.
+    pub const fn bits(&self) -> u32 {
+        self.bits
+    }
+
+    pub(crate) fn contents(&self) -> &[u32] {
+        &self.contents
+    }
+    pub(crate) fn shorts(&self) -> &[u64] {
+        &self.shorts
+    }
+    pub(crate) fn short_of(&self, hash: &PageHash) -> u64 {
+        short(&self.salt, self.bits, hash)
+    }
+
+    /// The changed pages with the content each has, ascending by page.
+    pub(crate) fn changed_contents(&self) -> impl Iterator<Item = (PageIndex, u32)> + '_ {
+        self.changed.iter().zip(self.contents.iter().copied())
+    }
+
+    /// For each content, the lowest page that has it.
+    pub(crate) fn first_pages(&self) -> Vec<PageIndex> {
+        let mut first = Vec::with_capacity(self.shorts.len());
+        for (index, content) in self.changed_contents() {
+            if content as usize == first.len() {
+                first.push(index);
+            }
+        }
+        first
+    }
+
+    /// The offer as bytes; send them with [`crate::blob_parts`].
+    pub fn encode(&self) -> Result<Vec<u8>, Error> {
+        let mut out = MAGIC.to_vec();
+        put_varint(&mut out, VERSION);
+        put_varint(&mut out, self.pages);
+        out.extend_from_slice(&self.base.0);
+        out.extend_from_slice(&self.root.0);
+        out.extend_from_slice(&self.salt.0);
+        out.push(self.bits as u8);
+        let mut index = Vec::new();
+        self.zeros.encode_into(&mut index);
+        self.changed.encode_into(&mut index);
+        self.encode_repeats(&mut index);
+        put_section(&mut out, &index)?;
+        put_varint(&mut out, self.distinct());
+        pack_bits(&mut out, &self.shorts, self.bits);
+        Ok(out)
+    }
+
+    /// Which positions repeat an earlier content, and which: as the step from the one after
+    /// the last repeated, so that a copied stretch is a row of zeros.
+    fn encode_repeats(&self, out: &mut Vec<u8>) {
+        let mut repeats = PageSet::new();
+        let mut fresh = 0;
+        for (position, &content) in self.contents.iter().enumerate() {
+            if content == fresh {
+                fresh += 1;
+            } else {
+                repeats.push(PageIndex(position as u64));
+            }
+        }
+        repeats.encode_into(out);
+        let mut expected = 0i64;
+        for position in repeats.iter() {
+            let content = i64::from(self.contents[position.0 as usize]);
+            let step = content - expected;
+            put_varint(out, ((step << 1) ^ (step >> 63)) as u64);
+            expected = content + 1;
+        }
+    }
+
+    /// The most bytes an offer about `max_pages` pages takes, for [`crate::BlobAssembler`].
+    pub const fn max_encoded_len(max_pages: u64) -> u64 {
+        256 + index_limit(max_pages) + max_pages.saturating_mul(8)
+    }
+
+    /// Reads an offer about an image of at most `max_pages` pages.
+    pub fn decode(bytes: &[u8], max_pages: u64) -> Result<Self, Error> {
+        let mut cursor = Cursor::new(WHAT, bytes);
+        if &cursor.array()? != MAGIC {
+            return Err(cursor.malformed("it does not begin as one"));
+        }
+        if cursor.varint()? != VERSION {
+            return Err(cursor.malformed("it is of an unknown version"));
+        }
+        let pages = cursor.varint()?;
+        within("the size of an image in pages", pages, max_pages.min(MAX_PAGES))?;
+        let (base, root) = (Root(cursor.array()?), Root(cursor.array()?));
+        let salt = Salt(cursor.array()?);
+        let bits = u32::from(cursor.array::<1>()?[0]);
+        if !(1..=MAX_BITS).contains(&bits) {
+            return Err(cursor.malformed("short hashes of no possible length"));
+        }
+        let index = take_section(&mut cursor, index_limit(pages))?;
+        let mut sets = Cursor::new(WHAT, &index);
+        let zeros = PageSet::decode_from(&mut sets, pages)?;
+        let changed = PageSet::decode_from(&mut sets, pages)?;
+        if zeros.difference(&changed).len() != zeros.len() {
+            return Err(cursor.malformed("a page is both zero and not"));
+        }
+        let distinct = cursor.varint()?;
+        let shorts = unpack_bits(&mut cursor, distinct, bits)?;
+        cursor.end()?;
+        let contents = decode_repeats(&mut sets, changed.len(), distinct)?;
+        sets.end()?;
+        Ok(Self { pages, base, root, salt, bits, zeros, changed, contents, shorts })
+    }
+}
+
+/// Two sets, repeats and their references, all at their longest.
+const fn index_limit(pages: u64) -> u64 {
+    64 + pages.saturating_mul(24)
+}
+
+fn decode_repeats(cursor: &mut Cursor<'_>, len: u64, distinct: u64) -> Result<Vec<u32>, Error> {
+    let repeats = PageSet::decode_from(cursor, len)?;
+    if len - repeats.len() != distinct {
+        return Err(cursor.malformed("the number of contents does not fit the pages"));
+    }
+    // Each repeat takes a byte of its own.
+    within("the number of repeated pages", repeats.len(), cursor.remaining() as u64)?;
+    let mut contents = Vec::with_capacity(len as usize);
+    let (mut fresh, mut expected) = (0u32, 0i64);
+    let mut next = 0;
+    for run in repeats.runs().iter().cloned().chain(std::iter::once(len..len)) {
+        while next < run.start {
+            contents.push(fresh);
+            fresh += 1;
+            next += 1;
+        }
+        for _ in run {
+            let coded = cursor.varint()?;
+            let step = (coded >> 1) as i64 ^ -((coded & 1) as i64);
+            let content = expected.checked_add(step).and_then(|content| u32::try_from(content).ok());
+            let Some(content) = content.filter(|&content| content < fresh) else {
+                return Err(cursor.malformed("a page repeats one that did not come before"));
+            };
+            contents.push(content);
+            expected = i64::from(content) + 1;
+            next += 1;
+        }
+    }
+    Ok(contents)
+}
+
+fn all_distinct(shorts: &[u64]) -> bool {
+    let mut sorted = shorts.to_vec();
+    sorted.sort_unstable();
+    sorted.windows(2).all(|pair| pair[0] != pair[1])
+}
+
+fn pack_bits(out: &mut Vec<u8>, values: &[u64], bits: u32) {
+    let (mut held, mut count) = (0u128, 0);
+    for &value in values {
+        held |= u128::from(value) << count;
+        count += bits;
+        while count >= 8 {
+            out.push(held as u8);
+            held >>= 8;
+            count -= 8;
+        }
+    }
+    if count > 0 {
+        out.push(held as u8);
+    }
+}
+
+fn unpack_bits(cursor: &mut Cursor<'_>, values: u64, bits: u32) -> Result<Vec<u64>, Error> {
+    let len = values.checked_mul(u64::from(bits)).map(|bits| bits.div_ceil(8));
+    let len = len.ok_or(cursor.malformed("it ends early"))?;
+    let packed = cursor.bytes(len)?;
+    let (mut held, mut count) = (0u128, 0);
+    let mut out = Vec::with_capacity(values as usize);
+    let mut bytes = packed.iter();
+    for _ in 0..values {
+        while count < bits {
+            // `packed` holds values * bits bits.
+            held |= u128::from(bytes.next().copied().unwrap_or_default()) << count;
+            count += 8;
+        }
+        out.push(held as u64 & (u64::MAX >> (64 - bits)));
+        held >>= bits;
+        count -= bits;
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn tree(kinds: &[u8]) -> ImageTree {
+        let mut tree = ImageTree::zero(kinds.len() as u64).unwrap();
+        for (i, &kind) in kinds.iter().enumerate() {
+            let hash = if kind == 0 { PageHash::ZERO } else { PageHash([kind; 32]) };
+            tree.set(PageIndex(i as u64), hash).unwrap();
+        }
+        tree
+    }
+
+    fn options(force_bits: Option<u32>) -> OfferOptions {
+        OfferOptions { salt: Salt([3; 32]), candidates: 1000, force_bits }
+    }
+
+    proptest! {
+        #[test]
+        fn offers_come_back(
+            old in prop::collection::vec(0u8..6, 0..300),
+            new in prop::collection::vec(0u8..6, 0..300),
+            force_bits in prop::option::of(1u32..65),
+        ) {
+            let (old, new) = (tree(&old), tree(&new));
+            let offer = Offer::new(&new, &old, &options(force_bits)).unwrap();
+            let bytes = offer.encode().unwrap();
+            prop_assert!(bytes.len() as u64 <= Offer::max_encoded_len(new.pages()));
+            let back = Offer::decode(&bytes, new.pages()).unwrap();
+            prop_assert_eq!(&back, &offer);
+            let first = offer.first_pages();
+            prop_assert_eq!(first.len() as u64, offer.distinct());
+            for (index, content) in back.changed_contents() {
+                prop_assert_eq!(new.leaf(first[content as usize]), new.leaf(index));
+            }
+            if new.pages() > 0 {
+                prop_assert!(Offer::decode(&bytes, new.pages() - 1).is_err());
+            }
+        }
+
+        #[test]
+        fn damaged_offers_are_refused_or_harmless(
+            new in prop::collection::vec(0u8..6, 1..300),
+            at: prop::sample::Index,
+            byte: u8,
+        ) {
+            let new = tree(&new);
+            let old = ImageTree::zero(0).unwrap();
+            let mut bytes = Offer::new(&new, &old, &options(None)).unwrap().encode().unwrap();
+            let at = at.index(bytes.len());
+            prop_assert!(Offer::decode(&bytes[..at], 1000).is_err());
+            bytes[at] = byte;
+            if let Ok(offer) = Offer::decode(&bytes, 1000) {
+                prop_assert_eq!(offer.contents.len() as u64, offer.changed.len());
+                prop_assert!(offer.contents.iter().all(|&c| u64::from(c) < offer.distinct()));
+                prop_assert_eq!(offer.first_pages().len() as u64, offer.distinct());
+            }
+        }
+    }
+
+    #[test]
+    fn the_budget_asks_for_49_bits_in_the_measured_case() {
+        assert_eq!(short_bits(26_537, 700_000), 49);
+        assert_eq!(short_bits(0, 0), MIN_BITS);
+        assert_eq!(short_bits(1 << 30, 1 << 30), MAX_BITS);
+    }
+}
