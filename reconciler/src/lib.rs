@@ -1,17 +1,62 @@
-//! reconciler
+//! Brings a stale or replayed image to the source's state over a thin line.
+//!
+//! Guest RAM, disks and device state are arrays of 4 KiB pages; all are treated alike. Pure:
+//! this crate knows no QEMU, no sockets and no async runtime. Every message is a plain value
+//! with a bound on its size; whoever owns the wire frames them.
+//!
+//! ```text
+//!  source                                              target
+//!  ImageTree::build(image)                             ImageTree::build(replayed image)
+//!  Offer::new(tree, base tree)
+//!        ── Offer::encode, as BlobPart ──────────────►  Offer::decode, resolve
+//!  offer.decode_answer  ◄── Resolution::answer, as BlobPart ──
+//!                                                       Applier::new (local copies)
+//!  encode_pages ── PageChunk, PageChunk, ... ────────►  applier.push ... finish -> Applied
+//!                                                       applied.verify -> Verified
+//!                                          or Mismatch: Descent::new
+//!  NodeServer::answer  ◄── NodesRequest ──              descent.next_request
+//!        ── NodesReply ──────────────────────────────►  descent.take ... into_differing
+//!                       ◄── PageSet::encode ──          mismatch.repair
+//!  encode_pages (no base) ── PageChunk ... ──────────►  repairer.push ... finish, verify
+//! ```
+//!
+//! Promises: only an image whose root is the source's becomes a [`Verified`]; decoders neither
+//! panic nor allocate beyond stated bounds, whatever they read; an exchange holds a few MiB,
+//! the trees (32 bytes per page that is not zero) and the compressor's window (at most 128
+//! MiB for each stream). Not promised: any result if an image changes while it is read.
+
 mod answer;
+mod apply;
+mod descend;
+mod encode;
 mod error;
+mod memory;
 mod offer;
 mod page;
 mod page_set;
 mod resolve;
+mod spool;
+mod stats;
+mod stream;
 mod tree;
 mod tree_codec;
 mod wire;
+
+pub use apply::{
+    Applied, Applier, ApplyOptions, Mismatch, Repairer, Verification, Verified,
+};
+pub use descend::{Descent, MAX_NODES, NodeServer, NodesReply, NodesRequest};
+pub use encode::{Closed, EncodeOptions, EncodeStats, encode_pages, level_for};
 pub use error::Error;
-pub use offer::*;
-pub use page::*;
+pub use memory::{MAX_REPAIRS, Message, Options, Source, Stats, reconcile_in_memory};
+pub use offer::{Offer, OfferOptions, Salt, short_bits};
+pub use page::{
+    Image, MAX_PAGES, PAGE_SIZE, Page, PageHash, PageIndex, ReadPages, SlicePages, SlicePagesMut,
+    WritePages, ZERO_PAGE, is_zero, pages_for,
+};
 pub use page_set::PageSet;
-pub use resolve::*;
-pub use tree::*;
-pub use wire::*;
+pub use resolve::{Holdings, Place, PlaceKind, Resolution, resolve};
+pub use stats::PageCounts;
+pub use stream::{PageChunk, StreamId};
+pub use tree::{FAN_OUT, ImageTree, Progress, Root, no_progress};
+pub use wire::{BlobAssembler, BlobPart, MAX_CHUNK, blob_parts};

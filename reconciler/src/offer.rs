@@ -156,9 +156,6 @@ impl Offer {
         self.bits
     }
 
-    pub(crate) fn contents(&self) -> &[u32] {
-        &self.contents
-    }
     pub(crate) fn shorts(&self) -> &[u64] {
         &self.shorts
     }

@@ -95,8 +95,10 @@ pub struct Resolution {
     pub(crate) revert: PageSet,
     /// Contents to ask for, ascending.
     pub(crate) lacking: PageSet,
-    /// For each content asked for, the pages that have it; the first is the lowest.
-    pub(crate) wanted: Vec<Vec<PageIndex>>,
+    /// For each content asked for, in order, the lowest page that has it.
+    pub(crate) wanted: Vec<PageIndex>,
+    /// Other pages that have a content asked for, as (place in `wanted`, page), ascending.
+    pub(crate) repeats: Vec<(u32, PageIndex)>,
 }
 
 impl Resolution {
@@ -158,26 +160,29 @@ pub fn resolve(offer: &Offer, holdings: &Holdings<'_>) -> Result<Resolution, Err
         revert: PageSet::new(),
         lacking: PageSet::new(),
         wanted: Vec::new(),
+        repeats: Vec::new(),
     };
     out.zero_kept = offer.zeros().len() - out.zero.len();
 
     let mut slot_of = vec![u32::MAX; found.len()];
-    for (content, found) in found.iter().enumerate() {
-        if !matches!(found, Found::At(..)) {
-            slot_of[content] = out.wanted.len() as u32;
-            out.wanted.push(Vec::new());
-            out.lacking.push(PageIndex(content as u64));
-        }
-    }
     for (index, content) in offer.changed_contents() {
         match found[content as usize] {
             Found::At(_, hash) if current.leaf(index) == hash => out.kept += 1,
             Found::At(origin, _) => out.copies.push((index, origin)),
             Found::Nothing | Found::Ambiguous => {
-                out.wanted[slot_of[content as usize] as usize].push(index);
+                // Contents are numbered in order of first appearance, so both lists ascend.
+                let slot = &mut slot_of[content as usize];
+                if *slot == u32::MAX {
+                    *slot = out.wanted.len() as u32;
+                    out.wanted.push(index);
+                    out.lacking.push(PageIndex(u64::from(content)));
+                } else {
+                    out.repeats.push((*slot, index));
+                }
             }
         }
     }
+    out.repeats.sort_unstable();
 
     let offered = offer.zeros().union(offer.changed());
     let strayed = current.resized(offer.pages())?.differing(holdings.base).difference(&offered);

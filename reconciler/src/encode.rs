@@ -1,0 +1,277 @@
+//! The source's end of the page streams.
+//!
+//! One thread reads pages and decides how each is coded, one compresses literals, one deltas,
+//! and the caller's thread hands the chunks on. Bounded channels lie between them: when the
+//! line is slow everything waits, and reading, compressing and sending overlap.
+
+use std::io::{self, Write};
+use std::thread;
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use serde::{Deserialize, Serialize};
+use zstd::stream::raw::CParameter;
+use zstd::stream::write::Encoder;
+
+use crate::error::Error;
+use crate::page::{PAGE_SIZE, Page, PageIndex, ReadPages, ZERO_PAGE};
+use crate::stream::{MAX_WINDOW_LOG, PageChunk, PageKind, StreamId, encode_kinds};
+use crate::wire::MAX_CHUNK;
+
+/// Pages read before they are handed to the compressors: 1 MiB.
+const BATCH: usize = 256;
+/// Batches and chunks that wait between two stages.
+const QUEUE: usize = 4;
+/// Raw bytes in one job of zstd's own threads.
+const JOB_BYTES: u32 = 2 << 20;
+
+/// How pages are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// zstd level; see [`level_for`].
+    pub level: i32,
+    /// Threads of zstd for each stream.
+    pub workers: u32,
+}
+
+impl EncodeOptions {
+    /// What suits a line of this speed on two cores.
+    pub fn for_line(bits_per_second: u64) -> Self {
+        Self { level: level_for(bits_per_second), workers: 2 }
+    }
+}
+
+/// The zstd level whose output keeps a line of this speed busy and no more, on two cores.
+///
+/// Pages that replay could not produce compress about 8:1, so a level is affordable when it
+/// takes in eight times what the line carries. Measured on two cores with two workers, in
+/// MiB/s of raw pages; the table steps down where the line would begin to wait.
+pub const fn level_for(bits_per_second: u64) -> i32 {
+    match bits_per_second {
+        0..=4_000_000 => 19,
+        4_000_001..=12_000_000 => 15,
+        12_000_001..=60_000_000 => 9,
+        60_000_001..=200_000_000 => 6,
+        200_000_001..=600_000_000 => 3,
+        _ => 1,
+    }
+}
+
+/// What was sent, and what it took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EncodeStats {
+    /// Pages sent as they are.
+    pub literal_pages: u64,
+    /// Pages sent as XOR with the base.
+    pub delta_pages: u64,
+    /// Compressed bytes of literals.
+    pub literal_bytes: u64,
+    /// Compressed bytes of deltas.
+    pub delta_bytes: u64,
+    /// Bytes that say which page is which.
+    pub kinds_bytes: u64,
+}
+
+impl EncodeStats {
+    /// All bytes handed to the sink.
+    pub const fn bytes(&self) -> u64 {
+        self.literal_bytes + self.delta_bytes + self.kinds_bytes
+    }
+}
+
+/// The sink takes no more; [`encode_pages`] stops and says [`Error::SinkClosed`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Closed;
+
+/// Reads `pages` of the image, in this order, and hands chunks to `sink` on this thread.
+///
+/// `base` is the image that the target can read as well, for deltas against the page at the
+/// same address; `None` when either side lacks it. `sink` may block: that is how a slow line
+/// holds everything back. Nothing but a few MiB (and zstd's window) is held at a time.
+pub fn encode_pages(
+    image: &dyn ReadPages,
+    base: Option<&dyn ReadPages>,
+    pages: &[PageIndex],
+    options: EncodeOptions,
+    sink: &mut dyn FnMut(PageChunk) -> Result<(), Closed>,
+) -> Result<EncodeStats, Error> {
+    if pages.is_empty() {
+        return Ok(EncodeStats::default());
+    }
+    let base = SharedBase(base);
+    thread::scope(|scope| {
+        let (chunks_in, chunks) = bounded::<PageChunk>(QUEUE);
+        let (literals_in, literals) = bounded::<Vec<u8>>(QUEUE);
+        let (deltas_in, deltas) = bounded::<Vec<u8>>(QUEUE);
+        let window = window_log(pages.len());
+        let kinds = chunks_in.clone();
+        let reader =
+            scope.spawn(move || read_stage(image, base, pages, &kinds, literals_in, deltas_in));
+        let to_wire = chunks_in.clone();
+        let literal = scope.spawn(move || {
+            compress_stage(StreamId::Literal, "literal", &literals, &to_wire, options, window)
+        });
+        let delta = scope.spawn(move || {
+            compress_stage(StreamId::Delta, "delta", &deltas, &chunks_in, options, window)
+        });
+
+        let mut stats = EncodeStats::default();
+        let mut closed = false;
+        for chunk in &chunks {
+            let len = chunk.bytes.len() as u64;
+            match chunk.stream {
+                StreamId::Kinds => stats.kinds_bytes += len,
+                StreamId::Literal => stats.literal_bytes += len,
+                StreamId::Delta => stats.delta_bytes += len,
+            }
+            if sink(chunk).is_err() {
+                closed = true;
+                break;
+            }
+        }
+        // The stages notice at their next chunk and end.
+        drop(chunks);
+        let read = reader.join().map_err(|_| Error::WorkerDied)?;
+        let literal = literal.join().map_err(|_| Error::WorkerDied)?;
+        let delta = delta.join().map_err(|_| Error::WorkerDied)?;
+        if closed {
+            return Err(Error::SinkClosed);
+        }
+        // A compressor that failed closes its queue, on which the reader gives up: its error
+        // is the one that says why.
+        literal?;
+        delta?;
+        (stats.literal_pages, stats.delta_pages) = read?;
+        Ok(stats)
+    })
+}
+
+/// `&dyn ReadPages` is `Sync`, and so may go to another thread; this says it in a type.
+#[derive(Clone, Copy)]
+struct SharedBase<'a>(Option<&'a dyn ReadPages>);
+
+fn window_log(pages: usize) -> u32 {
+    let bytes = (pages as u64).saturating_mul(PAGE_SIZE as u64);
+    bytes.next_power_of_two().trailing_zeros().clamp(17, MAX_WINDOW_LOG)
+}
+
+fn read_stage(
+    image: &dyn ReadPages,
+    base: SharedBase<'_>,
+    pages: &[PageIndex],
+    kinds_out: &Sender<PageChunk>,
+    literals: Sender<Vec<u8>>,
+    deltas: Sender<Vec<u8>>,
+) -> Result<(u64, u64), Error> {
+    let (mut page, mut old) = (ZERO_PAGE, ZERO_PAGE);
+    let mut counts = (0, 0);
+    for batch in pages.chunks(BATCH) {
+        let mut kinds = Vec::with_capacity(batch.len());
+        let (mut literal, mut delta) = (Vec::new(), Vec::new());
+        for &index in batch {
+            image
+                .read(index, &mut page)
+                .map_err(|source| Error::Read { image: "the new image", page: index, source })?;
+            let mut kind = PageKind::Literal;
+            if let Some(base) = base.0 {
+                base.read(index, &mut old)
+                    .map_err(|source| Error::Read { image: "the base", page: index, source })?;
+                kind = choose(&page, &old);
+            }
+            if kind == PageKind::Delta {
+                xor(&mut page, &old);
+                delta.extend_from_slice(&page);
+                counts.1 += 1;
+            } else {
+                literal.extend_from_slice(&page);
+                counts.0 += 1;
+            }
+            kinds.push(kind);
+        }
+        let kinds = PageChunk { stream: StreamId::Kinds, bytes: encode_kinds(&kinds) };
+        let sent = kinds_out.send(kinds).is_ok()
+            && (literal.is_empty() || literals.send(literal).is_ok())
+            && (delta.is_empty() || deltas.send(delta).is_ok());
+        if !sent {
+            return Err(Error::SinkClosed);
+        }
+    }
+    Ok(counts)
+}
+
+/// Whether a page is better sent as what changed in it.
+///
+/// The cost of either is estimated by the 8-byte words that are not zero. A literal that
+/// shares text with its neighbours compresses better than a delta that is mostly full, so the
+/// delta must win by a factor of two.
+fn choose(page: &Page, base: &Page) -> PageKind {
+    let (words, old) = (page.as_chunks::<8>().0, base.as_chunks::<8>().0);
+    let full = words.iter().filter(|&word| *word != [0; 8]).count();
+    let changed = words.iter().zip(old).filter(|(a, b)| a != b).count();
+    if changed * 2 <= full { PageKind::Delta } else { PageKind::Literal }
+}
+
+/// XORs `with` into `page`; twice is nothing.
+pub(crate) fn xor(page: &mut Page, with: &Page) {
+    for (a, b) in page.iter_mut().zip(with) {
+        *a ^= b;
+    }
+}
+
+fn compress_stage(
+    stream: StreamId,
+    name: &'static str,
+    pages: &Receiver<Vec<u8>>,
+    chunks: &Sender<PageChunk>,
+    options: EncodeOptions,
+    window_log: u32,
+) -> Result<(), Error> {
+    // A stream without pages sends nothing, not even an empty frame.
+    let Ok(first) = pages.recv() else { return Ok(()) };
+    let run = || -> io::Result<()> {
+        let out = ChunkWriter { stream, chunks, bytes: Vec::with_capacity(MAX_CHUNK) };
+        let mut encoder = Encoder::new(out, options.level)?;
+        encoder.include_checksum(true)?;
+        encoder.set_parameter(CParameter::WindowLog(window_log))?;
+        encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
+        if options.workers > 0 {
+            encoder.multithread(options.workers)?;
+            encoder.set_parameter(CParameter::JobSize(JOB_BYTES))?;
+        }
+        encoder.write_all(&first)?;
+        for pages in pages {
+            encoder.write_all(&pages)?;
+        }
+        encoder.finish()?.flush()
+    };
+    run().map_err(|source| match source.kind() {
+        io::ErrorKind::BrokenPipe => Error::SinkClosed,
+        _ => Error::Encode { stream: name, source },
+    })
+}
+
+/// Cuts what the compressor writes into chunks.
+struct ChunkWriter<'a> {
+    stream: StreamId,
+    chunks: &'a Sender<PageChunk>,
+    bytes: Vec<u8>,
+}
+
+impl Write for ChunkWriter<'_> {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        let taken = from.len().min(MAX_CHUNK - self.bytes.len());
+        self.bytes.extend_from_slice(&from[..taken]);
+        if self.bytes.len() == MAX_CHUNK {
+            self.flush()?;
+        }
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.bytes.is_empty() {
+            return Ok(());
+        }
+        let bytes = std::mem::replace(&mut self.bytes, Vec::with_capacity(MAX_CHUNK));
+        let chunk = PageChunk { stream: self.stream, bytes };
+        self.chunks.send(chunk).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+}

@@ -1,0 +1,163 @@
+//! Both ends in one process, without a wire: for tests and for measuring strategies on a
+//! capture.
+
+use serde::{Deserialize, Serialize};
+
+use crate::apply::{Applied, Applier, ApplyOptions, Verification, Verified};
+use crate::descend::{Descent, NodeServer};
+use crate::encode::{EncodeOptions, EncodeStats, encode_pages};
+use crate::error::Error;
+use crate::offer::{Offer, OfferOptions};
+use crate::page::{Image, ReadPages};
+use crate::resolve::{Holdings, resolve};
+use crate::stats::PageCounts;
+use crate::tree::{ImageTree, no_progress};
+
+/// How often an image is repaired before giving up. Once is enough unless someone lies.
+pub const MAX_REPAIRS: u32 = 3;
+
+/// What went over the wire that there is not.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Pages by recipe.
+    pub pages: PageCounts,
+    /// Bytes of the offer.
+    pub offer_bytes: u64,
+    /// Bytes of the answer.
+    pub answer_bytes: u64,
+    /// The page streams.
+    pub encoded: EncodeStats,
+    /// Bytes of tree nodes and of pages sent again.
+    pub repair_bytes: u64,
+}
+
+impl Stats {
+    /// All bytes, both ways.
+    pub const fn bytes(&self) -> u64 {
+        self.offer_bytes + self.answer_bytes + self.encoded.bytes() + self.repair_bytes
+    }
+}
+
+/// A message on its way, for tests that damage it.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Message<'a> {
+    /// An encoded [`Offer`].
+    Offer(&'a mut Vec<u8>),
+    /// The answer to it.
+    Answer(&'a mut Vec<u8>),
+    /// A chunk of pages; emptied, it is lost.
+    Pages(&'a mut Vec<u8>),
+}
+
+/// The source: its image, and what it knows of the base.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    /// The image to move.
+    pub image: &'a dyn ReadPages,
+    /// Its tree.
+    pub tree: &'a ImageTree,
+    /// The tree of the base; [`ImageTree::zero`] without one.
+    pub base: &'a ImageTree,
+    /// The base itself, when the target can read it too.
+    pub base_reader: Option<&'a dyn ReadPages>,
+}
+
+/// Options of both ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The source's.
+    pub offer: OfferOptions,
+    /// The source's.
+    pub encode: EncodeOptions,
+    /// The target's.
+    pub apply: ApplyOptions,
+}
+
+/// Makes `image`, which holds what `holdings.current` says, equal to the source's.
+///
+/// `on_the_way` sees every encoded message and may damage it.
+pub fn reconcile_in_memory(
+    source: Source<'_>,
+    holdings: &Holdings<'_>,
+    image: &mut dyn Image,
+    options: &Options,
+    on_the_way: &mut dyn FnMut(Message<'_>),
+) -> Result<(Verified, Stats), Error> {
+    let mut stats = Stats::default();
+    let offered = Offer::new(source.tree, source.base, &options.offer)?;
+    let mut bytes = offered.encode()?;
+    on_the_way(Message::Offer(&mut bytes));
+    stats.offer_bytes = bytes.len() as u64;
+
+    let offer = Offer::decode(&bytes, image.pages())?;
+    let resolution = resolve(&offer, holdings)?;
+    let mut answer = resolution.answer(&offer)?;
+    on_the_way(Message::Answer(&mut answer));
+    stats.answer_bytes = answer.len() as u64;
+
+    let pages = offered.decode_answer(&answer)?;
+    let applied = apply(source, &offer, holdings, resolution, image, &pages, options, on_the_way)?;
+    stats.encoded = applied.1;
+    let mut verification = applied.0.verify(image.reader(), &no_progress)?;
+    for _ in 0..MAX_REPAIRS {
+        let mismatch = match verification {
+            Verification::Verified(verified) => {
+                stats.pages = verified.counts().clone();
+                return Ok((verified, stats));
+            }
+            Verification::Mismatch(mismatch) => mismatch,
+        };
+        let server = NodeServer::new(source.tree);
+        let mut descent = Descent::new(&mismatch);
+        while let Some(request) = descent.next_request() {
+            let reply = server.answer(&request)?;
+            stats.repair_bytes += (request.nodes.len() * 8 + reply.children.len()) as u64;
+            descent.take(&reply)?;
+        }
+        let differing = descent.into_differing();
+        let pages: Vec<_> = differing.iter().collect();
+        let mut repairer = mismatch.repair(image, &differing)?;
+        let mut failed = None;
+        let sent = encode_pages(source.image, None, &pages, options.encode, &mut |chunk| {
+            repairer.push(&chunk).map_err(|error| {
+                failed = Some(error);
+                crate::encode::Closed
+            })
+        });
+        stats.repair_bytes += failed.map_or(sent, Err)?.bytes();
+        let (applied, tree) = repairer.finish()?;
+        verification = applied.verify_touched(image.reader(), &tree)?;
+    }
+    match verification {
+        Verification::Verified(verified) => {
+            stats.pages = verified.counts().clone();
+            Ok((verified, stats))
+        }
+        Verification::Mismatch(_) => Err(Error::NotHealing { rounds: MAX_REPAIRS }),
+    }
+}
+
+#[allow(clippy::too_many_arguments)] // Both ends at once; no caller but the one above.
+fn apply(
+    source: Source<'_>,
+    offer: &Offer,
+    holdings: &Holdings<'_>,
+    resolution: crate::resolve::Resolution,
+    image: &mut dyn Image,
+    pages: &[crate::page::PageIndex],
+    options: &Options,
+    on_the_way: &mut dyn FnMut(Message<'_>),
+) -> Result<(Applied, EncodeStats), Error> {
+    let mut applier = Applier::new(offer, resolution, holdings, image, options.apply)?;
+    let mut failed = None;
+    let base = source.base_reader.filter(|_| holdings.base_reader.is_some());
+    let sent = encode_pages(source.image, base, pages, options.encode, &mut |mut chunk| {
+        on_the_way(Message::Pages(&mut chunk.bytes));
+        applier.push(&chunk).map_err(|error| {
+            failed = Some(error);
+            crate::encode::Closed
+        })
+    });
+    let sent = failed.map_or(sent, Err)?;
+    Ok((applier.finish()?, sent))
+}
