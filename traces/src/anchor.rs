@@ -63,7 +63,9 @@ impl Anchor {
             width: region.width.min(frame.width - x),
             height: region.height.min(frame.height - y),
         };
-        let tiles = grid(region).map(|(_, _, tile)| hash(frame, tile).unwrap_or(0)).collect();
+        let tiles = grid(region)
+            .map(|(_, _, tile)| hash(frame, &tile).unwrap_or(0))
+            .collect();
         Self { region, tiles }
     }
 
@@ -73,19 +75,31 @@ impl Anchor {
         let (columns, rows) = extent(self.region);
         let tiles = columns * rows;
         if tiles != self.tiles.len() {
-            return Match { tiles, differing: tiles.max(1), spread: (columns, rows) };
+            return Match {
+                tiles,
+                differing: tiles.max(1),
+                spread: (columns, rows),
+            };
         }
         let mut differing = 0;
         let (mut left, mut right, mut top, mut bottom) = (usize::MAX, 0, usize::MAX, 0);
         for ((column, row, tile), wanted) in grid(self.region).zip(&self.tiles) {
-            if hash(frame, tile) != Some(*wanted) {
+            if hash(frame, &tile) != Some(*wanted) {
                 differing += 1;
                 (left, right) = (left.min(column), right.max(column));
                 (top, bottom) = (top.min(row), bottom.max(row));
             }
         }
-        let spread = if differing == 0 { (0, 0) } else { (right - left + 1, bottom - top + 1) };
-        Match { tiles, differing, spread }
+        let spread = if differing == 0 {
+            (0, 0)
+        } else {
+            (right - left + 1, bottom - top + 1)
+        };
+        Match {
+            tiles,
+            differing,
+            spread,
+        }
     }
 }
 
@@ -139,7 +153,7 @@ struct Place {
 }
 
 /// The hash of a tile, if the frame has all of it.
-fn hash(frame: &Pixels<'_>, place: Place) -> Option<u32> {
+fn hash(frame: &Pixels<'_>, place: &Place) -> Option<u32> {
     let stride = usize::from(frame.width);
     if place.x + place.width > stride || place.y + place.height > usize::from(frame.height) {
         return None;
@@ -164,11 +178,17 @@ mod tests {
     const HEIGHT: u16 = 120;
 
     fn picture() -> Vec<u8> {
-        (0..usize::from(WIDTH) * usize::from(HEIGHT) * 3).map(|at| (at * 7 / 5) as u8).collect()
+        (0..usize::from(WIDTH) * usize::from(HEIGHT) * 3)
+            .map(|at| (at * 7 / 5) as u8)
+            .collect()
     }
 
     fn frame(rgb: &[u8]) -> Pixels<'_> {
-        Pixels { width: WIDTH, height: HEIGHT, rgb }
+        Pixels {
+            width: WIDTH,
+            height: HEIGHT,
+            rgb,
+        }
     }
 
     fn paint(rgb: &mut [u8], x: usize, y: usize, width: usize, height: usize) {
@@ -222,7 +242,12 @@ mod tests {
     #[test]
     fn what_is_more_than_a_caret_does_not_match() {
         let rgb = picture();
-        let region = Region { x: 32, y: 32, width: 64, height: 64 };
+        let region = Region {
+            x: 32,
+            y: 32,
+            width: 64,
+            height: 64,
+        };
         let anchor = Anchor::capture(&frame(&rgb), region);
         // A word, a small window, the whole region, two spots far apart.
         for spots in [
@@ -243,16 +268,32 @@ mod tests {
     #[test]
     fn another_screen_size_does_not_match() {
         let rgb = picture();
-        let anchor =
-            Anchor::capture(&frame(&rgb), Region { x: 100, y: 60, width: 64, height: 64 });
-        let smaller = Pixels { width: 120, height: 80, rgb: &rgb };
+        let anchor = Anchor::capture(
+            &frame(&rgb),
+            Region {
+                x: 100,
+                y: 60,
+                width: 64,
+                height: 64,
+            },
+        );
+        let smaller = Pixels {
+            width: 120,
+            height: 80,
+            rgb: &rgb,
+        };
         assert!(!anchor.matches(&smaller).is_match());
     }
 
     #[test]
     fn what_lies_around_the_region_does_not_matter() {
         let rgb = picture();
-        let region = Region { x: 32, y: 32, width: 50, height: 40 };
+        let region = Region {
+            x: 32,
+            y: 32,
+            width: 50,
+            height: 40,
+        };
         let anchor = Anchor::capture(&frame(&rgb), region);
         let mut changed = rgb.clone();
         paint(&mut changed, 0, 0, 200, 32);
@@ -263,11 +304,32 @@ mod tests {
 
     #[test]
     fn a_square_around_a_point_stays_on_the_plane() {
-        assert_eq!(Region::around(100, 50, 64), Region { x: 68, y: 18, width: 64, height: 64 });
-        assert_eq!(Region::around(10, 0, 64), Region { x: 0, y: 0, width: 42, height: 32 });
+        assert_eq!(
+            Region::around(100, 50, 64),
+            Region {
+                x: 68,
+                y: 18,
+                width: 64,
+                height: 64
+            }
+        );
+        assert_eq!(
+            Region::around(10, 0, 64),
+            Region {
+                x: 0,
+                y: 0,
+                width: 42,
+                height: 32
+            }
+        );
         assert_eq!(
             Region::around(u16::MAX, 0, 64),
-            Region { x: 65503, y: 0, width: 32, height: 32 }
+            Region {
+                x: 65503,
+                y: 0,
+                width: 32,
+                height: 32
+            }
         );
     }
 }

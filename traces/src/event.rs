@@ -9,7 +9,9 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// Time the guest has run since its base checkpoint; stands still while the VM is paused.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct GuestTime {
     /// Microseconds.
@@ -80,8 +82,14 @@ impl fmt::Debug for Event {
             Self::Key { down, .. } => write!(f, "Key {{ code: .., down: {down} }}"),
             Self::Pointer { x, y } => write!(f, "Pointer {{ x: {x}, y: {y} }}"),
             Self::Button { code, down } => write!(f, "Button {{ code: {code}, down: {down} }}"),
-            Self::Wheel { vertical, horizontal } => {
-                write!(f, "Wheel {{ vertical: {vertical}, horizontal: {horizontal} }}")
+            Self::Wheel {
+                vertical,
+                horizontal,
+            } => {
+                write!(
+                    f,
+                    "Wheel {{ vertical: {vertical}, horizontal: {horizontal} }}"
+                )
             }
             Self::Screen { width, height } => {
                 write!(f, "Screen {{ width: {width}, height: {height} }}")
@@ -110,7 +118,12 @@ pub struct Anchor {
 
 impl fmt::Debug for Anchor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Anchor {{ region: {:?}, tiles: {} }}", self.region, self.tiles.len())
+        write!(
+            f,
+            "Anchor {{ region: {:?}, tiles: {} }}",
+            self.region,
+            self.tiles.len()
+        )
     }
 }
 

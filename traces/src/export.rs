@@ -33,7 +33,10 @@ pub fn export_json_lines(
     masking: Masking,
 ) -> io::Result<()> {
     if let Some(header) = header {
-        let created = header.created.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let created = header
+            .created
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         let line = json!({"log": {
             "vm": hex(&header.id.vm),
             "generation": header.id.generation,
@@ -86,7 +89,10 @@ mod tests {
     fn exported(events: Vec<Event>, masking: Masking) -> String {
         let records: Vec<_> = events
             .into_iter()
-            .map(|event| Record { at: GuestTime { micros: 7 }, event })
+            .map(|event| Record {
+                at: GuestTime { micros: 7 },
+                event,
+            })
             .collect();
         let mut out = Vec::new();
         export_json_lines(&mut out, None, &records, masking).unwrap();
@@ -94,12 +100,29 @@ mod tests {
     }
 
     fn typed() -> Vec<Event> {
-        let region = Region { x: 1, y: 2, width: 16, height: 16 };
+        let region = Region {
+            x: 1,
+            y: 2,
+            width: 16,
+            height: 16,
+        };
         vec![
-            Event::Key { code: 30, down: true },
-            Event::Key { code: 28, down: false },
-            Event::Anchor(Anchor { region, tiles: vec![987_654_321] }),
-            Event::Wheel { vertical: -1, horizontal: 0 },
+            Event::Key {
+                code: 30,
+                down: true,
+            },
+            Event::Key {
+                code: 28,
+                down: false,
+            },
+            Event::Anchor(Anchor {
+                region,
+                tiles: vec![987_654_321],
+            }),
+            Event::Wheel {
+                vertical: -1,
+                horizontal: 0,
+            },
         ]
     }
 
@@ -107,8 +130,14 @@ mod tests {
     fn what_was_typed_is_masked() {
         let text = exported(typed(), Masking::Masked);
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines[0], r#"{"at_us":7,"code":"masked","down":true,"type":"key"}"#);
-        assert_eq!(lines[1], r#"{"at_us":7,"code":28,"down":false,"type":"key"}"#);
+        assert_eq!(
+            lines[0],
+            r#"{"at_us":7,"code":"masked","down":true,"type":"key"}"#
+        );
+        assert_eq!(
+            lines[1],
+            r#"{"at_us":7,"code":28,"down":false,"type":"key"}"#
+        );
         assert!(lines[2].contains(r#""tiles":1"#) && !text.contains("987654321"));
     }
 
@@ -125,7 +154,10 @@ mod tests {
     #[test]
     fn all_letters_digits_and_signs_are_masked() {
         let printable = (2..=13).chain(16..=27).chain(30..=41).chain(43..=53);
-        for code in printable.chain([55, 57, 86, 98, 117, 121, 124]).chain(71..=83) {
+        for code in printable
+            .chain([55, 57, 86, 98, 117, 121, 124])
+            .chain(71..=83)
+        {
             assert!(makes_text(code), "{code}");
         }
     }

@@ -16,7 +16,11 @@ use crate::{
     Region,
 };
 
-const ID: LogId = LogId { vm: [7; 16], generation: 3, base_position: 100 };
+const ID: LogId = LogId {
+    vm: [7; 16],
+    generation: 3,
+    base_position: 100,
+};
 
 fn key() -> LogKey {
     LogKey::from_bytes([9; 32])
@@ -46,7 +50,10 @@ fn typed(count: u64) -> Vec<Record> {
     (0..count)
         .map(|n| Record {
             at: GuestTime { micros: n * 90_000 },
-            event: Event::Key { code: 30, down: n % 2 == 0 },
+            event: Event::Key {
+                code: 30,
+                down: n % 2 == 0,
+            },
         })
         .collect()
 }
@@ -162,7 +169,12 @@ fn a_minute_of_idling_costs_nothing() {
     let before = writer.bytes();
     // Somebody bumps the desk once; the recorder goes on flushing every two seconds.
     let moved = Event::Pointer { x: 641, y: 400 };
-    writer.append(Record { at: GuestTime { micros: 31_000_000 }, event: moved }).unwrap();
+    writer
+        .append(Record {
+            at: GuestTime { micros: 31_000_000 },
+            event: moved,
+        })
+        .unwrap();
     for _ in 0..30 {
         writer.sync().unwrap();
     }
@@ -204,7 +216,10 @@ fn damage_before_the_end_is_not_taken_for_a_crash() {
         fs::write(&path, &changed).unwrap();
         let (records, error) = salvage(&path);
         assert_eq!(records, typed(20));
-        assert!(matches!(error, Some(Error::Damaged { block: 1, .. })), "{at}: {error:?}");
+        assert!(
+            matches!(error, Some(Error::Damaged { block: 1, .. })),
+            "{at}: {error:?}"
+        );
         assert!(LogWriter::append_to(&path, &key()).is_err());
         assert_eq!(fs::read(&path).unwrap(), changed, "nothing is cut off");
     }
@@ -222,12 +237,18 @@ fn a_block_that_was_moved_or_forged_is_found_out() {
     let check = crate::format::body_check(1, &forged[start + HEAD_BYTES..]);
     forged[start + 12..start + HEAD_BYTES].copy_from_slice(&check);
     fs::write(&path, &forged).unwrap();
-    assert!(matches!(salvage(&path).1, Some(Error::Forged { block: 1, .. })));
+    assert!(matches!(
+        salvage(&path).1,
+        Some(Error::Forged { block: 1, .. })
+    ));
     // The first block again in place of the second.
     let mut moved = original[..start].to_vec();
     moved.extend_from_slice(&original[HEADER_BYTES..start]);
     fs::write(&path, &moved).unwrap();
-    assert!(matches!(salvage(&path).1, Some(Error::Damaged { block: 1, .. })));
+    assert!(matches!(
+        salvage(&path).1,
+        Some(Error::Damaged { block: 1, .. })
+    ));
 }
 
 #[test]
@@ -236,7 +257,12 @@ fn a_torn_blocks_nonce_is_not_used_again() {
     write(&path, &[typed(20)]);
     let before = fs::read(&path).unwrap();
     let whole = before.len() as u64 - 1;
-    OpenOptions::new().write(true).open(&path).unwrap().set_len(whole).unwrap();
+    OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(whole)
+        .unwrap();
     let (mut writer, resumed) = LogWriter::append_to(&path, &key()).unwrap();
     assert!(matches!(resumed.end, End::Torn { .. }));
     for record in typed(20) {
@@ -246,14 +272,20 @@ fn a_torn_blocks_nonce_is_not_used_again() {
     let after = fs::read(&path).unwrap();
     assert_eq!(after.len(), before.len());
     // The same plaintext in the same place: under the same nonce it would look the same.
-    assert_ne!(after[HEADER_BYTES + HEAD_BYTES..], before[HEADER_BYTES + HEAD_BYTES..]);
+    assert_ne!(
+        after[HEADER_BYTES + HEAD_BYTES..],
+        before[HEADER_BYTES + HEAD_BYTES..]
+    );
 }
 
 #[test]
 fn the_file_is_private_and_shows_nothing() {
     let (_dir, path) = place();
     write(&path, &[typed(2)]);
-    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
     let record = &typed(1)[0];
     assert!(!format!("{record:?}").contains("30"), "{record:?}");
 }
@@ -262,9 +294,18 @@ fn the_file_is_private_and_shows_nothing() {
 fn only_one_process_writes() {
     let (_dir, path) = place();
     let writer = LogWriter::create(&path, &key(), ID).unwrap();
-    assert!(matches!(LogWriter::append_to(&path, &key()), Err(Error::Busy { .. })));
-    assert!(matches!(LogWriter::create(&path, &key(), ID), Err(Error::Io { .. })));
-    assert!(Log::read(&path, &key()).is_ok(), "readers may look meanwhile");
+    assert!(matches!(
+        LogWriter::append_to(&path, &key()),
+        Err(Error::Busy { .. })
+    ));
+    assert!(matches!(
+        LogWriter::create(&path, &key(), ID),
+        Err(Error::Io { .. })
+    ));
+    assert!(
+        Log::read(&path, &key()).is_ok(),
+        "readers may look meanwhile"
+    );
     drop(writer);
     assert!(LogWriter::append_to(&path, &key()).is_ok());
 }
@@ -305,27 +346,59 @@ fn each_wrong_file_is_refused_in_one_sentence() {
         matches!(found[5], Error::HeaderDamaged { .. }),
         matches!(found[6], Error::OtherKey { .. }),
         matches!(found[7], Error::OtherVm { .. }),
-        matches!(found[8], Error::OtherGeneration { wanted: 4, found: 3, .. }),
+        matches!(
+            found[8],
+            Error::OtherGeneration {
+                wanted: 4,
+                found: 3,
+                ..
+            }
+        ),
     ];
     for (right, error) in kinds.iter().zip(&found) {
         assert!(right, "{error}");
         let text = error.to_string();
-        assert!(text.contains(".log") && text.contains(';') && !text.contains('\n'), "{text}");
+        assert!(
+            text.contains(".log") && text.contains(';') && !text.contains('\n'),
+            "{text}"
+        );
     }
     reader.expect([7; 16], 3).unwrap();
-    assert_eq!(Header::read(&path).unwrap().id, ID, "the header needs no key");
+    assert_eq!(
+        Header::read(&path).unwrap().id,
+        ID,
+        "the header needs no key"
+    );
 }
 
 #[test]
 fn an_anchor_beyond_all_screens_is_refused() {
     let (_dir, path) = place();
     let mut writer = LogWriter::create(&path, &key(), ID).unwrap();
-    let region = Region { x: 0, y: 0, width: 0, height: 0 };
-    let mut anchor = |tiles| {
-        let event = Event::Anchor(Anchor { region, tiles: vec![0; tiles] });
-        writer.append(Record { at: GuestTime::default(), event })
+    let region = Region {
+        x: 0,
+        y: 0,
+        width: 0,
+        height: 0,
     };
-    assert!(matches!(anchor((1 << 14) + 1), Err(Error::AnchorTooLarge { .. })));
+    let mut anchor = |tiles| {
+        let event = Event::Anchor(Anchor {
+            region,
+            tiles: vec![0; tiles],
+        });
+        writer.append(Record {
+            at: GuestTime::default(),
+            event,
+        })
+    };
+    assert!(matches!(
+        anchor((1 << 14) + 1),
+        Err(Error::AnchorTooLarge { .. })
+    ));
     anchor(1 << 14).unwrap();
-    assert_eq!(Log::read(&path, &key()).unwrap().records.len(), 1, "a large one goes out at once");
+    assert_eq!(
+        Log::read(&path, &key()).unwrap().records.len(),
+        1,
+        "a large one goes out at once"
+    );
 }

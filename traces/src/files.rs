@@ -38,7 +38,9 @@ pub(crate) fn create(action: &'static str, path: &Path, bytes: &[u8]) -> Result<
 
 /// Makes a name in a folder survive a power failure.
 fn sync_parent(path: &Path) -> Result<(), Error> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
     let parent = parent.unwrap_or(Path::new("."));
     File::open(parent)
         .and_then(|folder| folder.sync_all())

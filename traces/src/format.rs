@@ -23,9 +23,8 @@
 //! What stays true for ever: magic, version, header length, VM and generation are where they
 //! are now.
 //!
-//! The body is a byte of flags, the plaintext's length as varint, and a zstd frame of the
-//! columns of `coding.rs`, compressed with the plaintext of the blocks before as prefix. With
-//! [`CLOSED`] there is only the flag: the log was ended in an orderly way.
+//! The body is a byte that says what it is: records, coded as in `coding.rs` behind those of the
+//! blocks before, or only that the log was ended in an orderly way.
 //!
 //! The nonce is session and block number; the associated data is the header and the same two.
 //! The session is there because a torn block is cut off and its number used again: another
@@ -44,7 +43,7 @@ use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use zeroize::Zeroize;
 
 use crate::key::{hex, random};
-use crate::{Error, KeyId, LogKey};
+use crate::{Error, KeyId, Limits, LogKey};
 
 const MAGIC: [u8; 8] = *b"\x89RMLOG\r\n";
 const VERSION: u16 = 1;
@@ -54,14 +53,17 @@ pub(crate) const HEAD_BYTES: usize = 20;
 
 /// Sealed bytes of a block, at most; a writer stays far below.
 pub(crate) const MAX_SEALED: usize = 1 << 20;
-/// Plaintext of a block, at most.
-pub(crate) const MAX_PLAIN: usize = 1 << 20;
-/// Records of a block, at most.
-pub(crate) const MAX_RECORDS: usize = 1 << 16;
+/// What a block may hold, likewise.
+pub(crate) const LIMITS: Limits = Limits {
+    records: 1 << 16,
+    plain_bytes: 1 << 20,
+};
 /// Tiles of an anchor, at most: a region of 2048 x 2048 pixels.
 pub(crate) const MAX_TILES: usize = 1 << 14;
 
-/// Flag of a block that ends the log.
+/// A block of records.
+pub(crate) const RECORDS: u8 = 0;
+/// A block that ends the log.
 pub(crate) const CLOSED: u8 = 1;
 
 /// What a log is of.
@@ -89,7 +91,12 @@ pub struct Header {
 
 impl Header {
     pub(crate) fn new(id: LogId, key: &LogKey) -> Result<Self, Error> {
-        Ok(Self { id, key: key.id(), created: SystemTime::now(), salt: random()? })
+        Ok(Self {
+            id,
+            key: key.id(),
+            created: SystemTime::now(),
+            salt: random()?,
+        })
     }
 
     /// Reads the header of a log, without a key.
@@ -138,16 +145,32 @@ impl Header {
     pub(crate) fn decode(path: &Path, bytes: &[u8], length: u64) -> Result<Self, Error> {
         let magic = bytes.len().min(MAGIC.len());
         if bytes.is_empty() || bytes[..magic] != MAGIC[..magic] {
-            return Err(Error::Foreign { path: path.to_owned() });
+            return Err(Error::Foreign {
+                path: path.to_owned(),
+            });
         }
-        let truncated = || Error::Truncated { path: path.to_owned(), bytes: length };
-        let version = u16::from_le_bytes(*bytes.get(8..).and_then(<[u8]>::first_chunk).ok_or_else(truncated)?);
+        let truncated = || Error::Truncated {
+            path: path.to_owned(),
+            bytes: length,
+        };
+        let version = u16::from_le_bytes(
+            *bytes
+                .get(8..)
+                .and_then(<[u8]>::first_chunk)
+                .ok_or_else(truncated)?,
+        );
         if version > VERSION {
-            return Err(Error::Newer { path: path.to_owned(), version, known: VERSION });
+            return Err(Error::Newer {
+                path: path.to_owned(),
+                version,
+                known: VERSION,
+            });
         }
         let bytes: &[u8; HEADER_BYTES] = bytes.first_chunk().ok_or_else(truncated)?;
         if header_check(bytes) != bytes[CHECKED_BYTES..] || version != VERSION {
-            return Err(Error::HeaderDamaged { path: path.to_owned() });
+            return Err(Error::HeaderDamaged {
+                path: path.to_owned(),
+            });
         }
         let created = u64::from_le_bytes(part(bytes, 84));
         Ok(Self {
@@ -157,7 +180,9 @@ impl Header {
                 base_position: u64::from_le_bytes(part(bytes, 36)),
             },
             key: KeyId(part(bytes, 44)),
-            created: UNIX_EPOCH.checked_add(Duration::from_millis(created)).unwrap_or(UNIX_EPOCH),
+            created: UNIX_EPOCH
+                .checked_add(Duration::from_millis(created))
+                .unwrap_or(UNIX_EPOCH),
             salt: part(bytes, 52),
         })
     }
@@ -169,7 +194,11 @@ fn header_check(bytes: &[u8; HEADER_BYTES]) -> [u8; 8] {
 
 /// `N` bytes from `start`; zeros where there aren't as many, which no caller asks for.
 fn part<const N: usize>(bytes: &[u8], start: usize) -> [u8; N] {
-    bytes.get(start..).and_then(<[u8]>::first_chunk).copied().unwrap_or([0; N])
+    bytes
+        .get(start..)
+        .and_then(<[u8]>::first_chunk)
+        .copied()
+        .unwrap_or([0; N])
 }
 
 /// Where a block stands in the file, which its checks and its nonce depend on.
@@ -207,7 +236,10 @@ impl Cipher {
         let unbound = UnboundKey::new(&CHACHA20_POLY1305, &secret);
         secret.zeroize();
         let unbound = unbound.map_err(|_| Error::Library { what: "the cipher" })?;
-        Ok(Self { key: LessSafeKey::new(unbound), header: header.encode() })
+        Ok(Self {
+            key: LessSafeKey::new(unbound),
+            header: header.encode(),
+        })
     }
 
     fn aad(&self, place: Place) -> Aad<[u8; HEADER_BYTES + 12]> {
@@ -235,7 +267,9 @@ impl Cipher {
 
     /// The body, unless it was forged.
     pub(crate) fn open(&self, place: Place, sealed: &mut [u8]) -> Option<usize> {
-        let opened = self.key.open_in_place(place.nonce(), self.aad(place), sealed);
+        let opened = self
+            .key
+            .open_in_place(place.nonce(), self.aad(place), sealed);
         opened.ok().map(|body| body.len())
     }
 }

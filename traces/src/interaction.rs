@@ -90,12 +90,25 @@ mod tests {
     use crate::{Anchor, Region};
 
     fn at(millis: u64, event: Event) -> Record {
-        Record { at: GuestTime { micros: millis * 1000 }, event }
+        Record {
+            at: GuestTime {
+                micros: millis * 1000,
+            },
+            event,
+        }
     }
 
     fn anchor() -> Event {
-        let region = Region { x: 0, y: 0, width: 0, height: 0 };
-        Event::Anchor(Anchor { region, tiles: Vec::new() })
+        let region = Region {
+            x: 0,
+            y: 0,
+            width: 0,
+            height: 0,
+        };
+        Event::Anchor(Anchor {
+            region,
+            tiles: Vec::new(),
+        })
     }
 
     fn key(down: bool) -> Event {
@@ -103,7 +116,10 @@ mod tests {
     }
 
     fn ranges(records: &[Record]) -> Vec<Range<usize>> {
-        interactions(records).into_iter().map(|interaction| interaction.records).collect()
+        interactions(records)
+            .into_iter()
+            .map(|interaction| interaction.records)
+            .collect()
     }
 
     #[test]

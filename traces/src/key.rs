@@ -43,11 +43,18 @@ impl LogKey {
     /// Reads the key file.
     pub fn load(path: &Path) -> Result<Self, Error> {
         let mut file = File::open(path).map_err(Error::io("open the log key", path))?;
-        let meta = file.metadata().map_err(Error::io("examine the log key", path))?;
+        let meta = file
+            .metadata()
+            .map_err(Error::io("examine the log key", path))?;
         if meta.mode() & 0o077 != 0 {
-            return Err(Error::KeyExposed { path: path.to_owned() });
+            return Err(Error::KeyExposed {
+                path: path.to_owned(),
+            });
         }
-        let bad = |what| Error::KeyFile { path: path.to_owned(), what };
+        let bad = |what| Error::KeyFile {
+            path: path.to_owned(),
+            what,
+        };
         if meta.len() > 1024 {
             return Err(bad("it is too long"));
         }
@@ -121,14 +128,19 @@ impl fmt::Debug for KeyId {
 }
 
 fn parse(text: &str) -> Result<[u8; 32], &'static str> {
-    let digits = text.trim_end().strip_prefix(PREFIX).ok_or("it does not start as one does")?;
+    let digits = text
+        .trim_end()
+        .strip_prefix(PREFIX)
+        .ok_or("it does not start as one does")?;
     if digits.len() != 64 || !digits.is_ascii() {
         return Err("it has not 64 hexadecimal digits");
     }
     let mut secret = [0; 32];
     for (byte, pair) in secret.iter_mut().zip(digits.as_bytes().chunks_exact(2)) {
         let nibble = |digit: u8| {
-            char::from(digit).to_digit(16).ok_or("it has not 64 hexadecimal digits")
+            char::from(digit)
+                .to_digit(16)
+                .ok_or("it has not 64 hexadecimal digits")
         };
         *byte = (nibble(pair[0])? * 16 + nibble(pair[1])?) as u8;
     }
@@ -138,17 +150,21 @@ fn parse(text: &str) -> Result<[u8; 32], &'static str> {
 /// Bytes as hexadecimal digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     use fmt::Write;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        // Writing to a string can't fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            // Writing to a string can't fail.
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
 }
 
 /// Random bytes from the system.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
-    SystemRandom::new().fill(&mut bytes).map_err(|_| Error::Random)?;
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| Error::Random)?;
     Ok(bytes)
 }
 
@@ -166,7 +182,11 @@ mod tests {
         let again = LogKey::load_or_create(&path).unwrap();
         assert_eq!(first.secret, again.secret);
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+        assert_eq!(
+            fs::read_dir(dir.path()).unwrap().count(),
+            1,
+            "no temporary file stays"
+        );
         assert_ne!(first.id(), LogKey::generate().unwrap().id());
     }
 
@@ -175,9 +195,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log.key");
         let ids: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                (0..8).map(|_| scope.spawn(|| LogKey::load_or_create(&path).unwrap().id())).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            let threads: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| LogKey::load_or_create(&path).unwrap().id()))
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect()
         });
         assert!(ids.iter().all(|id| *id == ids[0]));
     }
@@ -190,14 +214,25 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
         assert!(matches!(LogKey::load(&path), Err(Error::KeyExposed { .. })));
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-        for text in ["", "hello", &format!("{PREFIX}12"), &format!("{PREFIX}{}", "zz".repeat(32))] {
+        for text in [
+            "",
+            "hello",
+            &format!("{PREFIX}12"),
+            &format!("{PREFIX}{}", "zz".repeat(32)),
+        ] {
             fs::write(&path, text).unwrap();
-            assert!(matches!(LogKey::load(&path), Err(Error::KeyFile { .. })), "{text:?}");
+            assert!(
+                matches!(LogKey::load(&path), Err(Error::KeyFile { .. })),
+                "{text:?}"
+            );
         }
     }
 
     #[test]
     fn debug_shows_nothing_of_the_key() {
-        assert_eq!(format!("{:?}", LogKey::from_bytes([0xab; 32])), "LogKey(..)");
+        assert_eq!(
+            format!("{:?}", LogKey::from_bytes([0xab; 32])),
+            "LogKey(..)"
+        );
     }
 }

@@ -34,6 +34,7 @@ mod file_tests;
 mod testing;
 
 pub use anchor::{Match, Pixels};
+pub use coding::Limits;
 pub use error::Error;
 pub use event::{Anchor, Event, GuestTime, Record, Region};
 pub use export::{Masking, export_json_lines};
@@ -43,5 +44,5 @@ pub use key::{KeyId, LogKey};
 pub use reader::{End, Log, LogReader};
 pub use redact::{Redaction, redact, redact_records};
 pub use summary::{Counts, Summary};
-pub use wire::{Limits, decode_records, encode_records};
+pub use wire::{decode_records, encode_records};
 pub use writer::{LogWriter, Resumed};

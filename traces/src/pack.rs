@@ -11,7 +11,9 @@ pub(crate) const HISTORY: usize = 64 << 10;
 /// Blocks are a few hundred bytes every few seconds: the level costs nothing noticeable.
 const LEVEL: i32 = 15;
 
-const FAILED: Error = Error::Library { what: "compression" };
+const FAILED: Error = Error::Library {
+    what: "compression",
+};
 
 /// Compresses into one frame without checksum or content size: the caller keeps those.
 pub(crate) fn pack(plain: &[u8], history: &[u8]) -> Result<Vec<u8>, Error> {
@@ -36,9 +38,13 @@ pub(crate) fn unpack(packed: &[u8], length: usize, history: &[u8]) -> Result<Vec
     let mut plain = Vec::with_capacity(length);
     context
         .decompress(&mut plain, packed)
-        .map_err(|_| Error::Malformed { what: "the compressed data is broken" })?;
+        .map_err(|_| Error::Malformed {
+            what: "the compressed data is broken",
+        })?;
     if plain.len() != length {
-        return Err(Error::Malformed { what: "the compressed data has another length than it says" });
+        return Err(Error::Malformed {
+            what: "the compressed data has another length than it says",
+        });
     }
     Ok(plain)
 }

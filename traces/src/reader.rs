@@ -8,11 +8,10 @@ use std::fs::File;
 use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use crate::coding::{self, Context, Cursor};
+use crate::coding::{self, Context};
 use crate::format::{
-    self, CLOSED, Cipher, HEAD_BYTES, HEADER_BYTES, Head, Header, MAX_PLAIN, MAX_RECORDS, Place,
+    self, CLOSED, Cipher, HEAD_BYTES, HEADER_BYTES, Head, Header, LIMITS, Place, RECORDS,
 };
-use crate::pack::{remember, unpack};
 use crate::{Error, LogKey, Record};
 
 /// How a log ends.
@@ -50,7 +49,12 @@ impl Log {
         while let Some(block) = reader.next_block()? {
             records.extend(block);
         }
-        Ok(Self { header: reader.header, records, end: reader.end(), bytes: reader.length })
+        Ok(Self {
+            header: reader.header,
+            records,
+            end: reader.end(),
+            bytes: reader.length,
+        })
     }
 }
 
@@ -65,7 +69,6 @@ pub struct LogReader {
     pub(crate) offset: u64,
     pub(crate) number: u64,
     pub(crate) context: Context,
-    pub(crate) history: Vec<u8>,
     end: End,
 }
 
@@ -76,7 +79,10 @@ pub(crate) fn open(path: &Path) -> Result<(Header, BufReader<File>, u64), Error>
 }
 
 fn start(path: &Path, file: File) -> Result<(Header, BufReader<File>, u64), Error> {
-    let length = file.metadata().map_err(Error::io("examine the log", path))?.len();
+    let length = file
+        .metadata()
+        .map_err(Error::io("examine the log", path))?
+        .len();
     let mut file = BufReader::new(file);
     let mut bytes = Vec::with_capacity(HEADER_BYTES);
     file.by_ref()
@@ -107,7 +113,6 @@ impl LogReader {
             offset: HEADER_BYTES as u64,
             number: 0,
             context: Context::default(),
-            history: Vec::new(),
             end: End::Open,
         })
     }
@@ -162,8 +167,14 @@ impl LogReader {
             self.end = torn;
             return Ok(None);
         }
-        let place = Place { number: self.number, session: head.session };
-        let forged = || Error::Forged { path: self.path.clone(), block: self.number };
+        let place = Place {
+            number: self.number,
+            session: head.session,
+        };
+        let forged = || Error::Forged {
+            path: self.path.clone(),
+            block: self.number,
+        };
         let body = self.cipher.open(place, &mut sealed).ok_or_else(forged)?;
         let records = self.decode(&sealed[..body])?;
         self.offset += whole;
@@ -172,32 +183,37 @@ impl LogReader {
     }
 
     fn decode(&mut self, body: &[u8]) -> Result<Vec<Record>, Error> {
-        let mut body = Cursor(body);
-        if body.byte()? == CLOSED {
-            self.end = End::Closed;
-            return Ok(Vec::new());
+        match body.split_first() {
+            Some((&RECORDS, coded)) => {
+                self.end = End::Open;
+                coding::decode(coded, &mut self.context, LIMITS)
+            }
+            Some((&CLOSED, [])) => {
+                self.end = End::Closed;
+                Ok(Vec::new())
+            }
+            _ => Err(Error::Malformed {
+                what: "there is no such kind of block",
+            }),
         }
-        let length = body.varint()?;
-        if length > MAX_PLAIN as u64 {
-            return Err(Error::TooMuch { found: length, limit: MAX_PLAIN as u64, unit: "bytes" });
-        }
-        let plain = unpack(body.0, length as usize, &self.history)?;
-        let records = coding::decode(&plain, &mut self.context, MAX_RECORDS)?;
-        remember(&mut self.history, &plain);
-        self.end = End::Open;
-        Ok(records)
     }
 
     fn read(&mut self, bytes: &mut [u8]) -> Result<(), Error> {
-        self.file.read_exact(bytes).map_err(|error| match error.kind() {
-            // It was long enough when it was opened: somebody cut it off meanwhile.
-            ErrorKind::UnexpectedEof => self.damaged(),
-            _ => Error::io("read the log", &self.path)(error),
-        })
+        self.file
+            .read_exact(bytes)
+            .map_err(|error| match error.kind() {
+                // It was long enough when it was opened: somebody cut it off meanwhile.
+                ErrorKind::UnexpectedEof => self.damaged(),
+                _ => Error::io("read the log", &self.path)(error),
+            })
     }
 
     fn damaged(&self) -> Error {
-        Error::Damaged { path: self.path.clone(), block: self.number, offset: self.offset }
+        Error::Damaged {
+            path: self.path.clone(),
+            block: self.number,
+            offset: self.offset,
+        }
     }
 
     /// Goes on as a writer: the file, positioned and cut off behind the last whole block.
@@ -211,7 +227,10 @@ impl LogReader {
             file.seek(SeekFrom::Start(self.offset))?;
             Ok(())
         };
-        cut().map_err(Error::io("cut off the unfinished end of the log", &self.path))?;
+        cut().map_err(Error::io(
+            "cut off the unfinished end of the log",
+            &self.path,
+        ))?;
         Ok((file, self.cipher))
     }
 }

@@ -33,13 +33,20 @@ pub fn redact(
 ) -> Result<Redaction, Error> {
     let log = Log::read(from, key)?;
     let kept = redact_records(&log.records, &stretch);
-    let inside = log.records.iter().filter(|record| stretch.contains(&record.at)).count();
+    let inside = log
+        .records
+        .iter()
+        .filter(|record| stretch.contains(&record.at))
+        .count();
     let mut writer = LogWriter::create(to, key, log.header.id)?;
     for record in &kept {
         writer.append(record.clone())?;
     }
     writer.close()?;
-    Ok(Redaction { removed: inside as u64, kept: kept.len() as u64 })
+    Ok(Redaction {
+        removed: inside as u64,
+        kept: kept.len() as u64,
+    })
 }
 
 /// The records without those in `stretch`; where there were any, [`Event::Redacted`] says so.
@@ -58,7 +65,10 @@ pub fn redact_records(records: &[Record], stretch: &Range<GuestTime>) -> Vec<Rec
                 for event in held.drain(..).map(release) {
                     kept.push(Record { at, event });
                 }
-                kept.push(Record { at, event: Event::Redacted });
+                kept.push(Record {
+                    at,
+                    event: Event::Redacted,
+                });
             }
             follow(&mut hidden, &record.event);
             if matches!(record.event, Event::Screen { .. }) {
@@ -68,7 +78,10 @@ pub fn redact_records(records: &[Record], stretch: &Range<GuestTime>) -> Vec<Rec
         }
         if inside {
             inside = false;
-            kept.extend(screen.take().map(|event| Record { at: stretch.start, event }));
+            kept.extend(screen.take().map(|event| Record {
+                at: stretch.start,
+                event,
+            }));
         }
         match &record.event {
             Event::Key { code, down } | Event::Button { code, down } => {
@@ -92,7 +105,10 @@ pub fn redact_records(records: &[Record], stretch: &Range<GuestTime>) -> Vec<Rec
         }
         kept.push(record.clone());
     }
-    kept.extend(screen.map(|event| Record { at: stretch.start, event }));
+    kept.extend(screen.map(|event| Record {
+        at: stretch.start,
+        event,
+    }));
     kept
 }
 
@@ -113,11 +129,16 @@ mod tests {
     use crate::{End, LogId};
 
     fn time(millis: u64) -> GuestTime {
-        GuestTime { micros: millis * 1000 }
+        GuestTime {
+            micros: millis * 1000,
+        }
     }
 
     fn key(millis: u64, code: u16, down: bool) -> Record {
-        Record { at: time(millis), event: Event::Key { code, down } }
+        Record {
+            at: time(millis),
+            event: Event::Key { code, down },
+        }
     }
 
     #[test]
@@ -134,7 +155,10 @@ mod tests {
             key(310, 31, false),
         ];
         let kept = redact_records(&records, &(time(100)..time(200)));
-        let redacted = Record { at: time(100), event: Event::Redacted };
+        let redacted = Record {
+            at: time(100),
+            event: Event::Redacted,
+        };
         let mut wanted = records[..3].to_vec();
         wanted.extend([key(100, 42, false), redacted]);
         wanted.extend_from_slice(&records[6..]);
@@ -146,17 +170,33 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (from, to) = (dir.path().join("a.log"), dir.path().join("b.log"));
         let log_key = LogKey::generate().unwrap();
-        let id = LogId { vm: [3; 16], generation: 4, base_position: 5 };
+        let id = LogId {
+            vm: [3; 16],
+            generation: 4,
+            base_position: 5,
+        };
         let mut writer = LogWriter::create(&from, &log_key, id).unwrap();
         for millis in 0..100 {
             writer.append(key(millis, 30, millis % 2 == 0)).unwrap();
         }
         writer.close().unwrap();
         let done = redact(&from, &to, &log_key, time(10)..time(20)).unwrap();
-        assert_eq!(done, Redaction { removed: 10, kept: 91 });
+        assert_eq!(
+            done,
+            Redaction {
+                removed: 10,
+                kept: 91
+            }
+        );
         let log = Log::read(&to, &log_key).unwrap();
-        assert_eq!((log.header.id, log.end, log.records.len()), (id, End::Closed, 91));
-        assert!(redact(&from, &to, &log_key, time(1)..time(2)).is_err(), "never over a file");
+        assert_eq!(
+            (log.header.id, log.end, log.records.len()),
+            (id, End::Closed, 91)
+        );
+        assert!(
+            redact(&from, &to, &log_key, time(1)..time(2)).is_err(),
+            "never over a file"
+        );
     }
 
     proptest! {

@@ -59,7 +59,10 @@ impl Summary {
             .map(|pair| pause(pair[0].at, pair[1].at))
             .filter(|pause| *pause >= Interaction::PAUSE)
             .sum();
-        let mut counts = Counts { records: records.len(), ..Counts::default() };
+        let mut counts = Counts {
+            records: records.len(),
+            ..Counts::default()
+        };
         for record in records {
             let count = match record.event {
                 Event::Key { down: true, .. } => &mut counts.keys,
@@ -94,11 +97,19 @@ mod tests {
     fn a_busy_minute_is_counted() {
         let mut records = busy_minute(1);
         let last = records.last().unwrap().at.micros;
-        records.push(Record { at: GuestTime { micros: last + 7_000_000 }, event: Event::Gap });
+        records.push(Record {
+            at: GuestTime {
+                micros: last + 7_000_000,
+            },
+            event: Event::Gap,
+        });
         let summary = Summary::of(&records, 12);
         assert_eq!(summary.counts.moves, 3600);
         assert!((470..=480).contains(&summary.counts.keys));
-        assert_eq!((summary.counts.gaps, summary.bytes, summary.anchored), (1, 12, 30));
+        assert_eq!(
+            (summary.counts.gaps, summary.bytes, summary.anchored),
+            (1, 12, 30)
+        );
         assert_eq!(summary.idle, Duration::from_secs(7));
         assert!(summary.duration > Duration::from_secs(66));
         assert_eq!(Summary::of(&[], 0), Summary::default());

@@ -11,17 +11,27 @@ pub(crate) fn any_records(limit: usize) -> impl Strategy<Value = Vec<Record>> {
 
 fn any_record() -> impl Strategy<Value = Record> {
     let at = prop_oneof![any::<u64>(), 0..10_000_000_u64];
-    (at, any_event()).prop_map(|(micros, event)| Record { at: GuestTime { micros }, event })
+    (at, any_event()).prop_map(|(micros, event)| Record {
+        at: GuestTime { micros },
+        event,
+    })
 }
 
 fn any_event() -> impl Strategy<Value = Event> {
-    let region = any::<(u16, u16, u16, u16)>()
-        .prop_map(|(x, y, width, height)| Region { x, y, width, height });
+    let region = any::<(u16, u16, u16, u16)>().prop_map(|(x, y, width, height)| Region {
+        x,
+        y,
+        width,
+        height,
+    });
     prop_oneof![
         any::<(u16, bool)>().prop_map(|(code, down)| Event::Key { code, down }),
         any::<(u16, u16)>().prop_map(|(x, y)| Event::Pointer { x, y }),
         any::<(u16, bool)>().prop_map(|(code, down)| Event::Button { code, down }),
-        any::<(i8, i8)>().prop_map(|(vertical, horizontal)| Event::Wheel { vertical, horizontal }),
+        any::<(i8, i8)>().prop_map(|(vertical, horizontal)| Event::Wheel {
+            vertical,
+            horizontal
+        }),
         any::<(u16, u16)>().prop_map(|(width, height)| Event::Screen { width, height }),
         (region, prop::collection::vec(any::<u32>(), 0..20))
             .prop_map(|(region, tiles)| Event::Anchor(Anchor { region, tiles })),
@@ -49,7 +59,10 @@ impl Random {
 
     /// About normally distributed around 0, within `spread` on either side.
     fn around_zero(&mut self, spread: u64) -> i64 {
-        (0..4).map(|_| self.below(spread).cast_signed()).sum::<i64>() / 2
+        (0..4)
+            .map(|_| self.below(spread).cast_signed())
+            .sum::<i64>()
+            / 2
             - spread.cast_signed()
     }
 }
@@ -70,7 +83,13 @@ pub(crate) fn busy_minute(seed: u64) -> Vec<Record> {
         x = (x + speed_x).clamp(0.0, 1279.0);
         y = (y + speed_y).clamp(0.0, 799.0);
         let micros = (step * 16_667 + 2000).saturating_add_signed(random.around_zero(1500));
-        records.push((micros, Event::Pointer { x: x as u16, y: y as u16 }));
+        records.push((
+            micros,
+            Event::Pointer {
+                x: x as u16,
+                y: y as u16,
+            },
+        ));
     }
     let letters: Vec<u16> = (16..=25).chain(30..=38).chain(44..=50).collect();
     let mut at = 0;
@@ -86,7 +105,13 @@ pub(crate) fn busy_minute(seed: u64) -> Vec<Record> {
     }
     for step in 0..30 {
         let tiles = (0..16)
-            .map(|_| if random.below(3) == 0 { 0x5eed_5eed } else { random.next() as u32 })
+            .map(|_| {
+                if random.below(3) == 0 {
+                    0x5eed_5eed
+                } else {
+                    random.next() as u32
+                }
+            })
             .collect();
         let region = Region {
             x: random.below(1216) as u16,
@@ -101,6 +126,9 @@ pub(crate) fn busy_minute(seed: u64) -> Vec<Record> {
     records.sort_by_key(|(micros, _)| *micros);
     records
         .into_iter()
-        .map(|(micros, event)| Record { at: GuestTime { micros }, event })
+        .map(|(micros, event)| Record {
+            at: GuestTime { micros },
+            event,
+        })
         .collect()
 }

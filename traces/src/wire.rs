@@ -1,59 +1,42 @@
 //! Records in one piece, to send over a connection that is already private and authenticated.
 //!
 //! ```text
-//! version        1 byte
-//! plain length   varint
-//! zstd frame     the columns of `coding.rs`
+//! version   1 byte
+//! records   as in `coding.rs`
 //! ```
 //!
 //! What arrives is hostile until it is decoded: nothing is allocated before it is bounded.
 
-use crate::coding::{self, Context, Cursor};
-use crate::pack::{pack, unpack};
+use crate::coding::{self, Context, Limits};
 use crate::{Error, Record};
 
 const VERSION: u8 = 1;
 
-/// How much a peer may make us hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Records.
-    pub records: usize,
-    /// Bytes after decompression; records take up to about fifty times that in memory.
-    pub plain_bytes: usize,
-}
-
 impl Default for Limits {
     /// A long working day of busy typing and pointing.
     fn default() -> Self {
-        Self { records: 8 << 20, plain_bytes: 32 << 20 }
+        Self {
+            records: 8 << 20,
+            plain_bytes: 32 << 20,
+        }
     }
 }
 
 /// Codes and compresses records.
 pub fn encode_records(records: &[Record]) -> Result<Vec<u8>, Error> {
-    let plain = coding::encode(records, &mut Context::default());
     let mut bytes = vec![VERSION];
-    coding::put(&mut bytes, plain.len() as u64);
-    bytes.extend(pack(&plain, &[])?);
+    bytes.extend(coding::encode(records, &mut Context::default())?);
     Ok(bytes)
 }
 
 /// Undoes [`encode_records`]; what exceeds `limits` is refused before it takes memory.
 pub fn decode_records(bytes: &[u8], limits: Limits) -> Result<Vec<Record>, Error> {
-    let mut cursor = Cursor(bytes);
-    if cursor.byte()? != VERSION {
-        return Err(Error::Malformed { what: "their coding is of a version unknown here" });
+    match bytes.split_first() {
+        Some((&VERSION, coded)) => coding::decode(coded, &mut Context::default(), limits),
+        _ => Err(Error::Malformed {
+            what: "their coding is of a version unknown here",
+        }),
     }
-    let found = cursor.varint()?;
-    let length = usize::try_from(found).ok().filter(|length| *length <= limits.plain_bytes);
-    let length = length.ok_or(Error::TooMuch {
-        found,
-        limit: limits.plain_bytes as u64,
-        unit: "bytes",
-    })?;
-    let plain = unpack(cursor.0, length, &[])?;
-    coding::decode(&plain, &mut Context::default(), limits.records)
 }
 
 #[cfg(test)]
@@ -61,6 +44,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::pack::pack;
     use crate::testing::{any_records, busy_minute};
 
     proptest! {
@@ -95,18 +79,25 @@ mod tests {
 
     #[test]
     fn a_bomb_is_refused_before_it_takes_memory() {
-        let mut bytes = vec![VERSION];
+        let mut bytes = vec![VERSION, 0];
         coding::put(&mut bytes, u64::MAX);
         bytes.extend(pack(&[0; 100], &[]).unwrap());
         let found = decode_records(&bytes, Limits::default());
-        assert!(matches!(found, Err(Error::TooMuch { found: u64::MAX, unit: "bytes", .. })));
+        assert!(matches!(
+            found,
+            Err(Error::TooMuch {
+                found: u64::MAX,
+                unit: "bytes",
+                ..
+            })
+        ));
     }
 
     #[test]
     fn a_frame_longer_than_it_says_is_refused() {
-        let mut bytes = vec![VERSION];
+        let mut bytes = vec![VERSION, 0];
         coding::put(&mut bytes, 10);
-        bytes.extend(pack(&[0; 100_000], &[]).unwrap());
+        bytes.extend(pack(&vec![0; 100_000], &[]).unwrap());
         assert!(matches!(
             decode_records(&bytes, Limits::default()),
             Err(Error::Malformed { .. })

@@ -9,9 +9,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::coding::{self, Context};
-use crate::format::{CLOSED, Cipher, Header, LogId, MAX_TILES, Place};
+use crate::format::{CLOSED, Cipher, Header, LogId, MAX_TILES, Place, RECORDS};
 use crate::key::random;
-use crate::pack::{pack, remember};
 use crate::reader::LogReader;
 use crate::{End, Error, Event, GuestTime, LogKey, Record, files};
 
@@ -28,7 +27,6 @@ pub struct LogWriter {
     cipher: Cipher,
     place: Place,
     context: Context,
-    history: Vec<u8>,
     pending: Vec<Record>,
     pending_tiles: usize,
     records: u64,
@@ -60,9 +58,11 @@ impl LogWriter {
             file,
             header,
             cipher,
-            place: Place { number: 0, session: session()? },
+            place: Place {
+                number: 0,
+                session: session()?,
+            },
             context: Context::default(),
-            history: Vec::new(),
             pending: Vec::new(),
             pending_tiles: 0,
             records: 0,
@@ -79,7 +79,9 @@ impl LogWriter {
             .open(path)
             .map_err(Error::io("open the log", path))?;
         file.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => Error::Busy { path: path.to_owned() },
+            TryLockError::WouldBlock => Error::Busy {
+                path: path.to_owned(),
+            },
             TryLockError::Error(error) => Error::io("lock the log", path)(error),
         })?;
         let mut reader = LogReader::with_file(path, file, key)?;
@@ -88,11 +90,17 @@ impl LogWriter {
             records += block.len() as u64;
             last = block.last().map_or(last, |record| record.at);
         }
-        let resumed = Resumed { records, last, end: reader.end() };
+        let resumed = Resumed {
+            records,
+            last,
+            end: reader.end(),
+        };
         let (header, bytes) = (*reader.header(), reader.offset);
-        let place = Place { number: reader.number, session: session()? };
-        let context = reader.context.clone();
-        let history = std::mem::take(&mut reader.history);
+        let place = Place {
+            number: reader.number,
+            session: session()?,
+        };
+        let context = std::mem::take(&mut reader.context);
         let (file, cipher) = reader.into_file()?;
         let writer = Self {
             path: path.to_owned(),
@@ -101,7 +109,6 @@ impl LogWriter {
             cipher,
             place,
             context,
-            history,
             pending: Vec::new(),
             pending_tiles: 0,
             records,
@@ -140,7 +147,10 @@ impl LogWriter {
     pub fn append(&mut self, record: Record) -> Result<(), Error> {
         if let Event::Anchor(anchor) = &record.event {
             if anchor.tiles.len() > MAX_TILES {
-                return Err(Error::AnchorTooLarge { tiles: anchor.tiles.len(), limit: MAX_TILES });
+                return Err(Error::AnchorTooLarge {
+                    tiles: anchor.tiles.len(),
+                    limit: MAX_TILES,
+                });
             }
             self.pending_tiles += anchor.tiles.len();
         }
@@ -159,13 +169,10 @@ impl LogWriter {
         }
         // The coder moves on only with the file: the reader knows nothing of what failed.
         let mut context = self.context.clone();
-        let plain = coding::encode(&self.pending, &mut context);
-        let mut body = vec![0];
-        coding::put(&mut body, plain.len() as u64);
-        body.extend(pack(&plain, &self.history)?);
+        let mut body = vec![RECORDS];
+        body.extend(coding::encode(&self.pending, &mut context)?);
         self.write(body)?;
         self.context = context;
-        remember(&mut self.history, &plain);
         self.records += self.pending.len() as u64;
         self.pending.clear();
         self.pending_tiles = 0;
@@ -175,7 +182,9 @@ impl LogWriter {
     /// Flushes and waits until the disk has it.
     pub fn sync(&mut self) -> Result<(), Error> {
         self.flush()?;
-        self.file.sync_data().map_err(Error::io("make durable the log", &self.path))
+        self.file
+            .sync_data()
+            .map_err(Error::io("make durable the log", &self.path))
     }
 
     /// Ends the log in an orderly way and gives its length. A log that is dropped instead is
@@ -183,18 +192,24 @@ impl LogWriter {
     pub fn close(mut self) -> Result<u64, Error> {
         self.flush()?;
         self.write(vec![CLOSED])?;
-        self.file.sync_all().map_err(Error::io("make durable the log", &self.path))?;
+        self.file
+            .sync_all()
+            .map_err(Error::io("make durable the log", &self.path))?;
         Ok(self.bytes)
     }
 
     fn write(&mut self, body: Vec<u8>) -> Result<(), Error> {
         if self.poisoned {
-            return Err(Error::Poisoned { path: self.path.clone() });
+            return Err(Error::Poisoned {
+                path: self.path.clone(),
+            });
         }
         // Until it has worked: half a block in the file, and a nonce that is used up.
         self.poisoned = true;
         let block = self.cipher.seal(self.place, body)?;
-        self.file.write_all(&block).map_err(Error::io("append to the log", &self.path))?;
+        self.file
+            .write_all(&block)
+            .map_err(Error::io("append to the log", &self.path))?;
         self.place.number += 1;
         self.bytes += block.len() as u64;
         self.poisoned = false;
