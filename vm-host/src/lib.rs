@@ -1,1 +1,40 @@
-//! vm-host
+//! Virtual machines on this host.
+//!
+//! Why: moving a running desktop needs its parts in our hands. RAM is a file that both QEMU and
+//! we map ([`ram`]), disks are chains of qcow2 overlays that we read and write ([`disk`]), and
+//! what is left, the device state, goes through a socket as an array of bytes
+//! ([`Vm::save_device_state`]). How QEMU is made to do this is in [`Vm`]; what this host can do
+//! at all, in [`probe`].
+//!
+//! Promises: a QEMU outlives us and is found again ([`Vm::attach`]); one that dies says why in
+//! the error; a guest started from equal [`Hardware`] loads the other's state. QEMU 7.2 to 10.x.
+//!
+//! No goals: the network between sites, generations and their files; recording and replay.
+
+mod clock;
+mod command_line;
+mod device_state;
+mod error;
+mod hardware;
+mod input;
+pub mod keys;
+mod probe;
+mod process;
+pub mod programs;
+mod qmp;
+pub mod ram;
+pub mod screen;
+mod screenshot;
+mod serial;
+mod vm;
+
+pub use clock::GuestClock;
+pub use error::{Error, Result};
+pub use hardware::{Accelerator, Boot, DISKS_MAX, Hardware, Launch, Network};
+pub use input::Input;
+pub use process::Death;
+pub use ram::{RamMap, RamMapMut};
+pub use vm::{Status, Vm};
+
+/// Bytes a unix socket's path may have: `sun_path` of `unix(7)` less its final zero.
+pub const SOCKET_PATH_MAX: usize = 107;

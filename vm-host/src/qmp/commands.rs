@@ -1,0 +1,85 @@
+//! QMP commands and replies that `qapi` (whose schema is QEMU 9.1's) can't carry for every
+//! QEMU from 7.2 on, cut to the fields that are used. Unknown fields are ignored.
+
+use qapi::{Command, Empty};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+macro_rules! commands {
+    ($($(#[$doc:meta])* $name:literal $type:ident { $($field:ident: $of:ty),* } -> $ok:ty;)*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Serialize)]
+        #[serde(rename_all = "kebab-case")]
+        pub(crate) struct $type { $(pub(crate) $field: $of),* }
+
+        impl Command for $type {
+            type Ok = $ok;
+            const NAME: &'static str = $name;
+            const ALLOW_OOB: bool = false;
+        }
+    )*};
+}
+
+commands! {
+    /// The run state; `qapi`'s reply type knows a closed set of states.
+    "query-status" QueryStatus {} -> StatusInfo;
+    /// Switches migration capabilities; `qapi`'s knows a closed set.
+    "migrate-set-capabilities" MigrateSetCapabilities { capabilities: Vec<Capability> } -> Empty;
+    /// Migration speed.
+    "migrate-set-parameters" MigrateSetParameters { max_bandwidth: u64 } -> Empty;
+    /// Sends state.
+    "migrate" Migrate { uri: String } -> Empty;
+    /// Receives state.
+    "migrate-incoming" MigrateIncoming { uri: String } -> Empty;
+    /// Ends a migration.
+    "migrate_cancel" MigrateCancel {} -> Empty;
+    /// How a migration goes.
+    "query-migrate" QueryMigrate {} -> MigrationInfo;
+    /// Block devices and what they hold.
+    "query-block" QueryBlock {} -> Vec<BlockInfo>;
+    /// Adds a block node.
+    "blockdev-add" BlockdevAdd { driver: &'static str, node_name: String, read_only: bool,
+        discard: &'static str, file: Value, backing: Option<String> } -> Empty;
+    /// Removes a block node.
+    "blockdev-del" BlockdevDel { node_name: String } -> Empty;
+    /// All or nothing.
+    "transaction" Transaction { actions: Vec<Value> } -> Empty;
+    /// Which CPUs there are, and the host threads that run them.
+    "query-cpus-fast" QueryCpusFast {} -> Vec<CpuInfo>;
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct StatusInfo {
+    pub(crate) status: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Capability {
+    pub(crate) capability: String,
+    pub(crate) state: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct MigrationInfo {
+    pub(crate) error_desc: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct BlockInfo {
+    pub(crate) qdev: Option<String>,
+    pub(crate) inserted: Option<Inserted>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Inserted {
+    pub(crate) node_name: Option<String>,
+    pub(crate) file: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct CpuInfo {
+    pub(crate) thread_id: u32,
+}

@@ -1,0 +1,628 @@
+//! A running QEMU.
+//!
+//! Its life: [`Vm::start`] boots a guest, or waits for device state and then stands still until
+//! [`Vm::resume`]. A process of ours that crashed finds it again with [`Vm::attach`]. It ends by
+//! [`Vm::quit`], [`Vm::kill`], or when the guest powers off.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use qapi::Command;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Context as _;
+use crate::hardware::{Accelerator, Launch, Network, check_socket_path};
+use crate::process::{Death, Identity, Process, thread_cpu_time};
+use crate::qmp::{Qmp, commands};
+use crate::{Error, Result, programs};
+
+/// How long QEMU may take from its start to its first answer. It maps RAM lazily and opens
+/// files; on a loaded host, loading its libraries takes most of the time.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// How long it may take to end.
+const QUIT_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a VM is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// The guest runs.
+    Running,
+    /// The guest stands still and can be resumed.
+    Paused,
+    /// As [`Status::Paused`], and its device state was saved since it stopped.
+    Saved,
+    /// It waits for device state.
+    Incoming,
+    /// Anything else, in QEMU's words (`RunState` in its `run-state.json`): the guest was shut
+    /// down, a disk failed.
+    Other(String),
+}
+
+impl Status {
+    fn parse(words: &str) -> Self {
+        match words {
+            "running" => Self::Running,
+            "paused" | "prelaunch" => Self::Paused,
+            "postmigrate" => Self::Saved,
+            "inmigrate" => Self::Incoming,
+            other => Self::Other(other.to_owned()),
+        }
+    }
+}
+
+impl std::fmt::Display for Status {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Saved => "paused with its device state saved",
+            Self::Incoming => "waiting for device state",
+            Self::Other(words) => words,
+        })
+    }
+}
+
+/// The files of a runtime directory.
+#[derive(Clone, Debug)]
+pub(crate) struct Paths {
+    pub(crate) dir: PathBuf,
+    pub(crate) control: PathBuf,
+    pub(crate) clock: PathBuf,
+    pub(crate) vnc: PathBuf,
+    /// For the moment that device state goes through it.
+    pub(crate) state: PathBuf,
+    pub(crate) log: PathBuf,
+    pub(crate) serial_log: PathBuf,
+    /// Device state as it was last saved, while the guest stands still there.
+    pub(crate) saved: PathBuf,
+    record: PathBuf,
+}
+
+impl Paths {
+    fn new(dir: &Path) -> Result<Self> {
+        let at = |name: &str| dir.join(name);
+        let paths = Self {
+            dir: dir.to_owned(),
+            control: at("control.qmp"),
+            clock: at("clock.qmp"),
+            vnc: at("vnc.sock"),
+            state: at("state.sock"),
+            log: at("qemu.log"),
+            serial_log: at("serial.log"),
+            saved: at("device.saved"),
+            record: at("vm.json"),
+        };
+        for socket in [&paths.control, &paths.clock, &paths.vnc, &paths.state] {
+            check_socket_path(socket)?;
+        }
+        Ok(paths)
+    }
+
+    /// Removes what a QEMU that is gone left behind; its logs stay.
+    fn clear(&self) -> Result<()> {
+        let stale = [
+            &self.control,
+            &self.clock,
+            &self.vnc,
+            &self.state,
+            &self.saved,
+            &self.record,
+        ];
+        stale.into_iter().try_for_each(|path| remove(path))
+    }
+}
+
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).context("remove", path),
+        _ => Ok(()),
+    }
+}
+
+/// Writes a file so that it is either there as a whole or not at all.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let fresh = path.with_extension("new");
+    let mut options = OpenOptions::new();
+    let mut file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&fresh)
+        .context("create", &fresh)?;
+    file.write_all(bytes)
+        .and_then(|()| file.sync_all())
+        .context("write", &fresh)?;
+    fs::rename(&fresh, path).context("rename to", path)
+}
+
+/// What a runtime directory says about its QEMU.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    version: u32,
+    launch: Launch,
+    accelerator: Accelerator,
+    /// Missing if we died between starting QEMU and writing this.
+    process: Option<Identity>,
+}
+
+const RECORD_VERSION: u32 = 1;
+
+/// A QEMU process and the means to drive it. Dropping this leaves QEMU running.
+#[derive(Debug)]
+pub struct Vm {
+    pub(crate) launch: Launch,
+    accelerator: Accelerator,
+    pub(crate) paths: Paths,
+    process: Process,
+    pub(crate) qmp: Qmp,
+    vcpu_threads: Vec<u32>,
+    pub(crate) screen_size: std::sync::Mutex<(u16, u16)>,
+}
+
+impl Vm {
+    /// Starts QEMU, detached from us.
+    ///
+    /// A guest that boots runs when this returns; its RAM file is made anew. One that waits for
+    /// device state needs its RAM file in place, as it was when that state was saved.
+    /// On failure no process and no socket is left.
+    pub async fn start(launch: &Launch) -> Result<Self> {
+        let launch = launch.checked()?;
+        let paths = Paths::new(&launch.runtime_dir)?;
+        let mut builder = fs::DirBuilder::new();
+        builder
+            .recursive(true)
+            .mode(0o700)
+            .create(&paths.dir)
+            .context("create", &paths.dir)?;
+        if let Some(record) = Record::read(&paths)?
+            && let Some(process) = living(&paths, &record)?
+        {
+            let pid = process.identity().pid;
+            return Err(Error::AlreadyRunning {
+                runtime_dir: paths.dir,
+                pid,
+            });
+        }
+        paths.clear()?;
+        remove(&paths.serial_log)?;
+        prepare_ram(&launch)?;
+        for path in launch
+            .disks
+            .iter()
+            .chain(launch.boot.iter().flat_map(|b| [&b.kernel, &b.initrd]))
+        {
+            fs::metadata(path).context("find", path)?;
+        }
+        let accelerator = match launch.accelerator {
+            Accelerator::Auto => crate::probe::accelerator(),
+            chosen => chosen,
+        };
+
+        let mut record = Record {
+            version: RECORD_VERSION,
+            launch,
+            accelerator,
+            process: None,
+        };
+        record.write(&paths)?;
+        let args = crate::command_line::arguments(&record.launch, accelerator, &paths);
+        let qemu = programs::qemu();
+        tracing::debug!(qemu = %qemu.display(), ?args, "starting");
+        let process = match Process::start(&qemu, &args, &paths.dir, &paths.log) {
+            Ok(process) => process,
+            Err(error) => {
+                paths.clear()?;
+                return Err(explain_start(error, &qemu, &record.launch));
+            }
+        };
+        record.process = Some(process.identity().clone());
+        let brought_up = async {
+            record.write(&paths)?;
+            bring_up(&process, &record.launch, &paths).await
+        };
+        match brought_up.await {
+            Ok((qmp, vcpu_threads)) => Ok(Self::assemble(
+                record.launch,
+                accelerator,
+                paths,
+                process,
+                qmp,
+                vcpu_threads,
+            )),
+            Err(error) => {
+                process.kill().context("kill", &qemu)?;
+                process.death().await;
+                paths.clear()?;
+                Err(explain_start(error, &qemu, &record.launch))
+            }
+        }
+    }
+
+    /// Finds the QEMU that was started in a runtime directory; `None` if there is none any more.
+    ///
+    /// QEMU lends its control socket to one process at a time: as long as another one of ours
+    /// has it, this fails with [`Error::Unreachable`] after ten seconds.
+    pub async fn attach(runtime_dir: &Path) -> Result<Option<Self>> {
+        let dir = std::path::absolute(runtime_dir).context("make absolute", runtime_dir)?;
+        let paths = Paths::new(&dir)?;
+        let Some(record) = Record::read(&paths)? else {
+            return Ok(None);
+        };
+        match Qmp::connect(&paths.control, ATTACH_LIMIT).await {
+            Ok(qmp) => {
+                // Whoever listens at the socket is the one to hold, says the kernel.
+                let pid = qmp.peer().unwrap_or_default();
+                let held = Process::hold(pid, &paths.log).context("watch", &paths.record)?;
+                let Some(process) = held else { return Ok(None) };
+                if record
+                    .process
+                    .as_ref()
+                    .is_some_and(|known| known != process.identity())
+                {
+                    return Err(Error::Unreachable {
+                        runtime_dir: dir,
+                        pid,
+                    });
+                }
+                qmp.learn_run_state().await?;
+                let vcpus = vcpu_threads(&qmp).await?;
+                let Record {
+                    launch,
+                    accelerator,
+                    ..
+                } = record;
+                Ok(Some(Self::assemble(
+                    launch,
+                    accelerator,
+                    paths,
+                    process,
+                    qmp,
+                    vcpus,
+                )))
+            }
+            Err(error) => match living(&paths, &record)? {
+                Some(process) => {
+                    tracing::debug!(%error, "no contact");
+                    Err(Error::Unreachable {
+                        runtime_dir: dir,
+                        pid: process.identity().pid,
+                    })
+                }
+                None => Ok(None),
+            },
+        }
+    }
+
+    fn assemble(
+        launch: Launch,
+        accelerator: Accelerator,
+        paths: Paths,
+        process: Process,
+        qmp: Qmp,
+        vcpu_threads: Vec<u32>,
+    ) -> Self {
+        let size = (launch.hardware.screen_width, launch.hardware.screen_height);
+        let screen_size = std::sync::Mutex::new(size);
+        Self {
+            launch,
+            accelerator,
+            paths,
+            process,
+            qmp,
+            vcpu_threads,
+            screen_size,
+        }
+    }
+
+    /// What it was started with, paths made absolute.
+    pub fn launch(&self) -> &Launch {
+        &self.launch
+    }
+
+    /// What runs the guest: [`Accelerator::Auto`] is decided.
+    pub fn accelerator(&self) -> Accelerator {
+        self.accelerator
+    }
+
+    /// Where its sockets and logs are.
+    pub fn runtime_dir(&self) -> &Path {
+        &self.paths.dir
+    }
+
+    /// The unix socket of its VNC server. Takes any number of clients.
+    pub fn vnc_socket(&self) -> &Path {
+        &self.paths.vnc
+    }
+
+    /// A QMP socket for a [`GuestClock`](crate::GuestClock), which may live in another process.
+    pub fn clock_qmp_socket(&self) -> &Path {
+        &self.paths.clock
+    }
+
+    /// What the guest wrote to its serial port since QEMU was started.
+    pub fn serial_log(&self) -> &Path {
+        &self.paths.serial_log
+    }
+
+    /// QEMU's process number.
+    pub fn pid(&self) -> u32 {
+        self.process.identity().pid
+    }
+
+    /// Time its virtual CPUs have been executing on the host. Under TCG an idle guest uses none.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let sum = || -> io::Result<Duration> {
+            self.vcpu_threads
+                .iter()
+                .map(|&t| thread_cpu_time(self.pid(), t))
+                .sum()
+        };
+        sum().context(
+            "read the CPU time of",
+            Path::new(&format!("/proc/{}", self.pid())),
+        )
+    }
+
+    /// What it is doing.
+    pub async fn status(&self) -> Result<Status> {
+        let info = self.ask("tell its state", commands::QueryStatus {}).await?;
+        Ok(Status::parse(&info.status))
+    }
+
+    /// Whether the guest runs, and each change of it: `changed()` of the receiver waits for the
+    /// next one. Ends, as not running, with QEMU.
+    pub fn watch_running(&self) -> tokio::sync::watch::Receiver<bool> {
+        let mut source = self.qmp.watch_running();
+        let (sender, receiver) = tokio::sync::watch::channel(source.borrow().is_running());
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    () = sender.closed() => break,
+                    changed = source.changed() => {
+                        let running = changed.is_ok() && source.borrow().is_running();
+                        sender.send_if_modified(|old| std::mem::replace(old, running) != running);
+                        if changed.is_err() {
+                            break;
+                        }
+                    }
+                }
+            }
+        });
+        receiver
+    }
+
+    /// Stops the guest. When this returns, all its disk writes are in the image files: whoever
+    /// reads them sees what the guest would.
+    pub async fn pause(&self) -> Result<()> {
+        self.ask("pause", qapi::qmp::stop {}).await.map(drop)
+    }
+
+    /// Lets the guest run, also after its device state was saved.
+    pub async fn resume(&self) -> Result<()> {
+        if self.status().await? == Status::Incoming {
+            let is = Status::Incoming.to_string();
+            return Err(Error::State {
+                doing: "resume",
+                is,
+                must_be: "given its device state",
+            });
+        }
+        remove(&self.paths.saved)?;
+        self.ask("resume", qapi::qmp::cont {}).await.map(drop)
+    }
+
+    /// Ends QEMU in an orderly way (the guest isn't asked), and waits until it is gone.
+    pub async fn quit(&self) -> Result<()> {
+        match self.qmp.execute(qapi::qmp::quit {}).await {
+            // It may be gone before its answer is read.
+            Ok(_) | Err(Error::Disconnected { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        tokio::time::timeout(QUIT_LIMIT, self.death())
+            .await
+            .map_err(|_| Error::Timeout {
+                doing: "its end".into(),
+                limit: QUIT_LIMIT,
+            })?;
+        self.paths.clear()
+    }
+
+    /// Ends QEMU at once, and waits until it is gone. Disk writes it has not yet made are lost.
+    pub async fn kill(&self) -> Result<()> {
+        self.process
+            .kill()
+            .context("kill the QEMU in", &self.paths.dir)?;
+        self.death().await;
+        self.paths.clear()
+    }
+
+    /// Waits until QEMU is gone, whatever the reason, and tells it.
+    pub async fn death(&self) -> Death {
+        self.process.death().await
+    }
+
+    /// Executes a command; if QEMU is found dead, the error says why it died.
+    pub(crate) async fn ask<C: Command>(&self, doing: &str, command: C) -> Result<C::Ok> {
+        let answer = self.qmp.execute(command).await;
+        match answer {
+            Err(error) => Err(blame(&self.process, &self.launch.name, doing, error).await),
+            answer => answer,
+        }
+    }
+
+    /// As [`Vm::ask`] does, for failures from elsewhere.
+    pub(crate) async fn blame(&self, doing: &str, error: Error) -> Error {
+        blame(&self.process, &self.launch.name, doing, error).await
+    }
+}
+
+/// How long a QEMU that closed its connection may take to be gone.
+const DYING_LIMIT: Duration = Duration::from_secs(10);
+/// How long a living QEMU may take to greet.
+const ATTACH_LIMIT: Duration = Duration::from_secs(10);
+
+/// A lost connection has a reason: QEMU's death, which has one too.
+async fn blame(process: &Process, name: &str, doing: &str, error: Error) -> Error {
+    if !matches!(error, Error::Disconnected { .. } | Error::Io { .. }) {
+        return error;
+    }
+    match tokio::time::timeout(DYING_LIMIT, process.death()).await {
+        Ok(death) => Error::Died {
+            name: name.to_owned(),
+            doing: doing.to_owned(),
+            death,
+        },
+        Err(_) => error,
+    }
+}
+
+/// From a fresh process to a QEMU that does what its launch says.
+async fn bring_up(process: &Process, launch: &Launch, paths: &Paths) -> Result<(Qmp, Vec<u32>)> {
+    let connect = async {
+        loop {
+            match Qmp::connect(&paths.control, START_LIMIT).await {
+                // Between QEMU's bind and listen nothing can be waited for but time.
+                Err(Error::Io { source, .. })
+                    if matches!(
+                        source.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                    ) =>
+                {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                outcome => return outcome,
+            }
+        }
+    };
+    let set_up = async {
+        let limit = START_LIMIT;
+        let qmp = tokio::time::timeout(limit, connect)
+            .await
+            .map_err(|_| Error::Timeout {
+                doing: "starting".into(),
+                limit,
+            })??;
+        qmp.learn_run_state().await?;
+        let vcpus = vcpu_threads(&qmp).await?;
+        if !launch.incoming {
+            apply_network(&qmp, launch).await?;
+            qmp.execute(qapi::qmp::cont {}).await?;
+        }
+        Ok((qmp, vcpus))
+    };
+    tokio::select! {
+        outcome = set_up => match outcome {
+            Err(error) => Err(blame(process, &launch.name, "start", error).await),
+            outcome => outcome,
+        },
+        death = process.death() => {
+            Err(Error::Died { name: launch.name.clone(), doing: "start".into(), death })
+        }
+    }
+}
+
+/// Pulls the plug, where the launch says so. Device state brings its own link state along, so
+/// this is done after it was loaded.
+pub(crate) async fn apply_network(qmp: &Qmp, launch: &Launch) -> Result<()> {
+    if launch.hardware.network && launch.network == Network::Unplugged {
+        qmp.execute(qapi::qmp::set_link {
+            name: "nic0".into(),
+            up: false,
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+async fn vcpu_threads(qmp: &Qmp) -> Result<Vec<u32>> {
+    let cpus = qmp.execute(commands::QueryCpusFast {}).await?;
+    Ok(cpus.into_iter().map(|cpu| cpu.thread_id).collect())
+}
+
+/// A guest that boots finds its RAM zeroed, one that is loaded finds it as it was left.
+fn prepare_ram(launch: &Launch) -> Result<()> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let path = &launch.ram;
+    let wanted = launch.hardware.memory_bytes();
+    if launch.incoming {
+        let length = fs::metadata(path).context("find the RAM file", path)?.len();
+        if length != wanted {
+            return Err(Error::Image {
+                path: path.clone(),
+                problem: format!("holds {length} bytes of RAM, this VM has {wanted}"),
+            });
+        }
+        return Ok(());
+    }
+    let mut options = OpenOptions::new();
+    let file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path);
+    file.context("create", path)?
+        .set_len(wanted)
+        .context("size", path)
+}
+
+/// The process of a record, if it is alive.
+fn living(paths: &Paths, record: &Record) -> Result<Option<Process>> {
+    let Some(known) = &record.process else {
+        return Ok(None);
+    };
+    let held = Process::hold(known.pid, &paths.log).context("watch", &paths.record)?;
+    Ok(held.filter(|process| process.identity() == known))
+}
+
+impl Record {
+    fn read(paths: &Paths) -> Result<Option<Self>> {
+        let bytes = match fs::read(&paths.record) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            bytes => bytes.context("read", &paths.record)?,
+        };
+        let record: Self = serde_json::from_slice(&bytes)
+            .map_err(io::Error::from)
+            .context("understand", &paths.record)?;
+        if record.version != RECORD_VERSION {
+            let problem = format!("is of version {}, not {RECORD_VERSION}", record.version);
+            return Err(Error::Image {
+                path: paths.record.clone(),
+                problem,
+            });
+        }
+        Ok(Some(record))
+    }
+
+    fn write(&self, paths: &Paths) -> Result<()> {
+        let json = serde_json::to_vec_pretty(self).map_err(io::Error::from);
+        write_atomically(&paths.record, &json.context("describe", &paths.record)?)
+    }
+}
+
+/// Puts QEMU's words on frequent mistakes into ours.
+fn explain_start(error: Error, qemu: &Path, launch: &Launch) -> Error {
+    let Error::Died { death, .. } = &error else {
+        return error;
+    };
+    let machine = &launch.hardware.machine;
+    if !death.last_words.contains("unsupported machine type") {
+        return error;
+    }
+    let (Ok(version), Ok(newest)) = (programs::version(qemu), programs::default_machine(qemu))
+    else {
+        return error;
+    };
+    Error::UnknownMachine {
+        machine: machine.clone(),
+        version: version.to_string(),
+        newest,
+        needed: machine.trim_start_matches("pc-q35-").to_owned(),
+    }
+}
