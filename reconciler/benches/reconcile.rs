@@ -1,2 +1,238 @@
-//! Placeholder
-fn main() {}
+//! Each stage on synthetic guests: 60 % of pages in use, half of them text-like, half records
+//! of small integers and pointers. `cargo bench -p reconciler` (or with `--profile dev`, which
+//! optimises this crate too).
+
+#![allow(clippy::unwrap_used, missing_docs)] // A bench that cannot go on may panic; the macros document nothing.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use reconciler::{
+    Applier, ApplyOptions, EncodeOptions, Holdings, ImageTree, Offer, OfferOptions, PAGE_SIZE,
+    PageIndex, Place, PlaceKind, Salt, SlicePages, SlicePagesMut, encode_pages, no_progress,
+    resolve,
+};
+
+const GUEST_PAGES: usize = 768 << 8;
+const SMALL_PAGES: usize = 96 << 8;
+
+/// xorshift: the same image in every run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+fn fill(page: &mut [u8], random: &mut Random) {
+    const WORDS: [&[u8]; 8] = [
+        b"the ",
+        b"page ",
+        b"of ",
+        b"static ",
+        b"int ",
+        b"return ",
+        b"\0\0\0\0",
+        b"linux\n",
+    ];
+    if random.next() & 1 == 0 {
+        let mut at = 0;
+        while at < page.len() {
+            let word = WORDS[(random.next() % 8) as usize];
+            let len = word.len().min(page.len() - at);
+            page[at..at + len].copy_from_slice(&word[..len]);
+            at += len;
+        }
+    } else {
+        for record in page.as_chunks_mut::<32>().0 {
+            let pointer = 0xffff_8880_0000_0000 | (random.next() & 0x3fff_ffc0);
+            record[..8].copy_from_slice(&pointer.to_le_bytes());
+            record[8] = random.next() as u8;
+            record[16..18].copy_from_slice(&(random.next() as u16).to_le_bytes());
+        }
+    }
+}
+
+fn guest(pages: usize) -> Vec<u8> {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut bytes = vec![0; pages * PAGE_SIZE];
+    for page in bytes.chunks_mut(PAGE_SIZE) {
+        if random.next() % 10 < 6 {
+            fill(page, &mut random);
+        }
+    }
+    bytes
+}
+
+/// Every `step`-th page changes: a few words, or altogether.
+fn used(base: &[u8], step: u64, seed: u64) -> Vec<u8> {
+    let mut random = Random(seed);
+    let mut bytes = base.to_vec();
+    for page in bytes.chunks_mut(PAGE_SIZE) {
+        match random.next() % (step * 2) {
+            0 => fill(page, &mut random),
+            1 => {
+                for _ in 0..8 {
+                    let at = (random.next() as usize % 512) * 8;
+                    page[at..at + 8].copy_from_slice(&random.next().to_le_bytes());
+                }
+            }
+            _ => {}
+        }
+    }
+    bytes
+}
+
+fn tree(bytes: &[u8]) -> ImageTree {
+    ImageTree::build(&SlicePages(bytes), &no_progress).unwrap()
+}
+
+fn hash(c: &mut Criterion) {
+    let image = guest(GUEST_PAGES);
+    let mut group = c.benchmark_group("hash");
+    group
+        .sample_size(10)
+        .throughput(Throughput::Bytes(image.len() as u64));
+    group.bench_function("build tree, 768 MiB", |b| b.iter(|| tree(&image)));
+    let built = tree(&image);
+    group.throughput(Throughput::Elements(GUEST_PAGES as u64));
+    group.bench_function("differing, 768 MiB", |b| {
+        let other = tree(&used(&image, 10, 5));
+        b.iter(|| built.differing(&other).len());
+    });
+    group.bench_function("encode tree, 768 MiB", |b| b.iter(|| built.encode().len()));
+    let encoded = built.encode();
+    group.bench_function("decode tree, 768 MiB", |b| {
+        b.iter(|| {
+            ImageTree::decode(&encoded, GUEST_PAGES as u64)
+                .unwrap()
+                .pages()
+        });
+    });
+    group.finish();
+}
+
+fn exchange(c: &mut Criterion) {
+    let base = guest(GUEST_PAGES);
+    let source = used(&base, 5, 77);
+    let base_tree = tree(&base);
+    let source_tree = tree(&source);
+    // 700,000 candidates: the base stands for the disks as well.
+    let place = Place {
+        kind: PlaceKind::Disk,
+        tree: &base_tree,
+        reader: &SlicePages(&base),
+    };
+    let places = [place; 5];
+    let holdings = Holdings {
+        base: &base_tree,
+        base_reader: Some(&SlicePages(&base)),
+        current: &base_tree,
+        places: &places,
+    };
+    let options = OfferOptions {
+        salt: Salt([9; 32]),
+        candidates: holdings.candidates(),
+        force_bits: None,
+    };
+    let offer = Offer::new(&source_tree, &base_tree, &options).unwrap();
+    let mut group = c.benchmark_group("exchange");
+    group.sample_size(10);
+    group.throughput(Throughput::Elements(offer.changed().len()));
+    group.bench_function("offer", |b| {
+        b.iter(|| {
+            let offer = Offer::new(&source_tree, &base_tree, &options).unwrap();
+            offer.encode().unwrap().len()
+        });
+    });
+    let bytes = offer.encode().unwrap();
+    group.bench_function("decode offer", |b| {
+        b.iter(|| {
+            Offer::decode(&bytes, GUEST_PAGES as u64)
+                .unwrap()
+                .distinct()
+        });
+    });
+    group.throughput(Throughput::Elements(holdings.candidates()));
+    group.bench_function("resolve, 700,000 candidates", |b| {
+        b.iter(|| resolve(&offer, &holdings).unwrap().lacking());
+    });
+    group.finish();
+}
+
+fn pages(c: &mut Criterion) {
+    let base = guest(SMALL_PAGES);
+    let source = used(&base, 3, 78);
+    let (base_tree, source_tree) = (tree(&base), tree(&source));
+    let (base_pages, source_pages) = (SlicePages(&base), SlicePages(&source));
+    let holdings = Holdings {
+        base: &base_tree,
+        base_reader: Some(&base_pages),
+        current: &base_tree,
+        places: &[],
+    };
+    let options = OfferOptions {
+        salt: Salt([9; 32]),
+        candidates: 1 << 20,
+        force_bits: None,
+    };
+    let offer = Offer::new(&source_tree, &base_tree, &options).unwrap();
+    let resolution = resolve(&offer, &holdings).unwrap();
+    let answer = resolution.answer(&offer).unwrap();
+    let wanted: Vec<PageIndex> = offer.decode_answer(&answer).unwrap();
+    let mut group = c.benchmark_group("pages");
+    group
+        .sample_size(10)
+        .throughput(Throughput::Bytes((wanted.len() * PAGE_SIZE) as u64));
+    for level in [1, 3, 6, 9] {
+        group.bench_function(format!("encode, level {level}"), |b| {
+            let how = EncodeOptions { level, workers: 2 };
+            b.iter(|| {
+                encode_pages(&source_pages, Some(&base_pages), &wanted, how, &mut |_| {
+                    Ok(())
+                })
+                .unwrap()
+                .bytes()
+            });
+        });
+    }
+    let mut chunks = Vec::new();
+    let how = EncodeOptions {
+        level: 3,
+        workers: 2,
+    };
+    encode_pages(
+        &source_pages,
+        Some(&base_pages),
+        &wanted,
+        how,
+        &mut |chunk| {
+            chunks.push(chunk);
+            Ok(())
+        },
+    )
+    .unwrap();
+    group.bench_function("apply", |b| {
+        b.iter_batched_ref(
+            || base.clone(),
+            |image| {
+                let mut image = SlicePagesMut(image);
+                let options = ApplyOptions::default();
+                let mut applier =
+                    Applier::new(&offer, resolution.clone(), &holdings, &mut image, options)
+                        .unwrap();
+                for chunk in &chunks {
+                    applier.push(chunk).unwrap();
+                }
+                applier.finish().unwrap().touched().len()
+            },
+            criterion::BatchSize::PerIteration,
+        );
+    });
+    group.finish();
+}
+
+criterion_group!(benches, hash, exchange, pages);
+criterion_main!(benches);

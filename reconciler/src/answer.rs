@@ -20,7 +20,11 @@ pub(crate) fn encode_answer(lacking: &PageSet, distinct: u64) -> Result<Vec<u8>,
     }
     let mut bitmap = vec![BITMAP];
     put_section(&mut bitmap, &bits)?;
-    Ok(if runs.len() <= bitmap.len() { runs } else { bitmap })
+    Ok(if runs.len() <= bitmap.len() {
+        runs
+    } else {
+        bitmap
+    })
 }
 
 impl Offer {
@@ -52,6 +56,9 @@ impl Offer {
         };
         cursor.end()?;
         let first = self.first_pages();
-        Ok(lacking.iter().map(|content| first[content.0 as usize]).collect())
+        Ok(lacking
+            .iter()
+            .map(|content| first[content.0 as usize])
+            .collect())
     }
 }

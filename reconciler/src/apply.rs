@@ -27,7 +27,9 @@ pub struct ApplyOptions {
 
 impl Default for ApplyOptions {
     fn default() -> Self {
-        Self { spool_memory: 64 << 20 }
+        Self {
+            spool_memory: 64 << 20,
+        }
     }
 }
 
@@ -89,11 +91,18 @@ impl<'a> Applier<'a> {
             },
             root: offer.root(),
         };
-        for index in resolution.zero.iter().chain(resolution.zero_reverted.iter()) {
+        for index in resolution
+            .zero
+            .iter()
+            .chain(resolution.zero_reverted.iter())
+        {
             applier
                 .image
                 .write_zero(index)
-                .map_err(|source| Error::Write { page: index, source })?;
+                .map_err(|source| Error::Write {
+                    page: index,
+                    source,
+                })?;
         }
         applier.revert(&resolution.revert)?;
         applier.copy(&resolution.copies, holdings, &spool)?;
@@ -102,12 +111,19 @@ impl<'a> Applier<'a> {
 
     fn revert(&mut self, pages: &PageSet) -> Result<(), Error> {
         let Some(base) = self.base else {
-            return if pages.is_empty() { Ok(()) } else { Err(Error::NoBase { pages: pages.len() }) };
+            return if pages.is_empty() {
+                Ok(())
+            } else {
+                Err(Error::NoBase { pages: pages.len() })
+            };
         };
         let mut page = ZERO_PAGE;
         for index in pages.iter() {
-            base.read(index, &mut page)
-                .map_err(|source| Error::Read { image: "the base", page: index, source })?;
+            base.read(index, &mut page).map_err(|source| Error::Read {
+                image: "the base",
+                page: index,
+                source,
+            })?;
             write(self.image, index, &page)?;
         }
         Ok(())
@@ -124,21 +140,26 @@ impl<'a> Applier<'a> {
             let kind = match origin {
                 Origin::Current(from) => {
                     if !spool.read(from, &mut page)? {
-                        self.image.read(from, &mut page).map_err(|source| Error::Read {
-                            image: "the replayed image",
-                            page: from,
-                            source,
-                        })?;
+                        self.image
+                            .read(from, &mut page)
+                            .map_err(|source| Error::Read {
+                                image: "the replayed image",
+                                page: from,
+                                source,
+                            })?;
                     }
                     PlaceKind::Replayed
                 }
                 Origin::Place(place, from) => {
                     let place = &holdings.places[place as usize];
-                    place.reader.read(from, &mut page).map_err(|source| Error::Read {
-                        image: "an image to copy from",
-                        page: from,
-                        source,
-                    })?;
+                    place
+                        .reader
+                        .read(from, &mut page)
+                        .map_err(|source| Error::Read {
+                            image: "an image to copy from",
+                            page: from,
+                            source,
+                        })?;
                     place.kind
                 }
             };
@@ -150,7 +171,15 @@ impl<'a> Applier<'a> {
 
     /// Takes the next chunk from the source and writes the pages that it completes.
     pub fn push(&mut self, chunk: &PageChunk) -> Result<(), Error> {
-        let Self { image, base, decoder, wanted, repeats, counts, .. } = self;
+        let Self {
+            image,
+            base,
+            decoder,
+            wanted,
+            repeats,
+            counts,
+            ..
+        } = self;
         decoder.push(chunk, &mut |position, kind, page| {
             // The decoder announces no position that was not asked for.
             let first = wanted[position as usize];
@@ -186,12 +215,18 @@ impl<'a> Applier<'a> {
 
 impl fmt::Debug for Applier<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Applier").field("counts", &self.counts).finish_non_exhaustive()
+        f.debug_struct("Applier")
+            .field("counts", &self.counts)
+            .finish_non_exhaustive()
     }
 }
 
 fn overwritten(resolution: &Resolution) -> Vec<u64> {
-    let sets = [&resolution.zero, &resolution.zero_reverted, &resolution.revert];
+    let sets = [
+        &resolution.zero,
+        &resolution.zero_reverted,
+        &resolution.revert,
+    ];
     sets.iter()
         .flat_map(|set| set.iter())
         .chain(resolution.copies.iter().map(|&(to, _)| to))
@@ -202,7 +237,10 @@ fn overwritten(resolution: &Resolution) -> Vec<u64> {
 }
 
 fn write(image: &mut dyn Image, index: PageIndex, page: &Page) -> Result<(), Error> {
-    image.write(index, page).map_err(|source| Error::Write { page: index, source })
+    image.write(index, page).map_err(|source| Error::Write {
+        page: index,
+        source,
+    })
 }
 
 fn decode_page(
@@ -214,8 +252,11 @@ fn decode_page(
     if kind == PageKind::Delta {
         let base = base.ok_or(Error::NoBase { pages: 1 })?;
         let mut old = ZERO_PAGE;
-        base.read(index, &mut old)
-            .map_err(|source| Error::Read { image: "the base", page: index, source })?;
+        base.read(index, &mut old).map_err(|source| Error::Read {
+            image: "the base",
+            page: index,
+            source,
+        })?;
         xor(page, &old);
     }
     Ok(())
@@ -270,9 +311,15 @@ impl Applied {
 
     fn compare(self, tree: ImageTree) -> Verification {
         if tree.root() == self.root {
-            Verification::Verified(Verified { tree, counts: self.counts })
+            Verification::Verified(Verified {
+                tree,
+                counts: self.counts,
+            })
         } else {
-            Verification::Mismatch(Mismatch { tree, applied: self })
+            Verification::Mismatch(Mismatch {
+                tree,
+                applied: self,
+            })
         }
     }
 }
@@ -347,7 +394,12 @@ pub struct Repairer<'a> {
 impl Repairer<'_> {
     /// Takes the next chunk.
     pub fn push(&mut self, chunk: &PageChunk) -> Result<(), Error> {
-        let Self { image, decoder, pages, .. } = self;
+        let Self {
+            image,
+            decoder,
+            pages,
+            ..
+        } = self;
         decoder.push(chunk, &mut |position, kind, page| {
             let index = pages[position as usize];
             decode_page(None, index, kind, page)?;
@@ -368,6 +420,8 @@ impl Repairer<'_> {
 
 impl fmt::Debug for Repairer<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Repairer").field("pages", &self.pages.len()).finish_non_exhaustive()
+        f.debug_struct("Repairer")
+            .field("pages", &self.pages.len())
+            .finish_non_exhaustive()
     }
 }

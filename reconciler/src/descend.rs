@@ -41,7 +41,10 @@ struct Levels<'a> {
 
 impl<'a> Levels<'a> {
     fn new(tree: &'a ImageTree) -> Self {
-        Self { tree, upper: tree.levels() }
+        Self {
+            tree,
+            upper: tree.levels(),
+        }
     }
 
     /// The 256 children of a node; beyond the image, those of zero pages.
@@ -73,14 +76,21 @@ impl<'a> NodeServer<'a> {
 
     /// Answers one request.
     pub fn answer(&self, request: &NodesRequest) -> Result<NodesReply, Error> {
-        within("the number of nodes", request.nodes.len() as u64, MAX_NODES as u64)?;
+        within(
+            "the number of nodes",
+            request.nodes.len() as u64,
+            MAX_NODES as u64,
+        )?;
         if !(1..=height(self.0.tree.pages())).contains(&request.level) {
             return Err(Error::malformed(WHAT, "no such level"));
         }
-        let children = request.nodes.iter().flat_map(|&node| {
-            self.0.children(request.level, node).into_iter().flatten()
-        });
-        Ok(NodesReply { children: children.collect() })
+        let children = request
+            .nodes
+            .iter()
+            .flat_map(|&node| self.0.children(request.level, node).into_iter().flatten());
+        Ok(NodesReply {
+            children: children.collect(),
+        })
     }
 }
 
@@ -109,7 +119,11 @@ impl<'a> Descent<'a> {
     }
 
     fn between(tree: &'a ImageTree, root: Root) -> Self {
-        let top = Suspect { level: height(tree.pages()), node: 0, expected: None };
+        let top = Suspect {
+            level: height(tree.pages()),
+            node: 0,
+            expected: None,
+        };
         Self {
             ours: Levels::new(tree),
             root,
@@ -129,7 +143,10 @@ impl<'a> Descent<'a> {
                 break;
             }
         }
-        Some(NodesRequest { level, nodes: self.asked.iter().map(|suspect| suspect.node).collect() })
+        Some(NodesRequest {
+            level,
+            nodes: self.asked.iter().map(|suspect| suspect.node).collect(),
+        })
     }
 
     /// Takes the answer to the last request.
@@ -138,8 +155,9 @@ impl<'a> Descent<'a> {
         if !rest.is_empty() || children.len() != self.asked.len() * FAN_OUT {
             return Err(Error::malformed(WHAT, "not as many as were asked for"));
         }
-        for (suspect, theirs) in
-            std::mem::take(&mut self.asked).into_iter().zip(children.chunks(FAN_OUT))
+        for (suspect, theirs) in std::mem::take(&mut self.asked)
+            .into_iter()
+            .zip(children.chunks(FAN_OUT))
         {
             let node = node_hash(suspect.level, theirs.iter());
             let consistent = match suspect.expected {
@@ -147,7 +165,10 @@ impl<'a> Descent<'a> {
                 None => root_hash(self.ours.tree.pages(), &node) == self.root,
             };
             if !consistent {
-                return Err(Error::malformed(WHAT, "they do not lead to the root that was offered"));
+                return Err(Error::malformed(
+                    WHAT,
+                    "they do not lead to the root that was offered",
+                ));
             }
             let ours = self.ours.children(suspect.level, suspect.node);
             for (i, (theirs, ours)) in theirs.iter().zip(&ours).enumerate() {
@@ -168,7 +189,11 @@ impl<'a> Descent<'a> {
         if parent.level == 1 {
             self.differing.push(node);
         } else {
-            self.open.push(Suspect { level: parent.level - 1, node, expected: Some(hash) });
+            self.open.push(Suspect {
+                level: parent.level - 1,
+                node,
+                expected: Some(hash),
+            });
         }
         Ok(())
     }
@@ -186,7 +211,11 @@ mod tests {
     use super::*;
     use crate::page::PageHash;
 
-    fn descend(ours: &ImageTree, theirs: &ImageTree, spoil: Option<usize>) -> Result<PageSet, Error> {
+    fn descend(
+        ours: &ImageTree,
+        theirs: &ImageTree,
+        spoil: Option<usize>,
+    ) -> Result<PageSet, Error> {
         let server = NodeServer::new(theirs);
         let mut descent = Descent::between(ours, theirs.root());
         while let Some(request) = descent.next_request() {

@@ -36,7 +36,10 @@ pub struct EncodeOptions {
 impl EncodeOptions {
     /// What suits a line of this speed on two cores.
     pub fn for_line(bits_per_second: u64) -> Self {
-        Self { level: level_for(bits_per_second), workers: 2 }
+        Self {
+            level: level_for(bits_per_second),
+            workers: 2,
+        }
     }
 }
 
@@ -108,10 +111,24 @@ pub fn encode_pages(
             scope.spawn(move || read_stage(image, base, pages, &kinds, literals_in, deltas_in));
         let to_wire = chunks_in.clone();
         let literal = scope.spawn(move || {
-            compress_stage(StreamId::Literal, "literal", &literals, &to_wire, options, window)
+            compress_stage(
+                StreamId::Literal,
+                "literal",
+                &literals,
+                &to_wire,
+                options,
+                window,
+            )
         });
         let delta = scope.spawn(move || {
-            compress_stage(StreamId::Delta, "delta", &deltas, &chunks_in, options, window)
+            compress_stage(
+                StreamId::Delta,
+                "delta",
+                &deltas,
+                &chunks_in,
+                options,
+                window,
+            )
         });
 
         let mut stats = EncodeStats::default();
@@ -151,7 +168,10 @@ struct SharedBase<'a>(Option<&'a dyn ReadPages>);
 
 fn window_log(pages: usize) -> u32 {
     let bytes = (pages as u64).saturating_mul(PAGE_SIZE as u64);
-    bytes.next_power_of_two().trailing_zeros().clamp(17, MAX_WINDOW_LOG)
+    bytes
+        .next_power_of_two()
+        .trailing_zeros()
+        .clamp(17, MAX_WINDOW_LOG)
 }
 
 fn read_stage(
@@ -168,13 +188,18 @@ fn read_stage(
         let mut kinds = Vec::with_capacity(batch.len());
         let (mut literal, mut delta) = (Vec::new(), Vec::new());
         for &index in batch {
-            image
-                .read(index, &mut page)
-                .map_err(|source| Error::Read { image: "the new image", page: index, source })?;
+            image.read(index, &mut page).map_err(|source| Error::Read {
+                image: "the new image",
+                page: index,
+                source,
+            })?;
             let mut kind = PageKind::Literal;
             if let Some(base) = base.0 {
-                base.read(index, &mut old)
-                    .map_err(|source| Error::Read { image: "the base", page: index, source })?;
+                base.read(index, &mut old).map_err(|source| Error::Read {
+                    image: "the base",
+                    page: index,
+                    source,
+                })?;
                 kind = choose(&page, &old);
             }
             if kind == PageKind::Delta {
@@ -187,7 +212,10 @@ fn read_stage(
             }
             kinds.push(kind);
         }
-        let kinds = PageChunk { stream: StreamId::Kinds, bytes: encode_kinds(&kinds) };
+        let kinds = PageChunk {
+            stream: StreamId::Kinds,
+            bytes: encode_kinds(&kinds),
+        };
         let sent = kinds_out.send(kinds).is_ok()
             && (literal.is_empty() || literals.send(literal).is_ok())
             && (delta.is_empty() || deltas.send(delta).is_ok());
@@ -195,6 +223,8 @@ fn read_stage(
             return Err(Error::SinkClosed);
         }
     }
+    // Closing the queues ends the compressors' frames.
+    drop((literals, deltas));
     Ok(counts)
 }
 
@@ -207,7 +237,11 @@ fn choose(page: &Page, base: &Page) -> PageKind {
     let (words, old) = (page.as_chunks::<8>().0, base.as_chunks::<8>().0);
     let full = words.iter().filter(|&word| *word != [0; 8]).count();
     let changed = words.iter().zip(old).filter(|(a, b)| a != b).count();
-    if changed * 2 <= full { PageKind::Delta } else { PageKind::Literal }
+    if changed * 2 <= full {
+        PageKind::Delta
+    } else {
+        PageKind::Literal
+    }
 }
 
 /// XORs `with` into `page`; twice is nothing.
@@ -226,9 +260,15 @@ fn compress_stage(
     window_log: u32,
 ) -> Result<(), Error> {
     // A stream without pages sends nothing, not even an empty frame.
-    let Ok(first) = pages.recv() else { return Ok(()) };
+    let Ok(first) = pages.recv() else {
+        return Ok(());
+    };
     let run = || -> io::Result<()> {
-        let out = ChunkWriter { stream, chunks, bytes: Vec::with_capacity(MAX_CHUNK) };
+        let out = ChunkWriter {
+            stream,
+            chunks,
+            bytes: Vec::with_capacity(MAX_CHUNK),
+        };
         let mut encoder = Encoder::new(out, options.level)?;
         encoder.include_checksum(true)?;
         encoder.set_parameter(CParameter::WindowLog(window_log))?;
@@ -245,7 +285,10 @@ fn compress_stage(
     };
     run().map_err(|source| match source.kind() {
         io::ErrorKind::BrokenPipe => Error::SinkClosed,
-        _ => Error::Encode { stream: name, source },
+        _ => Error::Encode {
+            stream: name,
+            source,
+        },
     })
 }
 
@@ -271,7 +314,12 @@ impl Write for ChunkWriter<'_> {
             return Ok(());
         }
         let bytes = std::mem::replace(&mut self.bytes, Vec::with_capacity(MAX_CHUNK));
-        let chunk = PageChunk { stream: self.stream, bytes };
-        self.chunks.send(chunk).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        let chunk = PageChunk {
+            stream: self.stream,
+            bytes,
+        };
+        self.chunks
+            .send(chunk)
+            .map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 }

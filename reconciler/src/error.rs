@@ -49,7 +49,9 @@ pub enum Error {
         limit: u64,
     },
     /// The offer counts from an image that this side does not hold.
-    #[error("the offer starts from another base than the one held here; send it from a common generation")]
+    #[error(
+        "the offer starts from another base than the one held here; send it from a common generation"
+    )]
     WrongBase,
     /// A page has to go back to the base's content, and the base cannot be read here.
     #[error("{pages} pages have to go back to the base, which is not at hand; pass its reader")]
@@ -89,7 +91,9 @@ pub enum Error {
     #[error("a thread of the page encoder died; this is a defect, please report it")]
     WorkerDied,
     /// The image still differs after the pages that the source named were sent again.
-    #[error("the image still differs from the source after {rounds} repairs; is the source really stopped?")]
+    #[error(
+        "the image still differs from the source after {rounds} repairs; is the source really stopped?"
+    )]
     NotHealing {
         /// How often it was tried.
         rounds: u32,
@@ -104,5 +108,9 @@ impl Error {
 
 /// Checks an announced quantity before anything is allocated for it.
 pub(crate) const fn within(what: &'static str, found: u64, limit: u64) -> Result<(), Error> {
-    if found > limit { Err(Error::TooLarge { what, found, limit }) } else { Ok(()) }
+    if found > limit {
+        Err(Error::TooLarge { what, found, limit })
+    } else {
+        Ok(())
+    }
 }

@@ -30,6 +30,7 @@ mod apply;
 mod descend;
 mod encode;
 mod error;
+mod file;
 mod memory;
 mod offer;
 mod page;
@@ -42,12 +43,11 @@ mod tree;
 mod tree_codec;
 mod wire;
 
-pub use apply::{
-    Applied, Applier, ApplyOptions, Mismatch, Repairer, Verification, Verified,
-};
+pub use apply::{Applied, Applier, ApplyOptions, Mismatch, Repairer, Verification, Verified};
 pub use descend::{Descent, MAX_NODES, NodeServer, NodesReply, NodesRequest};
 pub use encode::{Closed, EncodeOptions, EncodeStats, encode_pages, level_for};
 pub use error::Error;
+pub use file::FilePages;
 pub use memory::{MAX_REPAIRS, Message, Options, Source, Stats, reconcile_in_memory};
 pub use offer::{Offer, OfferOptions, Salt, short_bits};
 pub use page::{

@@ -96,7 +96,9 @@ pub fn reconcile_in_memory(
     stats.answer_bytes = answer.len() as u64;
 
     let pages = offered.decode_answer(&answer)?;
-    let applied = apply(source, &offer, holdings, resolution, image, &pages, options, on_the_way)?;
+    let applied = apply(
+        source, &offer, holdings, resolution, image, &pages, options, on_the_way,
+    )?;
     stats.encoded = applied.1;
     let mut verification = applied.0.verify(image.reader(), &no_progress)?;
     for _ in 0..MAX_REPAIRS {
@@ -133,7 +135,9 @@ pub fn reconcile_in_memory(
             stats.pages = verified.counts().clone();
             Ok((verified, stats))
         }
-        Verification::Mismatch(_) => Err(Error::NotHealing { rounds: MAX_REPAIRS }),
+        Verification::Mismatch(_) => Err(Error::NotHealing {
+            rounds: MAX_REPAIRS,
+        }),
     }
 }
 
@@ -150,14 +154,22 @@ fn apply(
 ) -> Result<(Applied, EncodeStats), Error> {
     let mut applier = Applier::new(offer, resolution, holdings, image, options.apply)?;
     let mut failed = None;
-    let base = source.base_reader.filter(|_| holdings.base_reader.is_some());
-    let sent = encode_pages(source.image, base, pages, options.encode, &mut |mut chunk| {
-        on_the_way(Message::Pages(&mut chunk.bytes));
-        applier.push(&chunk).map_err(|error| {
-            failed = Some(error);
-            crate::encode::Closed
-        })
-    });
+    let base = source
+        .base_reader
+        .filter(|_| holdings.base_reader.is_some());
+    let sent = encode_pages(
+        source.image,
+        base,
+        pages,
+        options.encode,
+        &mut |mut chunk| {
+            on_the_way(Message::Pages(&mut chunk.bytes));
+            applier.push(&chunk).map_err(|error| {
+                failed = Some(error);
+                crate::encode::Closed
+            })
+        },
+    );
     let sent = failed.map_or(sent, Err)?;
     Ok((applier.finish()?, sent))
 }

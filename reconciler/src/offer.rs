@@ -107,8 +107,10 @@ impl Offer {
         let mut bits =
             forced.unwrap_or_else(|| short_bits(distinct.len() as u64, options.candidates));
         let shorts = loop {
-            let shorts: Vec<u64> =
-                distinct.iter().map(|hash| short(&options.salt, bits, hash)).collect();
+            let shorts: Vec<u64> = distinct
+                .iter()
+                .map(|hash| short(&options.salt, bits, hash))
+                .collect();
             if forced.is_some() || bits == MAX_BITS || all_distinct(&shorts) {
                 break shorts;
             }
@@ -235,7 +237,11 @@ impl Offer {
             return Err(cursor.malformed("it is of an unknown version"));
         }
         let pages = cursor.varint()?;
-        within("the size of an image in pages", pages, max_pages.min(MAX_PAGES))?;
+        within(
+            "the size of an image in pages",
+            pages,
+            max_pages.min(MAX_PAGES),
+        )?;
         let (base, root) = (Root(cursor.array()?), Root(cursor.array()?));
         let salt = Salt(cursor.array()?);
         let bits = u32::from(cursor.array::<1>()?[0]);
@@ -254,7 +260,17 @@ impl Offer {
         cursor.end()?;
         let contents = decode_repeats(&mut sets, changed.len(), distinct)?;
         sets.end()?;
-        Ok(Self { pages, base, root, salt, bits, zeros, changed, contents, shorts })
+        Ok(Self {
+            pages,
+            base,
+            root,
+            salt,
+            bits,
+            zeros,
+            changed,
+            contents,
+            shorts,
+        })
     }
 }
 
@@ -269,11 +285,20 @@ fn decode_repeats(cursor: &mut Cursor<'_>, len: u64, distinct: u64) -> Result<Ve
         return Err(cursor.malformed("the number of contents does not fit the pages"));
     }
     // Each repeat takes a byte of its own.
-    within("the number of repeated pages", repeats.len(), cursor.remaining() as u64)?;
+    within(
+        "the number of repeated pages",
+        repeats.len(),
+        cursor.remaining() as u64,
+    )?;
     let mut contents = Vec::with_capacity(len as usize);
     let (mut fresh, mut expected) = (0u32, 0i64);
     let mut next = 0;
-    for run in repeats.runs().iter().cloned().chain(std::iter::once(len..len)) {
+    for run in repeats
+        .runs()
+        .iter()
+        .cloned()
+        .chain(std::iter::once(len..len))
+    {
         while next < run.start {
             contents.push(fresh);
             fresh += 1;
@@ -281,8 +306,10 @@ fn decode_repeats(cursor: &mut Cursor<'_>, len: u64, distinct: u64) -> Result<Ve
         }
         for _ in run {
             let coded = cursor.varint()?;
-            let step = (coded >> 1) as i64 ^ -((coded & 1) as i64);
-            let content = expected.checked_add(step).and_then(|content| u32::try_from(content).ok());
+            let step = (coded >> 1).cast_signed() ^ -(coded & 1).cast_signed();
+            let content = expected
+                .checked_add(step)
+                .and_then(|content| u32::try_from(content).ok());
             let Some(content) = content.filter(|&content| content < fresh) else {
                 return Err(cursor.malformed("a page repeats one that did not come before"));
             };
@@ -317,7 +344,9 @@ fn pack_bits(out: &mut Vec<u8>, values: &[u64], bits: u32) {
 }
 
 fn unpack_bits(cursor: &mut Cursor<'_>, values: u64, bits: u32) -> Result<Vec<u64>, Error> {
-    let len = values.checked_mul(u64::from(bits)).map(|bits| bits.div_ceil(8));
+    let len = values
+        .checked_mul(u64::from(bits))
+        .map(|bits| bits.div_ceil(8));
     let len = len.ok_or(cursor.malformed("it ends early"))?;
     let packed = cursor.bytes(len)?;
     let (mut held, mut count) = (0u128, 0);
@@ -345,14 +374,22 @@ mod tests {
     fn tree(kinds: &[u8]) -> ImageTree {
         let mut tree = ImageTree::zero(kinds.len() as u64).unwrap();
         for (i, &kind) in kinds.iter().enumerate() {
-            let hash = if kind == 0 { PageHash::ZERO } else { PageHash([kind; 32]) };
+            let hash = if kind == 0 {
+                PageHash::ZERO
+            } else {
+                PageHash([kind; 32])
+            };
             tree.set(PageIndex(i as u64), hash).unwrap();
         }
         tree
     }
 
     fn options(force_bits: Option<u32>) -> OfferOptions {
-        OfferOptions { salt: Salt([3; 32]), candidates: 1000, force_bits }
+        OfferOptions {
+            salt: Salt([3; 32]),
+            candidates: 1000,
+            force_bits,
+        }
     }
 
     proptest! {

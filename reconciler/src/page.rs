@@ -57,7 +57,11 @@ impl PageHash {
     /// Hashes a page.
     #[inline]
     pub fn of(page: &Page) -> Self {
-        if is_zero(page) { Self::ZERO } else { Self(*blake3::hash(page).as_bytes()) }
+        if is_zero(page) {
+            Self::ZERO
+        } else {
+            Self(*blake3::hash(page).as_bytes())
+        }
     }
 
     /// Whether this is the hash of the zero page.
@@ -133,7 +137,9 @@ pub const fn pages_for(bytes: u64) -> u64 {
 }
 
 fn read_slice(bytes: &[u8], index: PageIndex, into: &mut Page) {
-    let start = usize::try_from(index.0).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
+    let start = usize::try_from(index.0)
+        .unwrap_or(usize::MAX)
+        .saturating_mul(PAGE_SIZE);
     let rest = bytes.get(start..).unwrap_or_default();
     let held = rest.len().min(PAGE_SIZE);
     into[..held].copy_from_slice(&rest[..held]);
@@ -177,10 +183,19 @@ impl ReadPages for SlicePagesMut<'_> {
 
 impl WritePages for SlicePagesMut<'_> {
     fn write(&mut self, index: PageIndex, page: &Page) -> io::Result<()> {
-        let start = usize::try_from(index.0).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
-        let rest = self.0.get_mut(start..).filter(|rest| !rest.is_empty()).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::InvalidInput, "the page is past the end of the image")
-        })?;
+        let start = usize::try_from(index.0)
+            .unwrap_or(usize::MAX)
+            .saturating_mul(PAGE_SIZE);
+        let rest = self
+            .0
+            .get_mut(start..)
+            .filter(|rest| !rest.is_empty())
+            .ok_or_else(|| {
+                io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "the page is past the end of the image",
+                )
+            })?;
         let held = rest.len().min(PAGE_SIZE);
         if page[held..].iter().any(|&byte| byte != 0) {
             return Err(io::Error::new(
@@ -213,7 +228,10 @@ mod tests {
         assert_eq!(image.pages(), 2);
         let mut page = [9; PAGE_SIZE];
         image.read(PageIndex(1), &mut page).unwrap();
-        assert_eq!((&page[..10], &page[10..]), (&[7u8; 10][..], &[0u8; PAGE_SIZE - 10][..]));
+        assert_eq!(
+            (&page[..10], &page[10..]),
+            (&[7u8; 10][..], &[0u8; PAGE_SIZE - 10][..])
+        );
         image.read(PageIndex(2), &mut page).unwrap();
         assert!(is_zero(&page));
         page[11] = 1;

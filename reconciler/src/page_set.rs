@@ -20,7 +20,10 @@ pub struct PageSet {
 impl PageSet {
     /// The set without members.
     pub const fn new() -> Self {
-        Self { runs: Vec::new(), len: 0 }
+        Self {
+            runs: Vec::new(),
+            len: 0,
+        }
     }
 
     /// All pages from `range.start` up to `range.end`.
@@ -162,7 +165,10 @@ impl PageSet {
         let count = cursor.varint()?;
         // Each run takes at least two bytes: a lie about the count is found before allocating.
         within("the number of runs", count, cursor.remaining() as u64 / 2)?;
-        let mut set = Self { runs: Vec::with_capacity(count as usize), len: 0 };
+        let mut set = Self {
+            runs: Vec::with_capacity(count as usize),
+            len: 0,
+        };
         for i in 0..count {
             let gap = cursor.varint()?;
             if i > 0 && gap == 0 {

@@ -64,7 +64,11 @@ pub struct Holdings<'a> {
 impl Holdings<'_> {
     /// How many pages will be searched; tell the source, for [`crate::OfferOptions`].
     pub fn candidates(&self) -> u64 {
-        let places: u64 = self.places.iter().map(|place| place.tree.content_pages()).sum();
+        let places: u64 = self
+            .places
+            .iter()
+            .map(|place| place.tree.content_pages())
+            .sum();
         self.current.content_pages() + places
     }
 }
@@ -152,7 +156,11 @@ pub fn resolve(offer: &Offer, holdings: &Holdings<'_>) -> Result<Resolution, Err
     let found = search(offer, holdings);
     let current = holdings.current;
     let mut out = Resolution {
-        zero: offer.zeros().iter().filter(|&index| !current.leaf(index).is_zero()).collect(),
+        zero: offer
+            .zeros()
+            .iter()
+            .filter(|&index| !current.leaf(index).is_zero())
+            .collect(),
         kept: 0,
         zero_kept: 0,
         copies: Vec::new(),
@@ -185,12 +193,18 @@ pub fn resolve(offer: &Offer, holdings: &Holdings<'_>) -> Result<Resolution, Err
     out.repeats.sort_unstable();
 
     let offered = offer.zeros().union(offer.changed());
-    let strayed = current.resized(offer.pages())?.differing(holdings.base).difference(&offered);
-    let (zero, revert): (Vec<_>, Vec<_>) =
-        strayed.iter().partition(|&index| holdings.base.leaf(index).is_zero());
+    let strayed = current
+        .resized(offer.pages())?
+        .differing(holdings.base)
+        .difference(&offered);
+    let (zero, revert): (Vec<_>, Vec<_>) = strayed
+        .iter()
+        .partition(|&index| holdings.base.leaf(index).is_zero());
     let (zero, revert) = (PageSet::from_iter(zero), PageSet::from_iter(revert));
     if holdings.base_reader.is_none() && !revert.is_empty() {
-        return Err(Error::NoBase { pages: revert.len() });
+        return Err(Error::NoBase {
+            pages: revert.len(),
+        });
     }
     out.zero_reverted = zero;
     out.revert = revert;
@@ -221,13 +235,19 @@ fn search(offer: &Offer, holdings: &Holdings<'_>) -> Vec<Found> {
     for (place, tree) in current.chain(places.map(|(i, place)| (Some(i as u32), place.tree))) {
         let chunks = tree.chunks().len();
         // Pages past the end of the new image are gone before they could be copied.
-        let end = if place.is_none() { offer.pages() } else { u64::MAX };
+        let end = if place.is_none() {
+            offer.pages()
+        } else {
+            u64::MAX
+        };
         for first in (0..chunks).step_by(BATCH_CHUNKS) {
             let hits: Vec<_> = tree
                 .content(first..chunks.min(first + BATCH_CHUNKS))
                 .filter(|(index, _)| index.0 < end)
                 .filter_map(|(index, hash)| {
-                    by_short.get(&offer.short_of(&hash)).map(|&content| (content, index, hash))
+                    by_short
+                        .get(&offer.short_of(&hash))
+                        .map(|&content| (content, index, hash))
                 })
                 .collect();
             for (content, index, hash) in hits {

@@ -40,7 +40,11 @@ impl Spool {
             image
                 .read(index, &mut page)
                 .map(|()| page)
-                .map_err(|source| Error::Read { image: "the replayed image", page: index, source })
+                .map_err(|source| Error::Read {
+                    image: "the replayed image",
+                    page: index,
+                    source,
+                })
         };
         for &index in &spool.pages[..in_memory] {
             spool.memory.extend_from_slice(&read(index)?);
@@ -51,7 +55,9 @@ impl Spool {
             for &index in &spool.pages[in_memory..] {
                 out.write_all(&read(index)?).map_err(failed)?;
             }
-            let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
+            let file = out
+                .into_inner()
+                .map_err(|error| failed(error.into_error()))?;
             spool.file = Some(file);
         }
         Ok(spool)
@@ -59,12 +65,15 @@ impl Spool {
 
     /// A page as it was; false when it was not set aside.
     pub(crate) fn read(&self, index: PageIndex, into: &mut Page) -> Result<bool, Error> {
-        let Ok(slot) = self.pages.binary_search(&index) else { return Ok(false) };
+        let Ok(slot) = self.pages.binary_search(&index) else {
+            return Ok(false);
+        };
         if let Some(held) = self.memory.get(slot * PAGE_SIZE..(slot + 1) * PAGE_SIZE) {
             into.copy_from_slice(held);
         } else if let Some(file) = &self.file {
             let at = (slot - self.in_memory) as u64 * PAGE_SIZE as u64;
-            file.read_exact_at(into, at).map_err(|source| Error::Spool { source })?;
+            file.read_exact_at(into, at)
+                .map_err(|source| Error::Spool { source })?;
         }
         Ok(true)
     }

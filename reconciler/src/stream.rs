@@ -52,7 +52,10 @@ pub(crate) enum PageKind {
 pub(crate) fn encode_kinds(kinds: &[PageKind]) -> Vec<u8> {
     let mut out = Vec::new();
     for run in kinds.chunk_by(PartialEq::eq) {
-        put_varint(&mut out, (run.len() as u64) << 1 | u64::from(run[0] == PageKind::Delta));
+        put_varint(
+            &mut out,
+            (run.len() as u64) << 1 | u64::from(run[0] == PageKind::Delta),
+        );
     }
     out
 }
@@ -86,24 +89,45 @@ struct Lane {
 
 impl Lane {
     fn new(kind: PageKind, name: &'static str) -> Result<Self, Error> {
-        let decode = |source| Error::Decode { stream: name, source };
+        let decode = |source| Error::Decode {
+            stream: name,
+            source,
+        };
         let mut zstd = Decoder::new().map_err(decode)?;
-        zstd.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG)).map_err(decode)?;
+        zstd.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))
+            .map_err(decode)?;
         let due = VecDeque::new();
-        Ok(Self { kind, name, zstd, due, page: ZERO_PAGE, held: 0, started: false, ended: false })
+        Ok(Self {
+            kind,
+            name,
+            zstd,
+            due,
+            page: ZERO_PAGE,
+            held: 0,
+            started: false,
+            ended: false,
+        })
     }
 
-    fn push(&mut self, mut input: &[u8], buffer: &mut [u8], on_page: OnPage<'_>) -> Result<(), Error> {
+    fn push(
+        &mut self,
+        mut input: &[u8],
+        buffer: &mut [u8],
+        on_page: OnPage<'_>,
+    ) -> Result<(), Error> {
         self.started |= !input.is_empty();
         let mut more = false;
         while !input.is_empty() || more {
             if self.ended {
                 return Err(Error::malformed(self.name, "bytes follow its end"));
             }
-            let status = self
-                .zstd
-                .run_on_buffers(input, buffer)
-                .map_err(|source| Error::Decode { stream: self.name, source })?;
+            let status =
+                self.zstd
+                    .run_on_buffers(input, buffer)
+                    .map_err(|source| Error::Decode {
+                        stream: self.name,
+                        source,
+                    })?;
             if status.bytes_read == 0 && status.bytes_written == 0 && !input.is_empty() {
                 return Err(Error::malformed(self.name, "it does not go on"));
             }
@@ -118,7 +142,10 @@ impl Lane {
     fn emit(&mut self, mut bytes: &[u8], on_page: OnPage<'_>) -> Result<(), Error> {
         while !bytes.is_empty() {
             let Some(run) = self.due.front_mut() else {
-                return Err(Error::malformed(self.name, "more pages than were announced"));
+                return Err(Error::malformed(
+                    self.name,
+                    "more pages than were announced",
+                ));
             };
             let taken = bytes.len().min(PAGE_SIZE - self.held);
             self.page[self.held..self.held + taken].copy_from_slice(&bytes[..taken]);
@@ -139,7 +166,11 @@ impl Lane {
 
     fn finish(&self) -> Result<(), Error> {
         let complete = self.due.is_empty() && self.held == 0 && self.started == self.ended;
-        if complete { Ok(()) } else { Err(Error::malformed(self.name, "it ends early")) }
+        if complete {
+            Ok(())
+        } else {
+            Err(Error::malformed(self.name, "it ends early"))
+        }
     }
 }
 
@@ -156,7 +187,11 @@ impl PageDecoder {
 
     /// Takes the next chunk and hands on what it completes.
     pub(crate) fn push(&mut self, chunk: &PageChunk, on_page: OnPage<'_>) -> Result<(), Error> {
-        within("a chunk of pages", chunk.bytes.len() as u64, MAX_CHUNK as u64)?;
+        within(
+            "a chunk of pages",
+            chunk.bytes.len() as u64,
+            MAX_CHUNK as u64,
+        )?;
         match chunk.stream {
             StreamId::Kinds => self.announce(&chunk.bytes),
             StreamId::Literal => self.literal.push(&chunk.bytes, &mut self.buffer, on_page),
@@ -172,7 +207,11 @@ impl PageDecoder {
             if count == 0 || count > self.expected - self.announced {
                 return Err(cursor.malformed("it announces pages that were not asked for"));
             }
-            let lane = if coded & 1 == 1 { &mut self.delta } else { &mut self.literal };
+            let lane = if coded & 1 == 1 {
+                &mut self.delta
+            } else {
+                &mut self.literal
+            };
             let run = self.announced..self.announced + count;
             match lane.due.back_mut() {
                 Some(last) if last.end == run.start => last.end = run.end,

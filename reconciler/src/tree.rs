@@ -58,11 +58,16 @@ pub(crate) struct Chunk {
 
 impl Chunk {
     pub(crate) const fn zero() -> Self {
-        Self { leaves: [PageHash::ZERO; FAN_OUT], node: OnceLock::new() }
+        Self {
+            leaves: [PageHash::ZERO; FAN_OUT],
+            node: OnceLock::new(),
+        }
     }
 
     fn node(&self) -> NodeHash {
-        *self.node.get_or_init(|| node_hash(1, self.leaves.iter().map(|leaf| &leaf.0)))
+        *self
+            .node
+            .get_or_init(|| node_hash(1, self.leaves.iter().map(|leaf| &leaf.0)))
     }
 
     pub(crate) fn is_zero(&self) -> bool {
@@ -131,7 +136,10 @@ impl ImageTree {
     /// The tree of an image that is zero throughout.
     pub fn zero(pages: u64) -> Result<Self, Error> {
         within("the size of an image in pages", pages, MAX_PAGES)?;
-        Ok(Self { pages, chunks: vec![None; pages.div_ceil(FAN) as usize] })
+        Ok(Self {
+            pages,
+            chunks: vec![None; pages.div_ceil(FAN) as usize],
+        })
     }
 
     pub(crate) fn from_chunks(pages: u64, chunks: Vec<Option<Arc<Chunk>>>) -> Self {
@@ -174,13 +182,18 @@ impl ImageTree {
         chunks: Range<usize>,
     ) -> impl ParallelIterator<Item = (PageIndex, PageHash)> + '_ {
         let first = chunks.start;
-        self.chunks[chunks].par_iter().enumerate().flat_map_iter(move |(i, chunk)| {
-            let start = (first + i) as u64 * FAN;
-            let leaves = chunk.as_ref().map_or(&[][..], |chunk| &chunk.leaves[..]);
-            leaves.iter().enumerate().filter(|(_, leaf)| !leaf.is_zero()).map(
-                move |(j, &leaf)| (PageIndex(start + j as u64), leaf),
-            )
-        })
+        self.chunks[chunks]
+            .par_iter()
+            .enumerate()
+            .flat_map_iter(move |(i, chunk)| {
+                let start = (first + i) as u64 * FAN;
+                let leaves = chunk.as_ref().map_or(&[][..], |chunk| &chunk.leaves[..]);
+                leaves
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, leaf)| !leaf.is_zero())
+                    .map(move |(j, &leaf)| (PageIndex(start + j as u64), leaf))
+            })
     }
 
     pub(crate) fn chunks(&self) -> &[Option<Arc<Chunk>>] {
@@ -213,7 +226,9 @@ impl ImageTree {
         &mut self,
         leaves: impl IntoIterator<Item = (PageIndex, PageHash)>,
     ) -> Result<(), Error> {
-        leaves.into_iter().try_for_each(|(index, hash)| self.set(index, hash))
+        leaves
+            .into_iter()
+            .try_for_each(|(index, hash)| self.set(index, hash))
     }
 
     /// Reads and hashes these pages of the image anew, on all cores.
@@ -283,7 +298,7 @@ impl ImageTree {
             })
             .collect();
         let mut all = PageSet::new();
-        for run in per_chunk.iter().flat_map(|set| set.runs()) {
+        for run in per_chunk.iter().flat_map(PageSet::runs) {
             all.push_run(run.clone());
         }
         all
@@ -299,7 +314,7 @@ impl ImageTree {
     /// The nodes above the leaves, chunk nodes first, the top last.
     pub(crate) fn levels(&self) -> Vec<Vec<NodeHash>> {
         let zero = zero_node(1);
-        let node = |chunk: &Option<Arc<Chunk>>| chunk.as_ref().map_or(zero, |chunk| chunk.node());
+        let node = |chunk: &Option<Arc<Chunk>>| chunk.as_deref().map_or(zero, Chunk::node);
         let mut levels = vec![self.chunks.par_iter().map(node).collect::<Vec<_>>()];
         for level in 2..=height(self.pages) {
             let below = &levels[level as usize - 2];
@@ -319,7 +334,10 @@ impl ImageTree {
 
 impl fmt::Debug for ImageTree {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ImageTree").field("pages", &self.pages).field("root", &self.root()).finish()
+        f.debug_struct("ImageTree")
+            .field("pages", &self.pages)
+            .field("root", &self.root())
+            .finish_non_exhaustive()
     }
 }
 
@@ -336,9 +354,11 @@ fn read_hash(image: &dyn ReadPages, index: PageIndex) -> Result<PageHash, Error>
         return Ok(PageHash::of(page));
     }
     let mut page = ZERO_PAGE;
-    image
-        .read(index, &mut page)
-        .map_err(|source| Error::Read { image: "the image", page: index, source })?;
+    image.read(index, &mut page).map_err(|source| Error::Read {
+        image: "the image",
+        page: index,
+        source,
+    })?;
     Ok(PageHash::of(&page))
 }
 
@@ -359,16 +379,20 @@ fn hash_chunk(
     }
     let bytes = count as usize * PAGE_SIZE;
     let start = first as usize * PAGE_SIZE;
-    let in_place = image.as_slice().and_then(|slice| slice.get(start..start + bytes));
+    let in_place = image
+        .as_slice()
+        .and_then(|slice| slice.get(start..start + bytes));
     let content = if let Some(content) = in_place {
         content
     } else {
         buffer.resize(bytes, 0);
-        image.read_many(PageIndex(first), buffer).map_err(|source| Error::Read {
-            image: "the image",
-            page: PageIndex(first),
-            source,
-        })?;
+        image
+            .read_many(PageIndex(first), buffer)
+            .map_err(|source| Error::Read {
+                image: "the image",
+                page: PageIndex(first),
+                source,
+            })?;
         &buffer[..]
     };
     let mut chunk: Option<Arc<Chunk>> = None;
@@ -395,7 +419,10 @@ mod tests {
     /// Mostly zero images with a few different pages.
     fn images() -> impl Strategy<Value = Vec<u8>> {
         prop::collection::vec(0u8..4, 0..600).prop_map(|kinds| {
-            kinds.iter().flat_map(|&kind| [kind.saturating_sub(1); PAGE_SIZE]).collect()
+            kinds
+                .iter()
+                .flat_map(|&kind| [kind.saturating_sub(1); PAGE_SIZE])
+                .collect()
         })
     }
 
@@ -423,8 +450,9 @@ mod tests {
 
     #[test]
     fn the_root_binds_the_length() {
-        let roots: Vec<_> =
-            [0, 1, 255, 256, 257, 65536, 65537].map(|n| ImageTree::zero(n).unwrap().root()).into();
+        let roots: Vec<_> = [0, 1, 255, 256, 257, 65536, 65537]
+            .map(|n| ImageTree::zero(n).unwrap().root())
+            .into();
         for (i, root) in roots.iter().enumerate() {
             assert!(!roots[..i].contains(root));
         }
@@ -447,7 +475,10 @@ mod tests {
     fn a_zero_tree_is_the_tree_of_zeros() {
         for pages in [1, 256, 300] {
             let zeros = vec![0; pages * PAGE_SIZE];
-            assert_eq!(tree(&zeros).root(), ImageTree::zero(pages as u64).unwrap().root());
+            assert_eq!(
+                tree(&zeros).root(),
+                ImageTree::zero(pages as u64).unwrap().root()
+            );
         }
     }
 }

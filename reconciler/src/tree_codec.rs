@@ -24,13 +24,23 @@ impl ImageTree {
         put_varint(&mut out, VERSION);
         put_varint(&mut out, self.pages());
         let mut stored = PageSet::new();
-        for (i, _) in self.chunks().iter().enumerate().filter(|(_, chunk)| chunk.is_some()) {
+        for (i, _) in self
+            .chunks()
+            .iter()
+            .enumerate()
+            .filter(|(_, chunk)| chunk.is_some())
+        {
             stored.push(crate::page::PageIndex(i as u64));
         }
         stored.encode_into(&mut out);
         for chunk in self.chunks().iter().flatten() {
             let mut bitmap = [0u8; FAN_OUT / 8];
-            for (i, _) in chunk.leaves.iter().enumerate().filter(|(_, leaf)| !leaf.is_zero()) {
+            for (i, _) in chunk
+                .leaves
+                .iter()
+                .enumerate()
+                .filter(|(_, leaf)| !leaf.is_zero())
+            {
                 bitmap[i / 8] |= 1 << (i % 8);
             }
             out.extend_from_slice(&bitmap);
@@ -59,7 +69,11 @@ impl ImageTree {
             return Err(cursor.malformed("its checksum does not match"));
         }
         let pages = cursor.varint()?;
-        within("the size of an image in pages", pages, max_pages.min(MAX_PAGES))?;
+        within(
+            "the size of an image in pages",
+            pages,
+            max_pages.min(MAX_PAGES),
+        )?;
         let count = pages.div_ceil(FAN_OUT as u64);
         let stored = PageSet::decode_from(&mut cursor, count)?;
         within(
@@ -100,7 +114,8 @@ mod tests {
     fn sample(pages: u64, content: &[(u64, u8)]) -> ImageTree {
         let mut tree = ImageTree::zero(pages).unwrap();
         for &(index, byte) in content {
-            tree.set(PageIndex(index % pages), PageHash([byte; 32])).unwrap();
+            tree.set(PageIndex(index % pages), PageHash([byte; 32]))
+                .unwrap();
         }
         tree
     }

@@ -41,7 +41,10 @@ impl<'a> Cursor<'a> {
     pub(crate) fn varint(&mut self) -> Result<u64, Error> {
         let mut value = 0u64;
         for shift in (0..64).step_by(7) {
-            let (&byte, rest) = self.rest.split_first().ok_or(self.malformed("it ends early"))?;
+            let (&byte, rest) = self
+                .rest
+                .split_first()
+                .ok_or(self.malformed("it ends early"))?;
             self.rest = rest;
             let bits = u64::from(byte & 0x7f);
             if shift == 63 && bits > 1 {
@@ -56,8 +59,12 @@ impl<'a> Cursor<'a> {
     }
 
     pub(crate) fn bytes(&mut self, len: u64) -> Result<&'a [u8], Error> {
-        let len = usize::try_from(len).ok().filter(|&len| len <= self.rest.len());
-        let Some(len) = len else { return Err(self.malformed("it ends early")) };
+        let len = usize::try_from(len)
+            .ok()
+            .filter(|&len| len <= self.rest.len());
+        let Some(len) = len else {
+            return Err(self.malformed("it ends early"));
+        };
         let (taken, rest) = self.rest.split_at(len);
         self.rest = rest;
         Ok(taken)
@@ -72,7 +79,11 @@ impl<'a> Cursor<'a> {
     }
 
     pub(crate) fn end(&self) -> Result<(), Error> {
-        if self.rest.is_empty() { Ok(()) } else { Err(self.malformed("bytes follow its end")) }
+        if self.rest.is_empty() {
+            Ok(())
+        } else {
+            Err(self.malformed("bytes follow its end"))
+        }
     }
 }
 
@@ -82,9 +93,15 @@ const SECTION_LEVEL: i32 = 9;
 
 /// Appends a section: compressed when that is smaller.
 pub(crate) fn put_section(out: &mut Vec<u8>, raw: &[u8]) -> Result<(), Error> {
-    let packed = zstd::bulk::compress(raw, SECTION_LEVEL)
-        .map_err(|source| Error::Encode { stream: "index", source })?;
-    let (tag, body) = if packed.len() < raw.len() { (ZSTD, &packed[..]) } else { (STORED, raw) };
+    let packed = zstd::bulk::compress(raw, SECTION_LEVEL).map_err(|source| Error::Encode {
+        stream: "index",
+        source,
+    })?;
+    let (tag, body) = if packed.len() < raw.len() {
+        (ZSTD, &packed[..])
+    } else {
+        (STORED, raw)
+    };
     out.push(tag);
     put_varint(out, raw.len() as u64);
     put_varint(out, body.len() as u64);
@@ -106,7 +123,10 @@ pub(crate) fn take_section(cursor: &mut Cursor<'_>, limit: u64) -> Result<Vec<u8
             let mut raw = Vec::new();
             zstd::stream::read::Decoder::with_buffer(body)
                 .and_then(|decoder| decoder.take(raw_len + 1).read_to_end(&mut raw))
-                .map_err(|source| Error::Decode { stream: "index", source })?;
+                .map_err(|source| Error::Decode {
+                    stream: "index",
+                    source,
+                })?;
             raw
         }
         _ => return Err(cursor.malformed("a section is packed in an unknown way")),
@@ -133,7 +153,10 @@ pub fn blob_parts(blob: &[u8]) -> impl Iterator<Item = BlobPart> + '_ {
     let count = blob.len().div_ceil(MAX_CHUNK).max(1);
     (0..count).map(move |i| {
         let end = blob.len().min((i + 1) * MAX_CHUNK);
-        BlobPart { bytes: blob[i * MAX_CHUNK..end].to_vec(), last: i + 1 == count }
+        BlobPart {
+            bytes: blob[i * MAX_CHUNK..end].to_vec(),
+            last: i + 1 == count,
+        }
     })
 }
 
@@ -148,7 +171,11 @@ pub struct BlobAssembler {
 impl BlobAssembler {
     /// Accepts at most `limit` bytes in all.
     pub const fn new(limit: u64) -> Self {
-        Self { bytes: Vec::new(), limit, complete: false }
+        Self {
+            bytes: Vec::new(),
+            limit,
+            complete: false,
+        }
     }
 
     /// Takes the next part; the whole message after the last one.
@@ -156,8 +183,16 @@ impl BlobAssembler {
         if self.complete {
             return Err(Error::malformed("message", "a part follows the last one"));
         }
-        within("a part of a message", part.bytes.len() as u64, MAX_CHUNK as u64)?;
-        within("a message", (self.bytes.len() + part.bytes.len()) as u64, self.limit)?;
+        within(
+            "a part of a message",
+            part.bytes.len() as u64,
+            MAX_CHUNK as u64,
+        )?;
+        within(
+            "a message",
+            (self.bytes.len() + part.bytes.len()) as u64,
+            self.limit,
+        )?;
         self.bytes.extend_from_slice(&part.bytes);
         self.complete = part.last;
         Ok(part.last.then(|| std::mem::take(&mut self.bytes)))
@@ -209,7 +244,10 @@ mod tests {
             }
             assert_eq!(whole.unwrap(), blob);
         }
-        let part = BlobPart { bytes: vec![0; 11], last: false };
+        let part = BlobPart {
+            bytes: vec![0; 11],
+            last: false,
+        };
         assert!(BlobAssembler::new(10).push(&part).is_err());
     }
 }

@@ -1,9 +1,11 @@
 //! Any base, any source, any replayed image: the result is the source, bit for bit, or a clear
 //! error; never an image that passes for the source and is not.
 
+#![allow(clippy::unwrap_used)] // Outside #[test] functions, yet a test.
+
 use proptest::prelude::*;
 use reconciler::{
-    ApplyOptions, EncodeOptions, Error, Holdings, ImageTree, Message, Options, OfferOptions,
+    ApplyOptions, EncodeOptions, Error, Holdings, ImageTree, Message, OfferOptions, Options,
     PAGE_SIZE, Place, PlaceKind, Salt, SlicePages, SlicePagesMut, Source, Stats, no_progress,
     reconcile_in_memory,
 };
@@ -12,14 +14,30 @@ use reconciler::{
 #[derive(Clone, Debug)]
 enum Edit {
     /// New content; equal seeds give equal pages, seed 0 the zero page.
-    Fill { page: usize, seed: u8 },
+    Fill {
+        page: usize,
+        seed: u8,
+    },
     /// A few bytes change.
-    Touch { page: usize, at: usize, byte: u8 },
+    Touch {
+        page: usize,
+        at: usize,
+        byte: u8,
+    },
     /// A page appears elsewhere as well.
-    Copy { from: usize, to: usize, pages: usize },
+    Copy {
+        from: usize,
+        to: usize,
+        pages: usize,
+    },
     /// Two pages change places.
-    Swap { a: usize, b: usize },
-    Resize { pages: usize },
+    Swap {
+        a: usize,
+        b: usize,
+    },
+    Resize {
+        pages: usize,
+    },
 }
 
 fn edits(max: usize) -> impl Strategy<Value = Vec<Edit>> {
@@ -58,8 +76,16 @@ fn edited(image: &[u8], edits: &[Edit]) -> Vec<u8> {
             Edit::Fill { page: to, seed } => {
                 image[at(to)..at(to) + PAGE_SIZE].copy_from_slice(&page(seed));
             }
-            Edit::Touch { page, at: byte_at, byte } => image[at(page) + byte_at % PAGE_SIZE] = byte,
-            Edit::Copy { from, to, pages: count } => {
+            Edit::Touch {
+                page,
+                at: byte_at,
+                byte,
+            } => image[at(page) + byte_at % PAGE_SIZE] = byte,
+            Edit::Copy {
+                from,
+                to,
+                pages: count,
+            } => {
                 for i in 0..count {
                     let from = at(from.wrapping_add(i));
                     image.copy_within(from..from + PAGE_SIZE, at(to.wrapping_add(i)));
@@ -127,11 +153,22 @@ fn cases() -> impl Strategy<Value = Case> {
 fn run(case: &Case, spoil: &mut dyn FnMut(Message<'_>)) -> (Vec<u8>, Result<Stats, Error>) {
     let (base_tree, disk_tree) = (tree(&case.base), tree(&case.disk));
     let (source_tree, replayed_tree) = (tree(&case.source), tree(&case.replayed));
-    let (base, disk, source) =
-        (SlicePages(&case.base), SlicePages(&case.disk), SlicePages(&case.source));
+    let (base, disk, source) = (
+        SlicePages(&case.base),
+        SlicePages(&case.disk),
+        SlicePages(&case.source),
+    );
     let places = [
-        Place { kind: PlaceKind::Base, tree: &base_tree, reader: &base },
-        Place { kind: PlaceKind::Disk, tree: &disk_tree, reader: &disk },
+        Place {
+            kind: PlaceKind::Base,
+            tree: &base_tree,
+            reader: &base,
+        },
+        Place {
+            kind: PlaceKind::Disk,
+            tree: &disk_tree,
+            reader: &disk,
+        },
     ];
     let holdings = Holdings {
         base: &base_tree,
@@ -145,8 +182,13 @@ fn run(case: &Case, spoil: &mut dyn FnMut(Message<'_>)) -> (Vec<u8>, Result<Stat
             candidates: holdings.candidates(),
             force_bits: case.force_bits,
         },
-        encode: EncodeOptions { level: 3, workers: u32::from(case.salt % 3) },
-        apply: ApplyOptions { spool_memory: case.spool_memory },
+        encode: EncodeOptions {
+            level: 3,
+            workers: u32::from(case.salt % 3),
+        },
+        apply: ApplyOptions {
+            spool_memory: case.spool_memory,
+        },
     };
     let from = Source {
         image: &source,
@@ -156,8 +198,13 @@ fn run(case: &Case, spoil: &mut dyn FnMut(Message<'_>)) -> (Vec<u8>, Result<Stat
     };
     let mut image = case.replayed.clone();
     image.resize(case.source.len(), 0);
-    let done =
-        reconcile_in_memory(from, &holdings, &mut SlicePagesMut(&mut image), &options, spoil);
+    let done = reconcile_in_memory(
+        from,
+        &holdings,
+        &mut SlicePagesMut(&mut image),
+        &options,
+        spoil,
+    );
     let stats = done.map(|(verified, stats)| {
         assert_eq!(verified.root(), source_tree.root());
         stats
@@ -257,7 +304,11 @@ fn a_base_of_another_generation_is_refused() {
 
 #[test]
 fn each_recipe_is_used_where_it_is_cheapest() {
-    let seeds = |list: &[u8]| list.iter().flat_map(|&seed| page(seed)).collect::<Vec<u8>>();
+    let seeds = |list: &[u8]| {
+        list.iter()
+            .flat_map(|&seed| page(seed))
+            .collect::<Vec<u8>>()
+    };
     let mut touched = page(4);
     touched[9] ^= 0xff;
     let mut source = seeds(&[1, 2, 7, 0, 1]);
@@ -279,5 +330,8 @@ fn each_recipe_is_used_where_it_is_cheapest() {
     let pages = stats.unwrap().pages;
     assert_eq!((pages.same, pages.zero, pages.reverted), (1, 1, 2));
     assert_eq!((pages.delta, pages.literal, pages.repeated), (1, 1, 1));
-    assert_eq!(pages.moved.into_iter().collect::<Vec<_>>(), [(PlaceKind::Disk, 1)]);
+    assert_eq!(
+        pages.moved.into_iter().collect::<Vec<_>>(),
+        [(PlaceKind::Disk, 1)]
+    );
 }
