@@ -1,5 +1,4 @@
-//! The line's own accuracy, on real sockets. Upper bounds on time leave room for a busy
-//! machine; lower bounds, which are the model's promise, do not.
+//! The line's own accuracy, on real sockets.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -57,67 +56,80 @@ fn fill(out: &mut TcpStream, bytes: usize) {
     out.write_all(&vec![1; bytes]).unwrap();
 }
 
+/// Every attempt must take as long as the model says; one of a few must take no longer. A
+/// busy machine makes anything late, but nothing makes it early.
 #[track_caller]
-fn assert_takes(took: Duration, wanted: Duration) {
-    let (took, wanted) = (took.as_secs_f64(), wanted.as_secs_f64());
-    assert!(
-        took > wanted * 0.98,
-        "too fast: {took:.3} s instead of {wanted:.3} s"
-    );
-    assert!(
-        took < wanted * 1.10 + 0.02,
-        "too slow: {took:.3} s instead of {wanted:.3} s"
-    );
+fn assert_takes(wanted: Duration, mut attempt: impl FnMut() -> Duration) {
+    let mut all = Vec::new();
+    for _ in 0..6 {
+        let took = attempt();
+        assert!(
+            took > wanted.mul_f64(0.98),
+            "too fast: {took:?} instead of {wanted:?}"
+        );
+        if took < wanted.mul_f64(1.05) + ms(5) {
+            return;
+        }
+        all.push(took);
+    }
+    panic!("too slow: {all:?} instead of {wanted:?}");
 }
 
 #[test]
 fn a_megabyte_takes_as_long_as_the_rate_says() {
     let (link, listener) = line(Rate::mbit(10), ms(50));
-    let (client, server) = open(&link, &listener);
-    let (took, got) = transfer((client, server), |out| fill(out, 1_000_000));
-    assert_eq!(
-        (got, link.bytes_up(), link.bytes_down()),
-        (1_000_000, 1_000_000, 0)
-    );
-    assert_takes(took, ms(800 + 50));
+    let mut sent = 0;
+    assert_takes(ms(800 + 50), || {
+        let (took, got) = transfer(open(&link, &listener), |out| fill(out, 1_000_000));
+        sent += 1_000_000;
+        assert_eq!(got, 1_000_000);
+        assert_eq!((link.bytes_up(), link.bytes_down()), (sent, 0));
+        took
+    });
 }
 
 #[test]
 fn small_writes_are_as_fast_as_large_ones() {
     let (link, listener) = line(Rate::mbit(10), ms(100));
-    let (client, server) = open(&link, &listener);
-    let (took, got) = transfer((server, client), |out| {
-        for _ in 0..5_000 {
-            out.write_all(&[1; 100]).unwrap();
-        }
+    assert_takes(ms(400 + 100), || {
+        let (client, server) = open(&link, &listener);
+        let (took, got) = transfer((server, client), |out| {
+            for _ in 0..5_000 {
+                out.write_all(&[1; 100]).unwrap();
+            }
+        });
+        assert_eq!(got, 500_000);
+        took
     });
-    assert_eq!((got, link.bytes_down()), (500_000, 500_000));
-    assert_takes(took, ms(400 + 100));
+    assert_eq!((link.bytes_up(), link.bytes_down() % 500_000), (0, 0));
 }
 
 #[test]
 fn the_ways_do_not_share_their_rate() {
     let (link, listener) = line(Rate::mbit(10), ms(10));
-    let (client, server) = open(&link, &listener);
-    let back = (server.try_clone().unwrap(), client.try_clone().unwrap());
-    let send = |out: &mut TcpStream| out.write_all(&vec![1; 500_000]).unwrap();
-    let up = thread::spawn(move || transfer((client, server), send));
-    let (down, _) = transfer(back, send);
-    assert_takes(down, ms(410));
-    assert_takes(up.join().unwrap().0, ms(410));
+    assert_takes(ms(410), || {
+        let (client, server) = open(&link, &listener);
+        let back = (server.try_clone().unwrap(), client.try_clone().unwrap());
+        let send = |out: &mut TcpStream| fill(out, 500_000);
+        let up = thread::spawn(move || transfer((client, server), send));
+        let (down, _) = transfer(back, send);
+        down.max(up.join().unwrap().0)
+    });
 }
 
 #[test]
 fn connections_share_the_line() {
     let (link, listener) = line(Rate::mbit(10), ms(10));
-    let pairs: Vec<_> = (0..4).map(|_| open(&link, &listener)).collect();
-    let start = Instant::now();
-    thread::scope(|scope| {
-        for pair in pairs {
-            scope.spawn(|| transfer(pair, |out| fill(out, 125_000)));
-        }
+    assert_takes(ms(410), || {
+        let pairs: Vec<_> = (0..4).map(|_| open(&link, &listener)).collect();
+        let start = Instant::now();
+        thread::scope(|scope| {
+            for pair in pairs {
+                scope.spawn(|| transfer(pair, |out| fill(out, 125_000)));
+            }
+        });
+        start.elapsed()
     });
-    assert_takes(start.elapsed(), ms(410));
 }
 
 #[test]
@@ -130,7 +142,7 @@ fn a_round_trip_takes_two_delays() {
             server.write_all(&byte).unwrap();
         }
     });
-    let mut trips: Vec<Duration> = (0..7)
+    let mut trips: Vec<Duration> = (0..20)
         .map(|_| {
             let start = Instant::now();
             client.write_all(&[1]).unwrap();
@@ -142,22 +154,29 @@ fn a_round_trip_takes_two_delays() {
     echo.join().unwrap();
     trips.sort();
     assert!(trips[0] >= ms(100), "{trips:?}");
-    assert!(trips[3] < ms(108), "{trips:?}");
+    assert!(trips[1] < ms(107), "{trips:?}");
 }
 
 #[test]
 fn opening_a_connection_takes_three_delays() {
     let (link, listener) = line(Rate::mbit(10), ms(40));
-    let start = Instant::now();
-    let mut client = TcpStream::connect(link.addr()).unwrap();
-    client.write_all(&[1]).unwrap();
-    let (mut server, _) = listener.accept().unwrap();
-    server.read_exact(&mut [0]).unwrap();
-    assert_takes(start.elapsed(), ms(120));
+    assert_takes(ms(120), || {
+        let start = Instant::now();
+        let mut client = TcpStream::connect(link.addr()).unwrap();
+        client.write_all(&[1]).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        server.read_exact(&mut [0]).unwrap();
+        start.elapsed()
+    });
     // The target's first word comes a fourth later.
-    server.write_all(&[2]).unwrap();
-    client.read_exact(&mut [0]).unwrap();
-    assert_takes(start.elapsed(), ms(160));
+    assert_takes(ms(160), || {
+        let start = Instant::now();
+        let mut client = TcpStream::connect(link.addr()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        server.write_all(&[2]).unwrap();
+        client.read_exact(&mut [0]).unwrap();
+        start.elapsed()
+    });
 }
 
 #[test]
@@ -175,23 +194,26 @@ fn a_full_buffer_holds_the_sender_back() {
 
 #[test]
 fn a_stalled_line_goes_on_where_it_was() {
-    let (link, listener) = line(Rate::mbit(10), ms(20));
+    let (link, listener) = line(Rate::mbit(4), ms(20));
     let (client, server) = open(&link, &listener);
     let start = Instant::now();
     let moving = thread::spawn(move || transfer((client, server), |out| fill(out, 500_000)));
-    thread::sleep(ms(150));
+    while link.bytes_up() < 50_000 {
+        thread::yield_now();
+    }
     link.stall();
     let stalled = Instant::now();
     thread::sleep(ms(50)); // what was just being handed out
     let at_stall = link.bytes_up();
-    assert!((50_000..400_000).contains(&at_stall), "{at_stall}");
     thread::sleep(ms(250));
     assert_eq!(link.bytes_up(), at_stall);
-    link.mend();
+    assert!(at_stall < 500_000, "all was through before the stall");
     let stood = stalled.elapsed();
+    link.mend();
     let (_, got) = moving.join().unwrap();
     assert_eq!(got, 500_000);
-    assert_takes(start.elapsed(), ms(420) + stood);
+    // No burst after the stall makes up for it.
+    assert!(start.elapsed() > ms(1020) + stood, "{:?}", start.elapsed());
 }
 
 #[test]
