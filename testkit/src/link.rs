@@ -130,12 +130,12 @@ impl Link {
 
     /// Payload that has arrived at the target, in bytes, over all connections.
     pub fn bytes_up(&self) -> u64 {
-        self.shared.up.delivered.load(Ordering::Relaxed)
+        self.shared.up.delivered.load(Ordering::SeqCst)
     }
 
     /// Payload that has arrived at clients, in bytes, over all connections.
     pub fn bytes_down(&self) -> u64 {
-        self.shared.down.delivered.load(Ordering::Relaxed)
+        self.shared.down.delivered.load(Ordering::SeqCst)
     }
 
     /// Resets all connections, and every new one, until [`mend`](Self::mend).
@@ -337,9 +337,10 @@ async fn hand_out(
         line::reach(&mut line, parcel.due).await;
         match parcel.what {
             What::Bytes(bytes) => {
-                to.write_all(&bytes).await?;
+                // Before the receiver can have them: whoever compares after reading finds all.
                 way.delivered
-                    .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    .fetch_add(bytes.len() as u64, Ordering::SeqCst);
+                to.write_all(&bytes).await?;
             }
             What::End => return to.shutdown().await,
             What::Reset => return Err(io::ErrorKind::ConnectionReset.into()),

@@ -11,6 +11,7 @@ use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme};
 use serde_bytes::ByteBuf;
 use tempfile::TempDir;
+use testkit::link::{Link, LinkProfile, Rate};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -441,6 +442,68 @@ async fn both_halves_work_at_once() {
     for task in tasks {
         task.await.unwrap();
     }
+}
+
+/// A thin line, and a site behind it.
+async fn site_behind(rate: Rate, delay: Duration) -> (Site, Link) {
+    let mut site = site().await;
+    let link = Link::start(
+        site.listener.local_addr(),
+        LinkProfile::symmetric(rate, delay),
+    )
+    .unwrap();
+    site.addr = link.addr().to_string().parse().unwrap();
+    (site, link)
+}
+
+#[tokio::test]
+async fn a_thin_line_is_counted_to_the_byte_and_opened_in_three_round_trips() {
+    let delay = Duration::from_millis(50);
+    let (mut site, _link) = site_behind(Rate::mbit(10), delay).await;
+    // TCP one, TLS one, the client's proof and the server's answer one. A busy machine makes
+    // some attempts late, none early.
+    let mut fastest = Duration::MAX;
+    for _ in 0..5 {
+        let start = Instant::now();
+        drop(site.pair().await);
+        assert!(start.elapsed() >= 6 * delay, "{:?}", start.elapsed());
+        fastest = fastest.min(start.elapsed());
+    }
+    assert!(fastest < 7 * delay, "{fastest:?}");
+
+    let (mut site, link) = site_behind(Rate::mbit(10), delay).await;
+    let (client, mut server) = site.pair().await;
+    let traffic = client.traffic();
+    client.close().await.unwrap();
+    assert!(matches!(server.recv::<()>().await, Err(WireError::Closed)));
+    assert_eq!(
+        (traffic.sent(), traffic.received()),
+        (link.bytes_up(), link.bytes_down())
+    );
+    assert!(traffic.sent() + traffic.received() < 3_000, "{traffic:?}");
+}
+
+#[tokio::test]
+async fn a_stalled_and_a_cut_line_are_noticed() {
+    let (mut site, link) = site_behind(Rate::mbit(10), Duration::from_millis(1)).await;
+    let (mut client, mut server) = site.pair().await;
+    client.set_limits(Limits {
+        idle: Some(Duration::from_millis(200)),
+        ..Limits::default()
+    });
+    link.stall();
+    server.send("never arrives").await.unwrap();
+    server.flush().await.unwrap();
+    let error = client.recv::<String>().await.unwrap_err();
+    assert!(matches!(error, WireError::Silent(_)), "{error:?}");
+    link.mend();
+    // Silence is not the end: nothing was lost.
+    assert_eq!(client.recv::<String>().await.unwrap(), "never arrives");
+    link.cut();
+    let error = client.recv::<String>().await.unwrap_err();
+    assert!(error.is_disconnect(), "{error:?}");
+    let error = server.recv::<String>().await.unwrap_err();
+    assert!(error.is_disconnect(), "{error:?}");
 }
 
 /// `cargo test -p site --release -- --ignored --nocapture throughput`
