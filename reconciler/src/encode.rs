@@ -323,3 +323,139 @@ impl Write for ChunkWriter<'_> {
             .map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::SlicePages;
+
+    /// Pages that do not compress.
+    fn noise(pages: usize) -> Vec<u8> {
+        let mut bytes = vec![0; pages * PAGE_SIZE];
+        blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+        bytes
+    }
+
+    const FAST: EncodeOptions = EncodeOptions {
+        level: 1,
+        workers: 1,
+    };
+
+    #[test]
+    fn chunks_are_bounded_and_counted() {
+        let image = noise(1000);
+        let pages: Vec<_> = (0..1000).map(PageIndex).collect();
+        let mut sent = 0;
+        let stats = encode_pages(&SlicePages(&image), None, &pages, FAST, &mut |chunk| {
+            assert!(chunk.bytes.len() <= MAX_CHUNK && !chunk.bytes.is_empty());
+            sent += chunk.bytes.len() as u64;
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(
+            (stats.bytes(), stats.literal_pages, stats.delta_pages),
+            (sent, 1000, 0)
+        );
+    }
+
+    #[test]
+    fn a_closed_sink_ends_every_stage() {
+        let image = noise(8000);
+        let pages: Vec<_> = (0..8000).map(PageIndex).collect();
+        for allowed in [0, 1, 10] {
+            let mut left = allowed;
+            let ended = encode_pages(&SlicePages(&image), None, &pages, FAST, &mut |_| {
+                if left == 0 {
+                    return Err(Closed);
+                }
+                left -= 1;
+                Ok(())
+            });
+            assert!(matches!(ended, Err(Error::SinkClosed)), "{ended:?}");
+        }
+    }
+
+    /// Counts reads; fails at one page.
+    struct Watched<'a>(SlicePages<'a>, std::sync::atomic::AtomicU64, u64);
+
+    impl ReadPages for Watched<'_> {
+        fn pages(&self) -> u64 {
+            self.0.pages()
+        }
+        fn read(&self, index: PageIndex, into: &mut Page) -> io::Result<()> {
+            if index.0 == self.2 {
+                return Err(io::Error::other("the disk is on fire"));
+            }
+            self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            self.0.read(index, into)
+        }
+    }
+
+    #[test]
+    fn a_waiting_line_holds_the_reader_back() {
+        let image = noise(16_000);
+        let watched = Watched(SlicePages(&image), 0.into(), u64::MAX);
+        let pages: Vec<_> = (0..16_000).map(PageIndex).collect();
+        let mut at_first_data = None;
+        let options = EncodeOptions {
+            level: 1,
+            workers: 0,
+        };
+        encode_pages(&watched, None, &pages, options, &mut |chunk| {
+            if chunk.stream == StreamId::Literal && at_first_data.is_none() {
+                // Everything downstream stands still here; let the stages run into the queues.
+                let mut last = u64::MAX;
+                loop {
+                    thread::sleep(std::time::Duration::from_millis(20));
+                    let now = watched.1.load(std::sync::atomic::Ordering::Relaxed);
+                    if now == last {
+                        break;
+                    }
+                    last = now;
+                }
+                at_first_data = Some(last);
+            }
+            Ok(())
+        })
+        .unwrap();
+        let read = at_first_data.unwrap();
+        assert!(read < 8000, "{read} pages were read ahead");
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_read_is_named() {
+        let image = noise(2000);
+        let watched = Watched(SlicePages(&image), 0.into(), 1234);
+        let pages: Vec<_> = (0..2000).map(PageIndex).collect();
+        let ended = encode_pages(&watched, None, &pages, FAST, &mut |_| Ok(()));
+        assert!(
+            matches!(
+                ended,
+                Err(Error::Read {
+                    page: PageIndex(1234),
+                    ..
+                })
+            ),
+            "{ended:?}"
+        );
+    }
+
+    #[test]
+    fn small_changes_go_as_deltas_and_new_text_does_not() {
+        let base = noise(1);
+        let (old, _) = base.as_chunks::<PAGE_SIZE>();
+        let mut touched = old[0];
+        touched[100] ^= 1;
+        assert_eq!(choose(&touched, &old[0]), PageKind::Delta);
+        assert_eq!(choose(&[b'x'; PAGE_SIZE], &old[0]), PageKind::Literal);
+        assert_eq!(choose(&touched, &ZERO_PAGE), PageKind::Literal);
+        xor(&mut touched, &old[0]);
+        assert_eq!(touched.iter().filter(|&&byte| byte != 0).count(), 1);
+    }
+
+    #[test]
+    fn slower_lines_get_stronger_levels() {
+        let speeds = [1, 10, 50, 100, 500, 1000, 10_000].map(|mbit| level_for(mbit * 1_000_000));
+        assert!(speeds.is_sorted_by(|a, b| a >= b) && speeds[0] > speeds[6]);
+    }
+}

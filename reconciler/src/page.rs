@@ -150,6 +150,13 @@ fn read_slice(bytes: &[u8], index: PageIndex, into: &mut Page) {
 #[derive(Clone, Copy)]
 pub struct SlicePages<'a>(pub &'a [u8]);
 
+impl<'a> SlicePages<'a> {
+    /// These bytes as an image.
+    pub const fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+}
+
 impl ReadPages for SlicePages<'_> {
     fn pages(&self) -> u64 {
         pages_for(self.0.len() as u64)
@@ -167,6 +174,13 @@ impl ReadPages for SlicePages<'_> {
 ///
 /// When the slice ends inside a page, what would be written past its end must be zero.
 pub struct SlicePagesMut<'a>(pub &'a mut [u8]);
+
+impl<'a> SlicePagesMut<'a> {
+    /// These bytes as an image to build.
+    pub const fn new(bytes: &'a mut [u8]) -> Self {
+        Self(bytes)
+    }
+}
 
 impl ReadPages for SlicePagesMut<'_> {
     fn pages(&self) -> u64 {

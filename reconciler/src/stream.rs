@@ -231,3 +231,93 @@ impl PageDecoder {
         self.delta.finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn frame(pages: usize) -> Vec<u8> {
+        zstd::bulk::compress(&vec![5; pages * PAGE_SIZE], 3).unwrap()
+    }
+
+    fn chunk(stream: StreamId, bytes: &[u8]) -> PageChunk {
+        PageChunk {
+            stream,
+            bytes: bytes.to_vec(),
+        }
+    }
+
+    /// How many pages came out.
+    fn decode(expected: u64, chunks: &[PageChunk]) -> Result<u64, Error> {
+        let mut decoder = PageDecoder::new(expected)?;
+        let mut pages = 0;
+        for chunk in chunks {
+            decoder.push(chunk, &mut |position, _, _| {
+                assert!(position < expected);
+                pages += 1;
+                Ok(())
+            })?;
+        }
+        decoder.finish()?;
+        Ok(pages)
+    }
+
+    proptest! {
+        #[test]
+        fn any_chunks_end_well_or_in_an_error(
+            chunks in prop::collection::vec(
+                (0usize..3, prop::collection::vec(any::<u8>(), 0..60)), 0..6),
+            expected in 0u64..20,
+        ) {
+            let streams = [StreamId::Kinds, StreamId::Literal, StreamId::Delta];
+            let chunks: Vec<_> =
+                chunks.iter().map(|(stream, bytes)| chunk(streams[*stream], bytes)).collect();
+            if let Ok(pages) = decode(expected, &chunks) {
+                prop_assert_eq!(pages, expected);
+            }
+        }
+
+        #[test]
+        fn frames_may_be_cut_anywhere(cuts in prop::collection::vec(1usize..20, 1..40)) {
+            let mut chunks = vec![chunk(
+                StreamId::Kinds,
+                &encode_kinds(&[PageKind::Literal, PageKind::Delta, PageKind::Literal]),
+            )];
+            for (stream, pages) in [(StreamId::Delta, 1), (StreamId::Literal, 2)] {
+                let bytes = frame(pages);
+                let mut rest = &bytes[..];
+                for &cut in cuts.iter().cycle().take(bytes.len()) {
+                    let (piece, after) = rest.split_at(cut.min(rest.len()));
+                    chunks.push(chunk(stream, piece));
+                    rest = after;
+                }
+            }
+            prop_assert_eq!(decode(3, &chunks).unwrap(), 3);
+        }
+    }
+
+    #[test]
+    fn pages_too_many_too_few_or_unannounced_are_refused() {
+        let two = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Literal; 2]));
+        let pages = |count| chunk(StreamId::Literal, &frame(count));
+        assert_eq!(decode(2, &[two.clone(), pages(2)]).unwrap(), 2);
+        assert!(decode(2, &[two.clone(), pages(3)]).is_err());
+        assert!(decode(2, &[two.clone(), pages(1)]).is_err());
+        assert!(decode(1, &[two.clone(), pages(2)]).is_err());
+        assert!(decode(3, &[two.clone(), pages(2)]).is_err());
+        assert!(decode(2, &[pages(2), two.clone()]).is_err());
+        assert!(decode(2, &[two.clone(), chunk(StreamId::Delta, &frame(2))]).is_err());
+        assert!(decode(2, &[two, pages(2), pages(1)]).is_err());
+        assert!(decode(0, &[chunk(StreamId::Kinds, &vec![0; MAX_CHUNK + 1])]).is_err());
+    }
+
+    #[test]
+    fn a_bomb_is_refused_at_its_first_page_too_many() {
+        // 64 MiB of zeros in a few kB.
+        let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 3).unwrap();
+        let one = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Literal]));
+        assert!(decode(1, &[one, chunk(StreamId::Literal, &bomb)]).is_err());
+    }
+}
