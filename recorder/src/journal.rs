@@ -1,0 +1,393 @@
+//! The one place where what went to QEMU becomes a log.
+//!
+//! Promises: a record exists only for what QEMU's socket took; records have the order in which
+//! it took them, over all viewers, because writing and logging happen under one lock; their
+//! times never go back. Nothing here waits: a socket that is full is waited for outside.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use thiserror::Error;
+use tokio::net::unix::OwnedWriteHalf;
+use traces::{Anchor, Event, GuestTime, Pixels, Record};
+use vm_host::screen::Observer;
+
+use crate::anchors::{AnchorPlan, region_around};
+use crate::codec::Framed;
+use crate::events::{Devices, ViewerInput};
+use crate::messages::{ClientMessage, buttons_release, key_release};
+use crate::stats::Statistics;
+
+/// Says how long the guest has run, and whether it does.
+pub trait Clock: Send + Sync + 'static {
+    /// Guest time; stands still while the guest is paused.
+    fn now(&self) -> GuestTime;
+
+    /// QEMU drops input for a guest that doesn't run, so such input isn't logged either.
+    fn is_running(&self) -> bool {
+        true
+    }
+}
+
+impl<F: Fn() -> GuestTime + Send + Sync + 'static> Clock for F {
+    fn now(&self) -> GuestTime {
+        self()
+    }
+}
+
+impl Clock for vm_host::GuestClock {
+    fn now(&self) -> GuestTime {
+        // Half a million years of microseconds fit.
+        GuestTime {
+            micros: vm_host::GuestClock::now(self).as_micros() as u64,
+        }
+    }
+
+    fn is_running(&self) -> bool {
+        vm_host::GuestClock::is_running(self)
+    }
+}
+
+impl Clock for Arc<vm_host::GuestClock> {
+    fn now(&self) -> GuestTime {
+        Clock::now(self.as_ref())
+    }
+
+    fn is_running(&self) -> bool {
+        vm_host::GuestClock::is_running(self)
+    }
+}
+
+/// Nobody takes records any more.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("the log is closed; nothing is recorded any more")]
+pub struct SinkClosed;
+
+/// Where records go, in order.
+///
+/// Called with a lock held that every viewer's input passes through: hand over, don't wait.
+pub trait RecordSink: Send + 'static {
+    /// Takes the next record.
+    fn record(&mut self, record: Record) -> Result<(), SinkClosed>;
+
+    /// Everything taken so far should become durable now.
+    fn flush(&mut self) -> Result<(), SinkClosed> {
+        Ok(())
+    }
+}
+
+impl RecordSink for tokio::sync::mpsc::UnboundedSender<Record> {
+    fn record(&mut self, record: Record) -> Result<(), SinkClosed> {
+        self.send(record).map_err(|_| SinkClosed)
+    }
+}
+
+impl RecordSink for std::sync::mpsc::Sender<Record> {
+    fn record(&mut self, record: Record) -> Result<(), SinkClosed> {
+        self.send(record).map_err(|_| SinkClosed)
+    }
+}
+
+pub(crate) struct Journal {
+    inner: Mutex<Inner>,
+    viewers: AtomicUsize,
+    observer: Arc<Observer>,
+}
+
+struct Inner {
+    devices: Devices,
+    plan: AnchorPlan,
+    sink: Box<dyn RecordSink>,
+    clock: Box<dyn Clock>,
+    last: GuestTime,
+    paused: bool,
+    closed: bool,
+    /// Keys and buttons that the log says are down, and that the guest therefore holds down.
+    logged_down: BTreeSet<u16>,
+    stats: Statistics,
+    scratch: Vec<Event>,
+}
+
+impl Journal {
+    pub(crate) fn new(
+        observer: Arc<Observer>,
+        sink: Box<dyn RecordSink>,
+        clock: Box<dyn Clock>,
+    ) -> Self {
+        let inner = Inner {
+            devices: Devices::default(),
+            plan: AnchorPlan::default(),
+            sink,
+            clock,
+            last: GuestTime::default(),
+            paused: false,
+            closed: false,
+            logged_down: BTreeSet::new(),
+            stats: Statistics::default(),
+            scratch: Vec::new(),
+        };
+        Self {
+            inner: Mutex::new(inner),
+            viewers: AtomicUsize::new(0),
+            observer,
+        }
+    }
+
+    /// Each critical section leaves its invariants intact before anything that could panic.
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands an input message to QEMU and logs it; returns how many of its bytes QEMU's socket
+    /// took. Fails with `WouldBlock`, and logs nothing, if it took none.
+    pub(crate) fn forward(
+        &self,
+        viewer: &mut ViewerInput,
+        framed: &Framed,
+        read_at: Instant,
+        qemu: &OwnedWriteHalf,
+    ) -> io::Result<usize> {
+        let mut inner = self.lock();
+        let written = qemu.try_write(&framed.bytes)?;
+        inner.stats.latency.add(read_at.elapsed());
+        inner.stats.forwarded += 1;
+        let mut events = std::mem::take(&mut inner.scratch);
+        inner.devices.apply(viewer, &framed.message, &mut events);
+        // Captured now, the screen is still the one from before: the guest needs milliseconds
+        // to react, and QEMU more to show it.
+        let anchor = self.anchor(&mut inner, &events);
+        inner.log(anchor, &mut events);
+        inner.scratch = events;
+        Ok(written)
+    }
+
+    /// Takes note of a message that is no input and has been forwarded.
+    pub(crate) fn note(&self, viewer: &mut ViewerInput, message: &ClientMessage) {
+        let mut none = Vec::new();
+        self.lock().devices.apply(viewer, message, &mut none);
+    }
+
+    /// A viewer leaves. QEMU releases all keys then, but only when it next looks; telling it
+    /// which makes the time certain. A button that was held would stay pressed for ever.
+    pub(crate) fn leave(&self, mut viewer: ViewerInput, qemu: Option<&OwnedWriteHalf>) {
+        let mut inner = self.lock();
+        let mut events = std::mem::take(&mut inner.scratch);
+        let mut farewell: Vec<u8> = inner
+            .devices
+            .held_qnums()
+            .into_iter()
+            .flat_map(key_release)
+            .collect();
+        let drag = viewer.dragging_at();
+        farewell.extend(drag.iter().flat_map(|&(x, y)| buttons_release(x, y)));
+        let told = qemu.is_none_or(|qemu| match qemu.try_write(&farewell) {
+            Ok(written) => written == farewell.len(),
+            Err(_) => false,
+        });
+        if let Some((x, y)) = drag.filter(|_| told) {
+            let released = ClientMessage::Pointer { x, y, buttons: 0 };
+            inner.devices.apply(&mut viewer, &released, &mut events);
+        }
+        inner.devices.leave(&mut events);
+        inner.log(None, &mut events);
+        inner.scratch = events;
+    }
+
+    /// What the screen shows where the interaction that begins with `events` is aimed at, if
+    /// one does begin and its place has come to rest.
+    pub(crate) fn anchor_before(
+        &self,
+        events: &[Event],
+        pointer: Option<(u16, u16)>,
+    ) -> Option<Anchor> {
+        let mut inner = self.lock();
+        if inner.is_silent() {
+            return None;
+        }
+        let aim = inner.plan.aim(events, pointer, Instant::now())?;
+        self.capture(aim)
+    }
+
+    /// Logs what another way than a viewer has brought to the guest.
+    pub(crate) fn log(&self, anchor: Option<Anchor>, mut events: Vec<Event>) {
+        self.lock().log(anchor, &mut events);
+    }
+
+    fn anchor(&self, inner: &mut Inner, events: &[Event]) -> Option<Anchor> {
+        if inner.is_silent() {
+            return None;
+        }
+        let pointer = inner.devices.pointer();
+        let aim = inner.plan.aim(events, pointer, Instant::now())?;
+        self.capture(aim)
+    }
+
+    fn capture(&self, aim: (u16, u16)) -> Option<Anchor> {
+        self.observer.with_frame(|frame| {
+            let (width, height) = (frame.width, frame.height);
+            let region = region_around(aim, (width, height));
+            let pixels = Pixels {
+                width,
+                height,
+                rgb: frame.rgb,
+            };
+            frame.whole.then(|| Anchor::capture(&pixels, region))
+        })
+    }
+
+    /// The screen's size, as the observer sees it, goes before what happens on it.
+    pub(crate) fn note_screen(&self) {
+        let (width, height) = self.observer.with_frame(|f| (f.width, f.height));
+        let mut inner = self.lock();
+        let mut events = Vec::new();
+        inner.devices.set_screen(width, height, &mut events);
+        inner.log(None, &mut events);
+    }
+
+    pub(crate) fn pause(&self) {
+        let mut inner = self.lock();
+        if !inner.paused {
+            inner.put(Event::Gap);
+            inner.paused = true;
+        }
+    }
+
+    pub(crate) fn resume(&self) {
+        let mut inner = self.lock();
+        if !inner.paused {
+            return;
+        }
+        inner.paused = false;
+        // What the log believes to be down and isn't, and where the pointer has gone.
+        let down = inner.devices.down();
+        let released: Vec<u16> = inner.logged_down.difference(&down).copied().collect();
+        let mut events: Vec<Event> = released.into_iter().map(|c| edge(c, false)).collect();
+        events.extend(
+            inner
+                .devices
+                .pointer()
+                .map(|(x, y)| Event::Pointer { x, y }),
+        );
+        inner.log(None, &mut events);
+    }
+
+    pub(crate) fn flush(&self) -> Result<(), SinkClosed> {
+        let mut inner = self.lock();
+        if inner.closed {
+            Err(SinkClosed)
+        } else {
+            inner.sink.flush()
+        }
+    }
+
+    pub(crate) fn check_sink(&self) -> Result<(), SinkClosed> {
+        if self.lock().closed {
+            Err(SinkClosed)
+        } else {
+            Ok(())
+        }
+    }
+
+    pub(crate) fn statistics(&self) -> Statistics {
+        Statistics {
+            viewers: self.viewers.load(Ordering::Relaxed),
+            ..self.lock().stats.clone()
+        }
+    }
+
+    pub(crate) fn count_refused(&self) {
+        self.lock().stats.refused += 1;
+    }
+
+    pub(crate) fn count_admitted(&self) {
+        self.lock().stats.admitted += 1;
+    }
+
+    /// Counts a connection as long as the guard lives, unless there are `limit` already.
+    pub(crate) fn seat(self: &Arc<Self>, limit: usize) -> Option<Seat> {
+        let free = |taken: usize| (taken < limit).then_some(taken + 1);
+        self.viewers
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, free)
+            .ok()?;
+        Some(Seat(Arc::clone(self)))
+    }
+}
+
+/// A place among the viewers.
+pub(crate) struct Seat(Arc<Journal>);
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.viewers.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Keys and buttons share Linux's numbering; buttons begin at `BTN_MISC`.
+const FIRST_BUTTON: u16 = 0x100;
+
+fn edge(code: u16, down: bool) -> Event {
+    if code >= FIRST_BUTTON {
+        Event::Button { code, down }
+    } else {
+        Event::Key { code, down }
+    }
+}
+
+impl Inner {
+    /// Whether input isn't logged at the moment.
+    fn is_silent(&self) -> bool {
+        self.closed || self.paused || !self.clock.is_running()
+    }
+
+    /// Logs and empties `events`.
+    fn log(&mut self, anchor: Option<Anchor>, events: &mut Vec<Event>) {
+        if let Some(anchor) = anchor {
+            self.stats.anchors += 1;
+            self.put(Event::Anchor(anchor));
+        }
+        for event in events.drain(..) {
+            self.put(event);
+        }
+    }
+
+    fn put(&mut self, event: Event) {
+        let is_input = !matches!(event, Event::Screen { .. } | Event::Gap);
+        let skipped = if is_input {
+            self.is_silent()
+        } else {
+            self.closed
+        };
+        if skipped {
+            return;
+        }
+        if let Event::Key { code, down } | Event::Button { code, down } = event {
+            let changed = if down {
+                self.logged_down.insert(code)
+            } else {
+                self.logged_down.remove(&code)
+            };
+            if !changed {
+                // Pressed while recording or the guest was paused, or held on two devices.
+                return;
+            }
+        }
+        self.last = self.last.max(self.clock.now());
+        self.stats.records += 1;
+        if self
+            .sink
+            .record(Record {
+                at: self.last,
+                event,
+            })
+            .is_err()
+        {
+            self.closed = true;
+            tracing::error!(
+                "nobody takes the recorder's events any more: input goes on unrecorded"
+            );
+        }
+    }
+}
