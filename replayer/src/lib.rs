@@ -28,6 +28,8 @@ mod fake;
 #[cfg(test)]
 mod tests;
 
+use std::time::Duration;
+
 use traces::{GuestTime, Record};
 use vm_host::Vm;
 use vm_host::screen::{Observer, ScreenError};
@@ -94,6 +96,13 @@ impl<'a> Replay<'a> {
         progress: impl FnMut(&Progress),
     ) -> Result<(), Error> {
         self.player.play(records, progress).await
+    }
+
+    /// Lets the guest idle until this recorded time, for at most `limit` from now: so that what
+    /// the source did by itself after the last event, such as writing its files back to the
+    /// disk some seconds later, is done here too.
+    pub async fn idle(&mut self, until: GuestTime, limit: Duration) {
+        self.player.idle(until, limit).await;
     }
 
     /// Waits until the guest has come to rest, or for the limit, and says how it all went.

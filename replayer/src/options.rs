@@ -49,10 +49,12 @@ impl Default for Options {
 }
 
 impl Default for RestOptions {
+    /// An idle desktop of Xorg, terminal and editor was measured to use 0.2 to 2 % of a CPU under
+    /// emulation, and a working one all it gets.
     fn default() -> Self {
         Self {
             window: Duration::from_secs(1),
-            busy: 0.2,
+            busy: 0.1,
             limit: Duration::from_secs(30),
         }
     }
@@ -62,7 +64,7 @@ impl Options {
     pub(crate) fn check(&self) -> Result<(), Error> {
         let what = if !(0.01..=1000.0).contains(&self.speed) {
             "the replay speed has to be between 0.01 and 1000"
-        } else if !(self.rest.busy > 0.0) {
+        } else if self.rest.busy.is_nan() || self.rest.busy <= 0.0 {
             "the CPU share that counts as rest has to be above 0"
         } else {
             return Ok(());

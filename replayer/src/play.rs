@@ -189,6 +189,14 @@ impl<G: Guest> Player<G> {
         }
     }
 
+    pub(crate) async fn idle(&mut self, until: GuestTime, limit: Duration) {
+        let (recorded, real) = self.last;
+        let wanted = real + between(recorded, until);
+        sleep_until(wanted.min(Instant::now() + limit)).await;
+        // Also where the limit cut it short: that much of the recorded time is over.
+        self.last = (recorded.max(until), Instant::now().min(wanted));
+    }
+
     pub(crate) async fn settle(&mut self) -> Result<ReplayReport, Error> {
         let limit = Instant::now() + self.options.rest.limit;
         let mut rest = Stillness::new(self.options.rest.window, self.options.rest.busy);

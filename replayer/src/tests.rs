@@ -185,6 +185,24 @@ async fn a_second_piece_goes_on_in_the_same_schedule() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn it_idles_as_the_source_did_within_a_limit() {
+    let guest = Fake::new(&[(ms(0), 1)], RESTLESS);
+    let mut player = Player::new(&guest, &Options::default()).unwrap();
+    player.play(&stroke(1000, 30), |_| ()).await.unwrap();
+    let time = |millis: u64| GuestTime {
+        micros: millis * 1000,
+    };
+    player.idle(time(500), ms(9000)).await;
+    near(&[player.report().duration.as_millis() as u64], &[1050]);
+    player.idle(time(5000), ms(9000)).await;
+    near(&[player.report().duration.as_millis() as u64], &[5000]);
+    player.idle(time(60_000), ms(1000)).await;
+    near(&[player.report().duration.as_millis() as u64], &[6000]);
+    player.play(&stroke(60_500, 31), |_| ()).await.unwrap();
+    near(&times(&guest), &[1000, 1050, 6500, 6550]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_gap_releases_what_was_held() {
     let guest = Fake::new(&[(ms(0), 1)], RESTLESS);
     let records = [

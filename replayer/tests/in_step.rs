@@ -4,7 +4,7 @@
 //! The guest throws away what was typed too early, shows a prompt, waits for a key, computes,
 //! and shows the key. Whoever types by the clock alone into the slower copy loses keys.
 
-#![allow(clippy::unwrap_used)] // Helpers of tests, which clippy does not recognise as such.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // Helpers of tests, which clippy does not recognise as such.
 
 use std::fs;
 use std::path::PathBuf;
