@@ -14,6 +14,7 @@
 mod clock;
 mod command_line;
 mod device_state;
+pub mod disk;
 mod error;
 mod hardware;
 mod input;
@@ -26,6 +27,7 @@ pub mod ram;
 pub mod screen;
 mod screenshot;
 mod serial;
+mod snapshot;
 mod vm;
 
 pub use clock::GuestClock;

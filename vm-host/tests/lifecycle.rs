@@ -4,7 +4,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::Bare;
+use common::{Bare, qmp};
 use vm_host::{Error, GuestClock, Input, Network, RamMap, RamMapMut, Status, Vm};
 
 /// SeaBIOS has written to the screen and found nothing to boot.
@@ -312,18 +312,4 @@ async fn input_reaches_the_guest() {
     .await
     .unwrap();
     vm.kill().await.unwrap();
-}
-
-/// Sends a command of the test's own on the clock's socket.
-fn qmp(vm: &Vm, command: &str) {
-    use std::io::{BufRead, BufReader, Write};
-    let mut stream = std::os::unix::net::UnixStream::connect(vm.clock_qmp_socket()).unwrap();
-    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-    let mut next = || lines.next().unwrap().unwrap();
-    next();
-    for command in [r#"{"execute":"qmp_capabilities"}"#, command] {
-        writeln!(stream, "{command}").unwrap();
-        let answer = next();
-        assert!(answer.contains("return"), "{answer}");
-    }
 }

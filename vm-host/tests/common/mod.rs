@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
-use vm_host::{Accelerator, Hardware, Launch, Network, programs};
+use vm_host::{Accelerator, Hardware, Launch, Network, Vm, programs};
 
 /// A directory for a machine, and its launch.
 pub struct Bare {
@@ -73,4 +73,37 @@ pub fn qemu_img(args: &[&str]) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Sends a command of the test's own on the clock's socket.
+pub fn qmp(vm: &Vm, command: &str) -> String {
+    use std::io::{BufRead, BufReader, Write};
+    let mut stream = std::os::unix::net::UnixStream::connect(vm.clock_qmp_socket()).unwrap();
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    let mut next = || {
+        let line = lines.next().unwrap().unwrap();
+        if line.contains("\"event\"") {
+            lines.next().unwrap().unwrap()
+        } else {
+            line
+        }
+    };
+    next();
+    let mut answer = String::new();
+    for command in [r#"{"execute":"qmp_capabilities"}"#, command] {
+        writeln!(stream, "{command}").unwrap();
+        answer = next();
+        assert!(answer.contains("return"), "{answer}");
+    }
+    answer
+}
+
+/// Writes to a disk as its guest would.
+pub fn guest_writes(vm: &Vm, disk: usize, pattern: u8, offset: &str, length: &str) {
+    let command = format!(
+        r#"{{"execute":"human-monitor-command","arguments":{{"command-line":
+        "qemu-io -d /machine/peripheral/disk{disk}/virtio-backend \"write -P {pattern} {offset} {length}\""}}}}"#
+    );
+    let answer = qmp(vm, &command.replace('\n', " "));
+    assert!(!answer.contains("rror"), "{answer}");
 }
