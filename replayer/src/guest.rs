@@ -35,7 +35,7 @@ impl Guest for Real<'_> {
     type Version = FrameVersion;
 
     async fn send(&self, events: &[Event]) -> Result<(), Error> {
-        let inputs: Vec<_> = events.iter().filter_map(input).collect();
+        let inputs: Vec<_> = events.iter().filter_map(input_of).collect();
         self.vm.send(&inputs).await.map_err(Error::Host)
     }
 
@@ -68,7 +68,7 @@ impl Guest for Real<'_> {
 }
 
 /// What an event is to QEMU; anchors and notes are nothing to it.
-fn input(event: &Event) -> Option<Input> {
+pub fn input(event: &Event) -> Option<Input> {
     Some(match *event {
         Event::Key { code, down } => Input::Key { code, down },
         Event::Pointer { x, y } => Input::Pointer { x, y },

@@ -49,7 +49,7 @@ pub struct Limits {
     /// Records.
     pub records: usize,
     /// Bytes after decompression; records take up to about fifty times that in memory.
-    pub plain_bytes: usize,
+    pub bytes: usize,
 }
 
 /// What one direction of coding remembers from one block to the next.
@@ -186,7 +186,7 @@ pub(crate) fn decode(
     let mut bytes = Cursor(bytes);
     let count = bytes.bounded(limits.records, "records")?;
     let noise = bytes.take(count)?;
-    let length = bytes.bounded(limits.plain_bytes, "bytes")?;
+    let length = bytes.bounded(limits.bytes, "bytes")?;
     let plain = unpack(bytes.0, length, &context.history)?;
     let records = decode_columns(&plain, noise, context)?;
     remember(&mut context.history, &plain);
@@ -400,7 +400,7 @@ mod tests {
 
     const LIMITS: Limits = Limits {
         records: 60,
-        plain_bytes: 1 << 16,
+        bytes: 1 << 16,
     };
 
     proptest! {

@@ -56,7 +56,7 @@ pub(crate) const MAX_SEALED: usize = 1 << 20;
 /// What a block may hold, likewise.
 pub(crate) const LIMITS: Limits = Limits {
     records: 1 << 16,
-    plain_bytes: 1 << 20,
+    bytes: 1 << 20,
 };
 /// Tiles of an anchor, at most: a region of 2048 x 2048 pixels.
 pub(crate) const MAX_TILES: usize = 1 << 14;

@@ -17,7 +17,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             records: 8 << 20,
-            plain_bytes: 32 << 20,
+            bytes: 32 << 20,
         }
     }
 }
@@ -56,7 +56,7 @@ mod tests {
 
         #[test]
         fn arbitrary_bytes_do_no_harm(mut bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let limits = Limits { records: 1000, plain_bytes: 1 << 16 };
+            let limits = Limits { records: 1000, bytes: 1 << 16 };
             let _ = decode_records(&bytes, limits);
             if let Some(first) = bytes.first_mut() {
                 *first = VERSION;
