@@ -67,8 +67,8 @@ impl Guest for Real<'_> {
     }
 }
 
-/// What an event is to QEMU; anchors and notes are nothing to it.
-pub fn input(event: &Event) -> Option<Input> {
+/// What a recorded event is to QEMU; anchors and notes are nothing to it.
+pub fn input_of(event: &Event) -> Option<Input> {
     Some(match *event {
         Event::Key { code, down } => Input::Key { code, down },
         Event::Pointer { x, y } => Input::Pointer { x, y },
