@@ -34,7 +34,6 @@ use traces::{GuestTime, Record};
 use vm_host::Vm;
 use vm_host::screen::{Observer, ScreenError};
 
-pub use guest::input;
 pub use guest::input_of;
 pub use options::{Options, RestOptions};
 pub use report::{Miss, Progress, ReplayReport};
