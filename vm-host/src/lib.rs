@@ -19,7 +19,7 @@ mod error;
 mod hardware;
 mod input;
 pub mod keys;
-mod probe;
+pub mod probe;
 mod process;
 pub mod programs;
 mod qmp;

@@ -195,7 +195,7 @@ impl Vm {
         for path in launch
             .disks
             .iter()
-            .chain(launch.boot.iter().flat_map(|b| [&b.kernel, &b.initrd]))
+            .chain(launch.boot.iter().flat_map(|b| std::iter::once(&b.kernel).chain(&b.initrd)))
         {
             fs::metadata(path).context("find", path)?;
         }

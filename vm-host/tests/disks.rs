@@ -1,7 +1,10 @@
 //! Overlays: below a running QEMU, and against `qemu-img` and `qemu-io`'s view of them.
 
+#![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
+
 mod common;
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use common::{Bare, guest_writes, qemu_img};
@@ -125,7 +128,6 @@ fn bases_are_imported() {
         let base = std::fs::read(at("base.raw")).unwrap();
         assert_eq!(base.len(), (3 << 20) + PAGE_SIZE);
         assert!(base[..bytes.len()] == bytes && base[bytes.len()..].iter().all(|&b| b == 0));
-        use std::os::unix::fs::MetadataExt as _;
         assert!(
             std::fs::metadata(at("base.raw")).unwrap().blocks() * 512 < 1 << 20,
             "not sparse"

@@ -1,5 +1,7 @@
 //! A QEMU's life: started, paused, found again, moved, dead.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::time::{Duration, Instant};
@@ -16,7 +18,7 @@ async fn booted(vm: &Vm) {
         // "No bootable device." needs some thousand pixels; then the guest rests in a HLT loop.
         let before = vm.cpu_time().unwrap();
         tokio::time::sleep(Duration::from_millis(200)).await;
-        if lit > 1000 && vm.cpu_time().unwrap() - before < Duration::from_millis(50) {
+        if lit > 1000 && vm.cpu_time().unwrap().saturating_sub(before) < Duration::from_millis(50) {
             return;
         }
         assert!(
@@ -89,7 +91,7 @@ async fn device_state_moves_to_another_process() {
         &vm,
         &format!(
             r#"{{"execute":"pmemsave","arguments":{{"val":1048576,"size":{},"filename":{:?}}}}}"#,
-            size - 1048576,
+            size - (1 << 20),
             dump
         ),
     );

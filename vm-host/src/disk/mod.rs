@@ -53,10 +53,10 @@ struct Info {
 
 fn info(path: &Path, format: Option<Format>) -> Result<Info> {
     fs::metadata(path).context("find", path)?;
-    let mut args = vec!["info", "--output=json", "-U"];
-    args.extend(format.iter().flat_map(|format| ["-f", format.name()]));
     let path = std::path::absolute(path).context("make absolute", path)?;
     let file = text(&path)?;
+    let mut args = vec!["info", "--output=json", "-U"];
+    args.extend(format.iter().flat_map(|format| ["-f", format.name()]));
     args.push(file);
     let json = run(&qemu_img(), args, &format!("read {file}"))?;
     serde_json::from_str(&json).map_err(|error| Error::Image {
@@ -71,6 +71,12 @@ fn text(path: &Path) -> Result<&str> {
         path: path.to_owned(),
         problem,
     })
+}
+
+/// The format of an image, in QEMU's words, guessed from its content: only for images that no
+/// guest has written to.
+pub fn format_of(image: &Path) -> Result<String> {
+    Ok(info(image, None)?.format)
 }
 
 /// Size of the disk an image holds, in bytes. The image may be in use.

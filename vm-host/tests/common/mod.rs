@@ -1,6 +1,6 @@
 //! Bare machines (SeaBIOS and an empty disk) for tests with the real QEMU.
 
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
