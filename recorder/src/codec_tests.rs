@@ -46,7 +46,9 @@ fn message() -> impl Strategy<Value = (ClientMessage, Vec<u8>)> {
         prop::collection::vec(any::<i32>(), 0..40).prop_map(|encodings| {
             let mut bytes = vec![2, 0];
             bytes.put_u16(encodings.len() as u16);
-            encodings.iter().for_each(|e| bytes.put_i32(*e));
+            for encoding in &encodings {
+                bytes.put_i32(*encoding);
+            }
             (ClientMessage::SetEncodings { encodings }, bytes)
         }),
         (any::<u32>(), any::<bool>()).prop_map(|(keysym, down)| {
@@ -70,7 +72,7 @@ fn message() -> impl Strategy<Value = (ClientMessage, Vec<u8>)> {
         prop::collection::vec(any::<u8>(), 4..300).prop_map(|data| {
             let length = data.len() as u32;
             let mut bytes = vec![6, 0, 0, 0];
-            bytes.put_i32(-(length as i32));
+            bytes.put_i32(-length.cast_signed());
             bytes.extend(data);
             (ClientMessage::ExtendedCutText { length }, bytes)
         }),
@@ -162,7 +164,7 @@ fn clipboards_are_bounded_before_they_are_read() {
         bytes.put_i32(length);
         bytes
     };
-    let limit = CUT_TEXT_MAX as i32;
+    let limit = CUT_TEXT_MAX.cast_signed();
     assert_eq!(
         malformed(&header(limit + 1)),
         Malformed::CutTextTooLong(CUT_TEXT_MAX + 1)

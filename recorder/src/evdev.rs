@@ -1,7 +1,7 @@
 //! Input taken from the devices of this machine, for a thin client without a viewer.
 //!
-//! The devices are grabbed, so that nothing else on the machine reacts to what is typed; each
-//! input report is brought to the guest and, once it is there, logged as a viewer's would be.
+//! The devices are grabbed, so that nothing else on the machine reacts to what is typed. Each is
+//! a viewer that shows nothing: its input goes to QEMU as RFB messages, as everybody's does.
 //! Movements of a mouse are added up to a position, because the guest has a tablet: that way the
 //! log is of one kind. Source: the kernel's `Documentation/input/event-codes.rst`.
 //!
@@ -15,10 +15,11 @@ use std::path::{Path, PathBuf};
 
 use evdev::{AbsoluteAxisCode, Device, EventStream, EventType};
 use thiserror::Error;
-use tokio::task::JoinHandle;
 use traces::Event;
+use vm_host::keys::qnum_from_linux;
 
-use crate::recorder::RecorderHandle;
+use crate::events::BUTTONS;
+use crate::messages::ClientMessage;
 
 const EV_SYN: u16 = 0;
 const EV_KEY: u16 = 1;
@@ -66,15 +67,6 @@ pub trait DeviceSource: Send + 'static {
 
     /// The range of `ABS_X` and of `ABS_Y`, if the device tells positions.
     fn position_range(&self) -> Option<[RangeInclusive<i32>; 2]>;
-}
-
-/// Brings events to the guest.
-pub trait Injector: Send + 'static {
-    /// Returns once the guest has `events`, or says why it doesn't.
-    fn inject(
-        &mut self,
-        events: &[Event],
-    ) -> impl Future<Output = Result<(), Box<dyn std::error::Error + Send + Sync>>> + Send;
 }
 
 /// Why a device can't be captured.
@@ -161,46 +153,76 @@ impl DeviceSource for GrabbedDevice {
     }
 }
 
-impl RecorderHandle {
-    /// Brings what a device does to the guest and logs it, until the device goes away, injecting
-    /// fails, or the recorder stops. What the device still holds then is released.
-    pub fn capture(
-        &self,
-        mut device: impl DeviceSource,
-        mut guest: impl Injector,
-    ) -> JoinHandle<()> {
-        let (journal, stop) = (std::sync::Arc::clone(&self.journal), self.stop.clone());
-        let screen = std::sync::Arc::clone(self.screen());
-        tokio::spawn(async move {
-            let mut reports = Reports::new(device.position_range());
-            loop {
-                let next = tokio::select! {
-                    () = stop.cancelled() => break,
-                    next = device.next() => next,
+/// Speaks RFB for the devices of this machine, so that their input takes the very way of a
+/// viewer's: through QEMU's keyboard state, in the same order, into the same log.
+pub(crate) struct LocalViewer {
+    reports: Reports,
+    buttons: u8,
+    pointer: (u16, u16),
+}
+
+impl LocalViewer {
+    pub(crate) fn new(range: Option<[RangeInclusive<i32>; 2]>) -> Self {
+        Self {
+            reports: Reports::new(range),
+            buttons: 0,
+            pointer: (0, 0),
+        }
+    }
+
+    /// The messages that a device's event leads to, given the size of the screen in pixels.
+    pub(crate) fn say(&mut self, event: RawEvent, screen: (u16, u16)) -> Vec<ClientMessage> {
+        let mut messages = Vec::new();
+        for event in self.reports.push(event, screen).unwrap_or_default() {
+            self.translate(&event, &mut messages);
+        }
+        messages
+    }
+
+    fn translate(&mut self, event: &Event, out: &mut Vec<ClientMessage>) {
+        match *event {
+            Event::Key { code, down } => {
+                // No keysym: QEMU leaves the lock keys to a keyboard that has them.
+                let key = |qnum| ClientMessage::ExtendedKey {
+                    keysym: 0,
+                    qnum,
+                    down,
                 };
-                let event = match next {
-                    Ok(event) => event,
-                    Err(error) => {
-                        tracing::warn!(%error, "an input device is gone");
-                        break;
+                out.extend(qnum_from_linux(code).map(u32::from).map(key));
+            }
+            Event::Pointer { x, y } => {
+                self.pointer = (x, y);
+                out.push(self.pointer(self.buttons));
+            }
+            Event::Button { code, down } => {
+                let Some(bit) = BUTTONS.iter().position(|button| *button == code) else {
+                    return;
+                };
+                self.buttons = self.buttons & !(1 << bit) | u8::from(down) << bit;
+                out.push(self.pointer(self.buttons));
+            }
+            Event::Wheel {
+                vertical,
+                horizontal,
+            } => {
+                for (clicks, negative, positive) in [(vertical, 4, 3), (horizontal, 5, 6)] {
+                    let bit = if clicks < 0 { negative } else { positive };
+                    for _ in 0..clicks.unsigned_abs() {
+                        out.push(self.pointer(self.buttons | 1 << bit));
+                        out.push(self.pointer(self.buttons));
                     }
-                };
-                let size = screen.with_frame(|f| (f.width, f.height));
-                let Some(events) = reports.push(event, size) else {
-                    continue;
-                };
-                let anchor = journal.anchor_before(&events, reports.position);
-                if let Err(error) = guest.inject(&events).await {
-                    tracing::error!(%error, "input could not be brought to the guest");
-                    break;
                 }
-                journal.log(anchor, events);
             }
-            let rest = reports.release_all();
-            if !rest.is_empty() && guest.inject(&rest).await.is_ok() {
-                journal.log(None, rest);
-            }
-        })
+            _ => {}
+        }
+    }
+
+    fn pointer(&self, buttons: u8) -> ClientMessage {
+        ClientMessage::Pointer {
+            x: self.pointer.0,
+            y: self.pointer.1,
+            buttons,
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::messages::ClientMessage;
 /// QEMU's pseudo-encoding for lock lights.
 const LED_STATE: i32 = -261;
 /// `BTN_LEFT`, `BTN_MIDDLE`, `BTN_RIGHT`: bits 0 to 2 of an RFB button mask.
-const BUTTONS: [u16; 3] = [0x110, 0x112, 0x111];
+pub(crate) const BUTTONS: [u16; 3] = [0x110, 0x112, 0x111];
 /// Clicks, vertical and horizontal, that bits 3 to 6 of an RFB button mask stand for.
 const WHEELS: [(i8, i8); 4] = [(1, 0), (-1, 0), (0, -1), (0, 1)];
 const FIRST_WHEEL_BIT: u32 = 3;

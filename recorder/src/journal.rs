@@ -18,7 +18,7 @@ use vm_host::screen::Observer;
 use crate::anchors::{AnchorPlan, region_around};
 use crate::codec::Framed;
 use crate::events::{Devices, ViewerInput};
-use crate::messages::{ClientMessage, buttons_release, key_release};
+use crate::messages::ClientMessage;
 use crate::stats::Statistics;
 
 /// Says how long the guest has run, and whether it does.
@@ -85,6 +85,14 @@ impl RecordSink for tokio::sync::mpsc::UnboundedSender<Record> {
     }
 }
 
+/// For a sink that never closes.
+impl<F: FnMut(Record) + Send + 'static> RecordSink for F {
+    fn record(&mut self, record: Record) -> Result<(), SinkClosed> {
+        self(record);
+        Ok(())
+    }
+}
+
 impl RecordSink for std::sync::mpsc::Sender<Record> {
     fn record(&mut self, record: Record) -> Result<(), SinkClosed> {
         self.send(record).map_err(|_| SinkClosed)
@@ -103,6 +111,8 @@ struct Inner {
     sink: Box<dyn RecordSink>,
     clock: Box<dyn Clock>,
     last: GuestTime,
+    /// QEMU hands the guest no key before this.
+    next_key: GuestTime,
     paused: bool,
     closed: bool,
     /// Keys and buttons that the log says are down, and that the guest therefore holds down.
@@ -123,6 +133,7 @@ impl Journal {
             sink,
             clock,
             last: GuestTime::default(),
+            next_key: GuestTime::default(),
             paused: false,
             closed: false,
             logged_down: BTreeSet::new(),
@@ -175,18 +186,21 @@ impl Journal {
     pub(crate) fn leave(&self, mut viewer: ViewerInput, qemu: Option<&OwnedWriteHalf>) {
         let mut inner = self.lock();
         let mut events = std::mem::take(&mut inner.scratch);
-        let mut farewell: Vec<u8> = inner
+        let drag = viewer.dragging_at();
+        let keys = inner
             .devices
             .held_qnums()
             .into_iter()
-            .flat_map(key_release)
-            .collect();
-        let drag = viewer.dragging_at();
-        farewell.extend(drag.iter().flat_map(|&(x, y)| buttons_release(x, y)));
-        let told = qemu.is_none_or(|qemu| match qemu.try_write(&farewell) {
-            Ok(written) => written == farewell.len(),
-            Err(_) => false,
-        });
+            .map(|qnum| ClientMessage::ExtendedKey {
+                keysym: 0,
+                qnum: qnum.into(),
+                down: false,
+            });
+        let buttons = drag.map(|(x, y)| ClientMessage::Pointer { x, y, buttons: 0 });
+        let framed = keys.chain(buttons).filter_map(Framed::input);
+        let farewell: Vec<u8> = framed.flat_map(|f| f.bytes).collect();
+        // If QEMU has gone there is nothing left to release.
+        let told = qemu.is_some_and(|q| q.try_write(&farewell).is_ok_and(|n| n == farewell.len()));
         if let Some((x, y)) = drag.filter(|_| told) {
             let released = ClientMessage::Pointer { x, y, buttons: 0 };
             inner.devices.apply(&mut viewer, &released, &mut events);
@@ -194,26 +208,6 @@ impl Journal {
         inner.devices.leave(&mut events);
         inner.log(None, &mut events);
         inner.scratch = events;
-    }
-
-    /// What the screen shows where the interaction that begins with `events` is aimed at, if
-    /// one does begin and its place has come to rest.
-    pub(crate) fn anchor_before(
-        &self,
-        events: &[Event],
-        pointer: Option<(u16, u16)>,
-    ) -> Option<Anchor> {
-        let mut inner = self.lock();
-        if inner.is_silent() {
-            return None;
-        }
-        let aim = inner.plan.aim(events, pointer, Instant::now())?;
-        self.capture(aim)
-    }
-
-    /// Logs what another way than a viewer has brought to the guest.
-    pub(crate) fn log(&self, anchor: Option<Anchor>, mut events: Vec<Event>) {
-        self.lock().log(anchor, &mut events);
     }
 
     fn anchor(&self, inner: &mut Inner, events: &[Event]) -> Option<Anchor> {
@@ -238,9 +232,14 @@ impl Journal {
         })
     }
 
+    /// Columns and rows of the screen, in pixels.
+    pub(crate) fn screen_size(&self) -> (u16, u16) {
+        self.observer.with_frame(|f| (f.width, f.height))
+    }
+
     /// The screen's size, as the observer sees it, goes before what happens on it.
     pub(crate) fn note_screen(&self) {
-        let (width, height) = self.observer.with_frame(|f| (f.width, f.height));
+        let (width, height) = self.screen_size();
         let mut inner = self.lock();
         let mut events = Vec::new();
         inner.devices.set_screen(width, height, &mut events);
@@ -325,6 +324,8 @@ impl Drop for Seat {
     }
 }
 
+/// QEMU's VNC server lets this much time pass between two keys (`key-delay-ms`, its default).
+const KEY_DELAY_MICROS: u64 = 10_000;
 /// Keys and buttons share Linux's numbering; buttons begin at `BTN_MISC`.
 const FIRST_BUTTON: u16 = 0x100;
 
@@ -374,7 +375,12 @@ impl Inner {
                 return;
             }
         }
-        self.last = self.last.max(self.clock.now());
+        let mut now = self.clock.now();
+        if matches!(event, Event::Key { .. }) {
+            now = now.max(self.next_key);
+            self.next_key.micros = now.micros + KEY_DELAY_MICROS;
+        }
+        self.last = self.last.max(now);
         self.stats.records += 1;
         if self
             .sink

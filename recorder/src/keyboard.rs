@@ -112,20 +112,20 @@ impl Keyboard {
     }
 
     fn set(&mut self, code: u16, down: bool, out: &mut Vec<Event>) {
-        let changed = if down {
-            self.held.insert(code)
-        } else {
-            self.held.remove(&code)
-        };
-        if !changed {
-            return;
-        }
+        // A repeated press of a lock key turns its state over as well, in QEMU's eyes alone.
         match code {
             CAPS_LOCK if down => self.caps = !self.caps,
             NUM_LOCK if down => self.num = !self.num,
             _ => {}
         }
-        out.push(Event::Key { code, down });
+        let changed = if down {
+            self.held.insert(code)
+        } else {
+            self.held.remove(&code)
+        };
+        if changed {
+            out.push(Event::Key { code, down });
+        }
     }
 
     fn modifiers(&self) -> Modifiers {

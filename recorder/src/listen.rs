@@ -4,9 +4,12 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
+
+use crate::recorder::RecorderError;
 
 /// Where to listen for viewers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,11 +28,28 @@ impl Default for Listen {
     }
 }
 
+impl FromStr for Listen {
+    type Err = RecorderError;
+
+    /// `HOST:PORT`, with an address for a host, or `unix:PATH`.
+    fn from_str(text: &str) -> Result<Self, RecorderError> {
+        match text.strip_prefix("unix:") {
+            Some(path) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            Some(_) => Err(RecorderError::Address(text.to_owned())),
+            None => text
+                .parse()
+                .map(Self::Tcp)
+                .map_err(|_| RecorderError::Address(text.to_owned())),
+        }
+    }
+}
+
+/// As [`Listen::from_str`] reads it.
 impl std::fmt::Display for Listen {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Tcp(address) => address.fmt(f),
-            Self::Unix(path) => path.display().fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
 }

@@ -7,8 +7,10 @@
 //! Promises: nothing is kept that the log has no use for (of a clipboard only its length), what
 //! is kept never shows in `Debug`, and every length is checked before anything is allocated.
 
-use bytes::Buf;
+use bytes::{Buf, BufMut, BytesMut};
 use thiserror::Error;
+
+use crate::codec::Framed;
 
 /// Clipboard bytes a viewer may send at once: QEMU's own limit, beyond which it hangs up.
 pub const CUT_TEXT_MAX: u32 = 1 << 20;
@@ -159,9 +161,8 @@ pub(crate) fn extent(bytes: &[u8]) -> Result<Extent, Malformed> {
     let header = match kind {
         0 | 3 | 4 | 5 | 150 | 250 => 1,
         2 => 4,
-        6 => 8,
+        6 | 251 => 8,
         248 => 9,
-        251 => 8,
         255 => 2,
         other => return Err(Malformed::UnknownType(other)),
     };
@@ -273,13 +274,30 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<ClientMessage, Malformed> {
     Ok(message)
 }
 
-/// An extended key event (type 255, subtype 0) that releases a key.
-pub(crate) fn key_release(qnum: u8) -> [u8; 12] {
-    [255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, qnum]
-}
-
-/// A pointer event (type 5) with no button down.
-pub(crate) fn buttons_release(x: u16, y: u16) -> [u8; 6] {
-    let ([x0, x1], [y0, y1]) = (x.to_be_bytes(), y.to_be_bytes());
-    [5, 0, x0, x1, y0, y1]
+impl Framed {
+    /// The bytes of an input message that has none of a viewer's; `None` for other messages.
+    pub(crate) fn input(message: ClientMessage) -> Option<Self> {
+        let mut bytes = BytesMut::with_capacity(12);
+        match message {
+            ClientMessage::Key { keysym, down } => {
+                bytes.put_slice(&[4, u8::from(down), 0, 0]);
+                bytes.put_u32(keysym);
+            }
+            ClientMessage::Pointer { x, y, buttons } => {
+                bytes.put_slice(&[5, buttons]);
+                bytes.put_u16(x);
+                bytes.put_u16(y);
+            }
+            ClientMessage::ExtendedKey { keysym, qnum, down } => {
+                bytes.put_slice(&[255, 0, 0, u8::from(down)]);
+                bytes.put_u32(keysym);
+                bytes.put_u32(qnum);
+            }
+            _ => return None,
+        }
+        Some(Self {
+            message,
+            bytes: bytes.freeze(),
+        })
+    }
 }

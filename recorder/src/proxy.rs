@@ -16,9 +16,10 @@ use tokio_util::codec::Decoder;
 use tokio_util::sync::CancellationToken;
 
 use crate::codec::{ClientCodec, DecodeError, Framed};
+use crate::evdev::{DeviceSource, LocalViewer};
 use crate::events::ViewerInput;
 use crate::handshake::{self, HandshakeError, Version};
-use crate::journal::Journal;
+use crate::journal::{Journal, Seat};
 use crate::listen::Stream;
 
 /// A viewer that takes longer to introduce itself is turned away.
@@ -46,6 +47,8 @@ pub(crate) enum ViewerError {
     },
     #[error(transparent)]
     Decode(#[from] DecodeError),
+    #[error("the input device is gone")]
+    Device(#[source] std::io::Error),
     #[error("QEMU closed the viewer's connection")]
     UpstreamClosed,
     #[error("passing bytes on failed")]
@@ -118,23 +121,29 @@ impl Proxy {
             () = &mut give_up => Err(ViewerError::Slow),
         };
         if let Err(error) = admitted {
-            self.part(ViewerInput::default(), qemu, None).await;
+            self.journal.leave(ViewerInput::default(), None);
+            let (from_qemu, to_qemu) = qemu.into_split();
+            close(from_qemu, to_qemu).await;
             return Err(error);
         }
         Ok(Session { viewer, qemu, seat })
     }
 
-    async fn open_upstream(&self) -> Result<(UnixStream, crate::journal::Seat), ViewerError> {
+    async fn open_upstream(&self) -> Result<(UnixStream, Seat), ViewerError> {
         let seat = self.journal.seat(self.max_viewers);
         let seat = seat.ok_or(ViewerError::Full(self.max_viewers))?;
-        let mut qemu = UnixStream::connect(&self.upstream)
-            .await
-            .map_err(|source| ViewerError::NoUpstream {
-                socket: self.upstream.clone(),
-                source,
-            })?;
+        Ok((self.connect_upstream().await?, seat))
+    }
+
+    /// A connection on which QEMU waits for ClientInit.
+    async fn connect_upstream(&self) -> Result<UnixStream, ViewerError> {
+        let connected = UnixStream::connect(&self.upstream).await;
+        let mut qemu = connected.map_err(|source| ViewerError::NoUpstream {
+            socket: self.upstream.clone(),
+            source,
+        })?;
         handshake::approach(&mut qemu).await?;
-        Ok((qemu, seat))
+        Ok(qemu)
     }
 
     async fn run(&self, session: Session) -> Result<(), ViewerError> {
@@ -164,11 +173,44 @@ impl Proxy {
         ended
     }
 
-    /// Ends a connection that QEMU has not seen a viewer on yet.
-    async fn part(&self, input: ViewerInput, qemu: UnixStream, told: Option<&OwnedWriteHalf>) {
-        self.journal.leave(input, told);
+    /// Serves an input device of this machine until it goes away, QEMU does, or the recorder
+    /// stops.
+    pub(crate) async fn serve_device(&self, device: impl DeviceSource) -> Result<(), ViewerError> {
+        let mut qemu = self.connect_upstream().await?;
+        handshake::join_shared(&mut qemu).await?;
         let (from_qemu, to_qemu) = qemu.into_split();
-        close(from_qemu, to_qemu).await;
+        let mut screen = BufReader::with_capacity(SCREEN_BUFFER, from_qemu);
+        let mut input = ViewerInput::default();
+        let mut nowhere = tokio::io::sink();
+        let ended = tokio::select! {
+            () = self.stop.cancelled() => Ok(()),
+            ended = self.follow_device(device, &to_qemu, &mut input) => ended,
+            // No pixels are asked for; what QEMU says unasked is of no use here.
+            _ = tokio::io::copy_buf(&mut screen, &mut nowhere) => {
+                Err(ViewerError::UpstreamClosed)
+            }
+        };
+        self.journal.leave(input, Some(&to_qemu));
+        close(screen.into_inner(), to_qemu).await;
+        ended
+    }
+
+    async fn follow_device(
+        &self,
+        mut device: impl DeviceSource,
+        qemu: &OwnedWriteHalf,
+        input: &mut ViewerInput,
+    ) -> Result<(), ViewerError> {
+        let mut local = LocalViewer::new(device.position_range());
+        loop {
+            let event = device.next().await.map_err(ViewerError::Device)?;
+            let read_at = Instant::now();
+            for message in local.say(event, self.journal.screen_size()) {
+                if let Some(framed) = Framed::input(message) {
+                    self.forward(&framed, read_at, qemu, input).await?;
+                }
+            }
+        }
     }
 
     /// Forwards what the viewer says until it hangs up.
@@ -232,7 +274,7 @@ impl Proxy {
 struct Session {
     viewer: Box<dyn Stream>,
     qemu: UnixStream,
-    seat: crate::journal::Seat,
+    seat: Seat,
 }
 
 async fn write_all(qemu: &OwnedWriteHalf, mut bytes: &[u8]) -> std::io::Result<()> {
@@ -258,7 +300,7 @@ async fn close(mut from_qemu: OwnedReadHalf, mut to_qemu: OwnedWriteHalf) {
     }
 }
 
-fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

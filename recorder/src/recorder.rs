@@ -9,9 +9,10 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use vm_host::screen::{Observer, ScreenError};
 
+use crate::evdev::{DeviceError, DeviceSource, GrabbedDevice};
 use crate::journal::{Clock, Journal, RecordSink, SinkClosed};
 use crate::listen::{Listen, Listener};
-use crate::proxy::Proxy;
+use crate::proxy::{Proxy, with_causes};
 use crate::stats::Statistics;
 
 /// Pause after a failed accept: it fails for want of file descriptors, and nothing tells when
@@ -25,6 +26,8 @@ pub struct RecorderConfig {
     pub listen: Listen,
     /// QEMU's VNC server, a unix socket.
     pub upstream_vnc: PathBuf,
+    /// Input devices of this machine to take as well, as files under `/dev/input`.
+    pub evdev: Vec<PathBuf>,
     /// Viewers at a time. QEMU takes 32 connections, of which one is the recorder's own.
     pub max_viewers: usize,
 }
@@ -35,6 +38,7 @@ impl RecorderConfig {
         Self {
             listen: Listen::default(),
             upstream_vnc,
+            evdev: Vec::new(),
             max_viewers: 16,
         }
     }
@@ -52,6 +56,12 @@ pub enum RecorderError {
         /// Where.
         listen: Listen,
     },
+    /// No place to listen at.
+    #[error("{0:?} is no address to listen at; give IP:PORT, like 127.0.0.1:5900, or unix:PATH")]
+    Address(String),
+    /// An input device can't be taken.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Listening failed otherwise.
     #[error("cannot listen for viewers at {listen}")]
     Listen {
@@ -85,8 +95,11 @@ impl Recorder {
         let RecorderConfig {
             listen,
             upstream_vnc,
+            evdev,
             max_viewers,
         } = config;
+        let devices = evdev.iter().map(|path| GrabbedDevice::open(path));
+        let devices = devices.collect::<Result<Vec<_>, _>>()?;
         let bound = Listener::bind(&listen).await;
         let (listener, local) =
             bound
@@ -108,42 +121,42 @@ impl Recorder {
         ));
         journal.note_screen();
         let stop = CancellationToken::new();
-        let proxy = Proxy {
+        let proxy = Arc::new(Proxy {
             upstream: upstream_vnc,
             max_viewers,
             journal: Arc::clone(&journal),
             stop: stop.clone(),
-        };
+        });
         let sizes = tokio::spawn(follow_size(
             Arc::clone(&observer),
             Arc::clone(&journal),
             stop.clone(),
         ));
-        let viewers = tokio::spawn(accept(listener, Arc::new(proxy)));
-        Ok(RecorderHandle {
+        let viewers = tokio::spawn(accept(listener, Arc::clone(&proxy)));
+        let mut handle = RecorderHandle {
             local,
-            journal,
+            proxy,
             observer,
-            stop,
-            viewers,
-            sizes,
-        })
+            tasks: vec![sizes, viewers],
+        };
+        for device in devices {
+            handle.capture(device);
+        }
+        Ok(handle)
     }
 }
 
 /// A running recorder. Dropping it stops it without waiting; [`RecorderHandle::shutdown`] waits.
 pub struct RecorderHandle {
     local: Listen,
-    pub(crate) journal: Arc<Journal>,
+    proxy: Arc<Proxy>,
     observer: Arc<Observer>,
-    pub(crate) stop: CancellationToken,
-    viewers: JoinHandle<()>,
-    sizes: JoinHandle<()>,
+    tasks: Vec<JoinHandle<()>>,
 }
 
 impl RecorderHandle {
     /// Where viewers connect, with the port that the system chose.
-    pub fn local_address(&self) -> &Listen {
+    pub fn local_addr(&self) -> &Listen {
         &self.local
     }
 
@@ -152,48 +165,59 @@ impl RecorderHandle {
         &self.observer
     }
 
+    /// Takes input from a device of this machine, too, until it goes away or the recorder
+    /// stops. What it holds then is released.
+    pub fn capture(&mut self, device: impl DeviceSource) {
+        let proxy = Arc::clone(&self.proxy);
+        self.tasks.push(tokio::spawn(async move {
+            if let Err(error) = proxy.serve_device(device).await {
+                tracing::warn!(error = %with_causes(&error), "capture of an input device ended");
+            }
+        }));
+    }
+
     /// Stops logging; input goes on to the guest. A gap is logged, once.
     pub fn pause(&self) {
-        self.journal.pause();
+        self.proxy.journal.pause();
     }
 
     /// Goes on logging.
     pub fn resume(&self) {
-        self.journal.resume();
+        self.proxy.journal.resume();
     }
 
     /// Returns once everything that went to QEMU before is in the sink, and the sink flushed.
     pub fn flush(&self) -> Result<(), RecorderError> {
-        Ok(self.journal.flush()?)
+        Ok(self.proxy.journal.flush()?)
     }
 
     /// Fails if recording is broken: the log takes no more, or the screen is gone.
     pub fn check(&self) -> Result<(), RecorderError> {
-        self.journal.check_sink()?;
+        self.proxy.journal.check_sink()?;
         Ok(self.observer.check()?)
     }
 
     /// What it has done so far.
     pub fn statistics(&self) -> Statistics {
-        self.journal.statistics()
+        self.proxy.journal.statistics()
     }
 
     /// Disconnects all viewers, releasing what they hold, and flushes the log.
     pub async fn shutdown(mut self) -> Result<Statistics, RecorderError> {
-        self.stop.cancel();
-        for task in [&mut self.viewers, &mut self.sizes] {
+        self.proxy.stop.cancel();
+        for task in std::mem::take(&mut self.tasks) {
             if let Err(error) = task.await {
                 tracing::error!(%error, "a task of the recorder failed");
             }
         }
-        self.journal.flush()?;
-        Ok(self.journal.statistics())
+        self.proxy.journal.flush()?;
+        Ok(self.proxy.journal.statistics())
     }
 }
 
 impl Drop for RecorderHandle {
     fn drop(&mut self) {
-        self.stop.cancel();
+        self.proxy.stop.cancel();
     }
 }
 

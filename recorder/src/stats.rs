@@ -70,7 +70,7 @@ impl std::fmt::Debug for Histogram {
             .field("median", &self.median())
             .field("p99", &self.quantile(0.99))
             .field("max", &self.max)
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 
