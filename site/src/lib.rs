@@ -1,4 +1,46 @@
-//! site
+//! A site: the VMs of a host, what is kept of them, and how they come and go.
+//!
+//! - [`Store`] and [`VmDir`]: the state directory. [`generation`], [`lease`] and [`vm`] are what
+//!   lies in it.
+//! - [`local`]: VMs made, started, stopped and checkpointed here. [`recording`]: what is typed.
+//! - [`identity`], [`peers`], [`transport`]: who the sites are, and how they talk safely.
+//! - [`protocol`]: what they say. [`source`] and [`agent`] are the two ends of a migration, in
+//!   the phases of [`Phase`].
+//!
+//! Promises: a generation exists as a whole or not at all; at most one site runs a VM; what
+//! arrives is verified before it becomes a state of the VM; before the commit the source can go
+//! on as if nothing had happened, and the target is clean after whatever end.
+
+pub mod agent;
+pub mod booted;
+mod disks;
+mod error;
+mod exchange;
+mod files;
+mod fork;
+pub mod generation;
 pub mod identity;
+pub mod lease;
+mod line;
+pub mod local;
 pub mod peers;
+pub mod phase;
+pub mod plan;
+pub mod progress;
+pub mod protocol;
+pub mod recording;
+pub mod replaying;
+pub mod report;
+pub mod source;
+mod state;
+mod store;
+mod target;
 pub mod transport;
+pub mod vm;
+mod work;
+
+pub use error::{Class, Error, chain_of};
+pub use lease::Lease;
+pub use phase::Phase;
+pub use progress::{Progress, Silent};
+pub use store::{Store, VmDir};

@@ -1,0 +1,191 @@
+//! A VM's disks as images of pages: overlays over overlays over a raw base image.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
+
+use reconciler::{ImageTree, Page, PageIndex, PageSet, ReadPages, WritePages};
+use vm_host::disk::{Format, OverlayReader, OverlayWriter};
+
+use crate::error::{Error, Result};
+use crate::store::VmDir;
+use crate::vm::VmRecord;
+
+/// What a disk overlay rests on: a generation's overlay, or the base image.
+pub(crate) fn backing_of(
+    vm: &VmDir,
+    record: &VmRecord,
+    generation: Option<u64>,
+    index: usize,
+) -> (PathBuf, Format) {
+    match generation {
+        Some(number) => (vm.generation(number).disk(index), Format::Qcow2),
+        None => (vm.store().base_path(record.disks[index].hash), Format::Raw),
+    }
+}
+
+/// Makes an empty overlay over a generation's disk, or over the base image.
+///
+/// The backing file is named relative to the overlay; all overlays lie three folders below the
+/// state directory's `vms`, see [`crate::store`].
+pub(crate) fn overlay_on(
+    vm: &VmDir,
+    record: &VmRecord,
+    generation: Option<u64>,
+    index: usize,
+    overlay: &Path,
+) -> Result<()> {
+    let relative = match generation {
+        Some(number) => format!("../../generations/{number}/disk{index}.qcow2"),
+        None => format!("../../../../images/{}", record.disks[index].hash),
+    };
+    let (_, format) = backing_of(vm, record, generation, index);
+    vm_host::disk::create_overlay(overlay, Path::new(&relative), format)
+        .map_err(Error::host(format!("cannot make the overlay {}", overlay.display())))
+}
+
+/// A disk as its guest sees it.
+pub(crate) struct DiskImage {
+    reader: OverlayReader,
+}
+
+impl DiskImage {
+    /// Opens the top of a chain of overlays, or a raw base image.
+    pub(crate) fn open(top: &Path) -> Result<Self> {
+        let reader = OverlayReader::open(top)
+            .map_err(Error::host(format!("cannot read the disk {}", top.display())))?;
+        Ok(Self { reader })
+    }
+
+    /// The guest's disk size in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.reader.size()
+    }
+
+    /// The pages that overlays above `stop` hold: all that can differ from it.
+    pub(crate) fn allocated_above(&self, stop: &Path) -> Result<PageSet> {
+        let ranges = self
+            .reader
+            .allocated_above(stop)
+            .map_err(Error::host("cannot read which blocks of a disk were written"))?;
+        Ok(ranges.into_iter().flatten().map(PageIndex).collect())
+    }
+}
+
+impl ReadPages for DiskImage {
+    fn pages(&self) -> u64 {
+        self.reader.pages()
+    }
+
+    fn read(&self, index: PageIndex, page: &mut Page) -> io::Result<()> {
+        self.reader.read_page(index.0, page).map_err(io::Error::other)
+    }
+
+    fn read_many(&self, first: PageIndex, into: &mut [u8]) -> io::Result<()> {
+        self.reader.read_pages(first.0, into).map_err(io::Error::other)
+    }
+}
+
+/// A disk that is built in place, in its top overlay.
+pub(crate) struct WorkDisk {
+    top: PathBuf,
+    writer: OverlayWriter,
+    seen: RwLock<Seen>,
+    pages: u64,
+}
+
+/// What a reader of the overlay shows; writes need another one.
+struct Seen {
+    reader: OverlayReader,
+    stale: bool,
+}
+
+impl WorkDisk {
+    /// Opens the top of a chain of overlays, to write into it.
+    pub(crate) fn open(top: &Path) -> Result<Self> {
+        let failed = || Error::host(format!("cannot write the disk {}", top.display()));
+        let writer = OverlayWriter::open(top).map_err(failed())?;
+        let reader = OverlayReader::open(top).map_err(failed())?;
+        let pages = reader.pages();
+        Ok(Self {
+            top: top.to_owned(),
+            writer,
+            seen: RwLock::new(Seen { reader, stale: false }),
+            pages,
+        })
+    }
+
+    /// Makes what was written durable.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.writer
+            .sync()
+            .map_err(Error::host(format!("cannot write the disk {}", self.top.display())))
+    }
+
+    fn refresh(&self) -> io::Result<()> {
+        let mut seen = self.seen.write().unwrap_or_else(PoisonError::into_inner);
+        if seen.stale {
+            self.writer.sync().map_err(io::Error::other)?;
+            seen.reader = OverlayReader::open(&self.top).map_err(io::Error::other)?;
+            seen.stale = false;
+        }
+        Ok(())
+    }
+}
+
+impl ReadPages for WorkDisk {
+    fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    fn read(&self, index: PageIndex, page: &mut Page) -> io::Result<()> {
+        loop {
+            let seen = self.seen.read().unwrap_or_else(PoisonError::into_inner);
+            if !seen.stale {
+                return seen.reader.read_page(index.0, page).map_err(io::Error::other);
+            }
+            drop(seen);
+            self.refresh()?;
+        }
+    }
+}
+
+impl WritePages for WorkDisk {
+    fn write(&mut self, index: PageIndex, page: &Page) -> io::Result<()> {
+        self.seen.get_mut().unwrap_or_else(PoisonError::into_inner).stale = true;
+        self.writer.write_page(index.0, page).map_err(io::Error::other)
+    }
+}
+
+/// The tree of a generation's disk, or of the base image.
+pub(crate) fn tree_of(
+    vm: &VmDir,
+    record: &VmRecord,
+    generation: Option<u64>,
+    index: usize,
+) -> Result<ImageTree> {
+    let Some(number) = generation else {
+        return vm.store().base_tree(record.disks[index]);
+    };
+    let files = vm.generation(number);
+    let manifest = files.load_manifest()?.ok_or_else(|| {
+        Error::Refused(format!("generation {number} of {} is not there any more", vm.name()))
+    })?;
+    files.load_disk_tree(&manifest, index)
+}
+
+/// The tree of a disk, from the tree of the generation that it rests on and the blocks that
+/// were written since.
+pub(crate) fn tree_since(
+    vm: &VmDir,
+    record: &VmRecord,
+    generation: Option<u64>,
+    index: usize,
+    image: &DiskImage,
+) -> Result<ImageTree> {
+    let mut tree = tree_of(vm, record, generation, index)?;
+    let (stop, _) = backing_of(vm, record, generation, index);
+    let written = image.allocated_above(&stop)?;
+    tree.rehash(image, &written).map_err(Error::reconcile("cannot hash a disk"))?;
+    Ok(tree)
+}

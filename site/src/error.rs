@@ -1,0 +1,227 @@
+//! What can go wrong at a site, for the person who has to do something about it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::phase::Phase;
+
+/// Anything the site's own code can fail with.
+///
+/// The text says what failed and on what; the cause is chained as the source and not repeated.
+/// [`Error::class`] tells whether anything was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file or folder of the state directory could not be used.
+    #[error("cannot {action} {}", path.display())]
+    File {
+        /// What was tried, as a verb.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of the state directory holds something else than it should.
+    #[error("{} is damaged: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Refused before anything was changed.
+    #[error("{0}")]
+    Refused(String),
+    /// The other site refused before anything was changed.
+    #[error("{site} refused: {reason}")]
+    PeerRefused {
+        /// Its name here.
+        site: String,
+        /// What it said.
+        reason: String,
+    },
+    /// The other site gave up during a phase.
+    #[error("{site} failed in phase {phase}: {reason}")]
+    PeerFailed {
+        /// Its name here.
+        site: String,
+        /// During which phase.
+        phase: Phase,
+        /// What it said.
+        reason: String,
+    },
+    /// The other site said something that the protocol has no place for.
+    #[error("{site} broke the protocol in phase {phase}: {what}")]
+    Protocol {
+        /// Its name here.
+        site: String,
+        /// During which phase.
+        phase: Phase,
+        /// What came.
+        what: String,
+    },
+    /// A migration failed; the source VM is as it was.
+    #[error("phase {phase} failed")]
+    Phase {
+        /// Which.
+        phase: Phase,
+        /// Why.
+        #[source]
+        source: Box<Error>,
+    },
+    /// Interrupted by the user; the source VM is as it was.
+    #[error("interrupted in phase {0}; the VM goes on here, and the same command starts again")]
+    Interrupted(Phase),
+    /// Who owns the VM could not be found out.
+    #[error(
+        "the hand-over of {vm} to {site} was cut off at its last step, and {site} can't be asked \
+         now; {vm} stays stopped here until it answers: run the command again when it does"
+    )]
+    InDoubt {
+        /// The VM.
+        vm: String,
+        /// The site that may own it now.
+        site: String,
+        /// Why it could not be asked.
+        #[source]
+        source: Option<Box<Error>>,
+    },
+    /// QEMU or the host.
+    #[error("{what}")]
+    Host {
+        /// What was tried.
+        what: String,
+        /// Why not.
+        #[source]
+        source: vm_host::Error,
+    },
+    /// The line to a peer could not be opened.
+    #[error(transparent)]
+    Connect(#[from] crate::transport::ConnectError),
+    /// This site's agent could not begin to listen.
+    #[error(transparent)]
+    Listen(#[from] crate::transport::ListenError),
+    /// The line to a peer failed.
+    #[error("the line to {site} failed")]
+    Line {
+        /// Its name here.
+        site: String,
+        /// How.
+        #[source]
+        source: crate::transport::WireError,
+    },
+    /// Keys and identity.
+    #[error(transparent)]
+    Identity(#[from] crate::identity::IdentityError),
+    /// A site's key that can't be one.
+    #[error(transparent)]
+    Key(#[from] crate::identity::ParseKeyError),
+    /// The list of peers.
+    #[error(transparent)]
+    Peers(#[from] crate::peers::PeerError),
+    /// The interaction log.
+    #[error("{what}")]
+    Log {
+        /// What was tried.
+        what: String,
+        /// Why not.
+        #[source]
+        source: traces::Error,
+    },
+    /// Reconciling an image.
+    #[error("{what}")]
+    Reconcile {
+        /// What was tried.
+        what: String,
+        /// Why not.
+        #[source]
+        source: reconciler::Error,
+    },
+    /// Replaying the log.
+    #[error("the replay failed")]
+    Replay(#[source] replayer::Error),
+    /// Watching the screen of a fork.
+    #[error("the screen of a replaying fork can't be watched")]
+    Screen {
+        /// Why not.
+        #[source]
+        source: vm_host::screen::ScreenError,
+    },
+    /// The recorder.
+    #[error("recording failed")]
+    Recorder(#[source] recorder::RecorderError),
+}
+
+/// What an error means for the caller; the command line's exit codes follow from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Something failed on the way.
+    Failed,
+    /// Refused before anything changed.
+    Refused,
+    /// Stopped on the way; the same command goes on or starts again.
+    Interrupted,
+}
+
+impl Error {
+    /// Which class this error belongs to.
+    pub fn class(&self) -> Class {
+        match self {
+            Self::Refused(_)
+            | Self::PeerRefused { .. }
+            | Self::Identity(_)
+            | Self::Key(_)
+            | Self::Connect(_)
+            | Self::Listen(_)
+            | Self::Peers(_) => Class::Refused,
+            Self::Interrupted(_) | Self::InDoubt { .. } => Class::Interrupted,
+            Self::Phase { phase: Phase::Hello | Phase::Plan, .. } => Class::Refused,
+            Self::Phase { source, .. } => source.class(),
+            _ => Class::Failed,
+        }
+    }
+
+    /// The error with its chain of causes on one line, as it is sent to a peer or shown.
+    pub fn chain(&self) -> String {
+        chain_of(self)
+    }
+
+    pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::File { action, path, source }
+    }
+
+    pub(crate) fn host(what: impl Into<String>) -> impl FnOnce(vm_host::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Host { what, source }
+    }
+
+    pub(crate) fn log(what: impl Into<String>) -> impl FnOnce(traces::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Log { what, source }
+    }
+
+    pub(crate) fn reconcile(what: impl Into<String>) -> impl FnOnce(reconciler::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Reconcile { what, source }
+    }
+}
+
+/// An error with its chain of causes on one line.
+pub fn chain_of(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let part = error.to_string();
+        if !text.ends_with(&part) {
+            text.push_str(": ");
+            text.push_str(&part);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Result of the site's own code.
+pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,280 @@
+//! The source's half of reconciling images over a line: offers for all of them, then the pages
+//! that the target lacks, image by image.
+//!
+//! Reading and compressing run on their own threads and hand chunks over a bounded channel, so
+//! that they overlap with sending, and a slow line holds them back.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use reconciler::{
+    BlobAssembler, Closed, EncodeOptions, EncodeStats, NodeServer, Offer, OfferOptions, PageChunk,
+    PageIndex, PageSet, Salt, blob_parts,
+};
+use tokio::sync::mpsc;
+
+use crate::error::{Error, Result};
+use crate::line::Line;
+use crate::local::blocking;
+use crate::phase::Phase;
+use crate::progress::Progress;
+use crate::protocol::{ImageHead, ImageKind, ImageOutcome, ToSource, ToTarget};
+use crate::state::{Base, State, with};
+use crate::vm::Id;
+
+/// Chunks between the compressor and the socket; each is at most 256 KiB.
+const QUEUE: usize = 4;
+
+/// Bytes of a base file in one message.
+const FILE_CHUNK: usize = 256 << 10;
+
+/// What sending one image took.
+#[derive(Clone, Debug)]
+pub(crate) struct Sent {
+    /// Which.
+    pub kind: ImageKind,
+    /// Bytes of the offer, the answer, and a descent if there was one.
+    pub hashes: u64,
+    /// Bytes of pages.
+    pub payload: u64,
+    /// Seconds that sending the pages took, from the answer to the target's verdict.
+    pub seconds: f64,
+    /// What the target made of it.
+    pub outcome: ImageOutcome,
+}
+
+struct Offered {
+    head: ImageHead,
+    offer: Offer,
+    encoded: Vec<u8>,
+}
+
+/// Sends all images of a state to a target that has `base`; returns when it has verified them.
+///
+/// `rate` is the line's, in bits per second; `enter` hears which phase begins.
+pub(crate) async fn send_images(
+    line: &mut Line,
+    state: &Arc<State>,
+    base: &Arc<Base>,
+    rate: f64,
+    enter: &mut (dyn FnMut(Phase) + Send),
+    progress: &dyn Progress,
+) -> Result<Vec<Sent>> {
+    enter(Phase::Device);
+    let salt = salt()?;
+    let (for_offers, base_for_offers) = (state.clone(), base.clone());
+    let offers = blocking(move || {
+        let state = for_offers;
+        let options =
+            OfferOptions { salt, candidates: base_for_offers.candidates(), force_bits: None };
+        state
+            .heads()
+            .into_iter()
+            .map(|head| {
+                let offer =
+                    Offer::new(state.tree(head.kind), &base_for_offers.tree(head.kind)?, &options)
+                        .map_err(Error::reconcile("cannot say what differs"))?;
+                let encoded =
+                    offer.encode().map_err(Error::reconcile("cannot say what differs"))?;
+                Ok(Offered { head, offer, encoded })
+            })
+            .collect::<Result<Vec<_>>>()
+    })
+    .await?;
+    for offered in &offers {
+        line.send(ToTarget::Image(offered.head)).await?;
+        for part in blob_parts(&offered.encoded) {
+            line.send(ToTarget::Offer(part)).await?;
+        }
+    }
+    line.flush().await?;
+    let mut sent = Vec::new();
+    for offered in offers {
+        let phase = offered.head.kind.phase();
+        enter(phase);
+        sent.push(send_image(line, state, base, offered, rate, progress).await?);
+    }
+    Ok(sent)
+}
+
+async fn send_image(
+    line: &mut Line,
+    state: &Arc<State>,
+    base: &Arc<Base>,
+    offered: Offered,
+    rate: f64,
+    progress: &dyn Progress,
+) -> Result<Sent> {
+    let Offered { head, offer, encoded } = offered;
+    let phase = head.kind.phase();
+    let mut hashes = encoded.len() as u64;
+    let mut assembler = BlobAssembler::new(offer.max_answer_len());
+    let answer = loop {
+        let part = match line.recv(phase).await? {
+            ToSource::Lacks(part) => part,
+            _ => return Err(line.unexpected(phase, "no answer to an offer")),
+        };
+        let bad = Error::reconcile("the answer to an offer is malformed");
+        if let Some(answer) = assembler.push(&part).map_err(bad)? {
+            break answer;
+        }
+    };
+    hashes += answer.len() as u64;
+    let pages = offer
+        .decode_answer(&answer)
+        .map_err(Error::reconcile("the answer to an offer is malformed"))?;
+    let begun = Instant::now();
+    let total = pages.len() as u64 * reconciler::PAGE_SIZE as u64;
+    tracing::debug!(?head, lacking = pages.len(), "answer");
+    let mut encoded =
+        send_pages(line, state, Some(base), head.kind, pages, rate, total, progress).await?;
+    let mut payload = encoded.bytes();
+    loop {
+        match line.recv(phase).await? {
+            ToSource::Verified(outcome) => {
+                if outcome.root != state.tree(head.kind).root() {
+                    return Err(line.unexpected(phase, "it verified another image"));
+                }
+                let seconds = begun.elapsed().as_secs_f64();
+                return Ok(Sent { kind: head.kind, hashes, payload, seconds, outcome });
+            }
+            ToSource::Differs(request) => {
+                let reply = with(state, move |state| {
+                    NodeServer::new(state.tree(head.kind))
+                        .answer(&request)
+                        .map_err(Error::reconcile("the target asks for what there is not"))
+                })
+                .await?;
+                hashes += reply.children.len() as u64;
+                line.send(ToTarget::Nodes(reply)).await?;
+            }
+            ToSource::Refetch(part) => {
+                let pages = refetch_set(line, phase, part, &offer).await?;
+                progress.note(&format!("{} pages are sent again", pages.len()));
+                encoded =
+                    send_pages(line, state, None, head.kind, pages, rate, 0, progress).await?;
+                payload += encoded.bytes();
+            }
+            _ => return Err(line.unexpected(phase, "no verdict on an image")),
+        }
+    }
+}
+
+async fn refetch_set(
+    line: &mut Line,
+    phase: Phase,
+    first: reconciler::BlobPart,
+    offer: &Offer,
+) -> Result<Vec<PageIndex>> {
+    let malformed = || Error::reconcile("a request for pages is malformed");
+    let mut assembler = BlobAssembler::new(Offer::max_encoded_len(offer.pages()));
+    let mut part = first;
+    let bytes = loop {
+        if let Some(bytes) = assembler.push(&part).map_err(malformed())? {
+            break bytes;
+        }
+        part = match line.recv(phase).await? {
+            ToSource::Refetch(part) => part,
+            _ => return Err(line.unexpected(phase, "half a request for pages")),
+        };
+    };
+    Ok(PageSet::decode(&bytes, offer.pages()).map_err(malformed())?.iter().collect())
+}
+
+#[expect(clippy::too_many_arguments, reason = "one caller for pages, one for pages sent again")]
+async fn send_pages(
+    line: &mut Line,
+    state: &Arc<State>,
+    base: Option<&Arc<Base>>,
+    kind: ImageKind,
+    pages: Vec<PageIndex>,
+    rate: f64,
+    total: u64,
+    progress: &dyn Progress,
+) -> Result<EncodeStats> {
+    let (sender, mut receiver) = mpsc::channel::<PageChunk>(QUEUE);
+    let (state, base) = (state.clone(), base.cloned());
+    let options = EncodeOptions::for_line(rate as u64);
+    let encoding = tokio::spawn(blocking(move || {
+        let mut sink = |chunk| sender.blocking_send(chunk).map_err(|_| Closed);
+        state
+            .with_pages(kind, |image| match &base {
+                Some(base) => base.with_pages(kind, |base| {
+                    reconciler::encode_pages(image, base, &pages, options, &mut sink)
+                }),
+                None => reconciler::encode_pages(image, None, &pages, options, &mut sink),
+            })
+            .map_err(Error::reconcile("cannot read and compress pages"))
+    }));
+    let mut sent = 0;
+    while let Some(chunk) = receiver.recv().await {
+        sent += chunk.bytes.len() as u64;
+        line.send(ToTarget::Pages(chunk)).await?;
+        if total > 0 {
+            // How far the pages compress is known only at the end: show raw bytes as estimated
+            // from what went through the compressor so far.
+            progress.advance(kind.phase(), sent, None);
+        }
+    }
+    line.send(ToTarget::PagesEnd).await?;
+    line.flush().await?;
+    match encoding.await {
+        Ok(stats) => stats,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Sends a base file, as it is.
+pub(crate) async fn send_file(
+    line: &mut Line,
+    path: &Path,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let (sender, mut receiver) = mpsc::channel::<Vec<u8>>(QUEUE);
+    let path = path.to_owned();
+    let total = std::fs::metadata(&path).map_err(Error::file("measure", &path))?.len();
+    let reading = tokio::spawn(blocking(move || {
+        use std::io::Read;
+        let read = || -> std::io::Result<()> {
+            let file = std::fs::File::open(&path)?;
+            // Base images are sparse and full of text: compressing is worth it on any line.
+            let mut encoder = zstd::stream::read::Encoder::new(file, 6)?;
+            loop {
+                let mut chunk = vec![0; FILE_CHUNK];
+                let mut filled = 0;
+                while filled < chunk.len() {
+                    match encoder.read(&mut chunk[filled..])? {
+                        0 => break,
+                        count => filled += count,
+                    }
+                }
+                chunk.truncate(filled);
+                if chunk.is_empty() || sender.blocking_send(chunk).is_err() {
+                    return Ok(());
+                }
+            }
+        };
+        read().map_err(Error::file("read", &path))
+    }));
+    let mut sent = 0;
+    while let Some(chunk) = receiver.recv().await {
+        sent += chunk.len() as u64;
+        line.send(ToTarget::Data(chunk)).await?;
+        progress.advance(Phase::Base, sent.min(total), None);
+    }
+    line.send(ToTarget::DataEnd).await?;
+    match reading.await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// A fresh salt for the truncated hashes of a session.
+fn salt() -> Result<Salt> {
+    let (a, b) = (Id::random()?, Id::random()?);
+    let mut salt = [0; 32];
+    salt[..16].copy_from_slice(&a.0);
+    salt[16..].copy_from_slice(&b.0);
+    Ok(Salt(salt))
+}

@@ -1,0 +1,222 @@
+//! Files that are whole or not there: write, fsync, rename, fsync of the folder.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, Result};
+
+/// No JSON file of a state directory comes near this.
+const JSON_LIMIT: u64 = 4 << 20;
+
+/// Replaces a file's content in one step; mode 0600.
+pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
+    let partial = partial_name(path);
+    let result = (|| {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&partial)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&partial, path)?;
+        sync_parent(path)
+    })();
+    if result.is_err() {
+        let _ = fs::remove_file(&partial);
+    }
+    result.map_err(Error::file("write", path))
+}
+
+/// A name beside `path` that no other process uses at the same time.
+fn partial_name(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}.partial", std::process::id()));
+    PathBuf::from(name)
+}
+
+/// Makes a rename or a new file in this folder durable.
+pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    sync_dir(path.parent().unwrap_or_else(|| Path::new(".")))
+}
+
+/// Writes a JSON file in one step.
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let mut text = serde_json::to_vec_pretty(value)
+        .map_err(|error| Error::file("write", path)(io::Error::other(error)))?;
+    text.push(b'\n');
+    write_atomic(path, &text)
+}
+
+/// Reads a JSON file; `None` if there is none.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::file("open", path)(error)),
+    };
+    let mut text = Vec::new();
+    file.take(JSON_LIMIT).read_to_end(&mut text).map_err(Error::file("read", path))?;
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(|error| Error::Damaged { path: path.to_owned(), reason: error.to_string() })
+}
+
+/// Makes a folder that only this user can enter, with its parents.
+pub(crate) fn make_dir(dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir)
+        .and_then(|()| fs::set_permissions(dir, fs::Permissions::from_mode(0o700)))
+        .map_err(Error::file("create the folder", dir))
+}
+
+/// Removes a folder and all in it; it is no error if it is not there.
+pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::file("remove the folder", dir)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Copies an image; all-zero blocks become holes. Returns without syncing.
+///
+/// A reflink or the kernel's own copy would keep holes only where the source has them; guest
+/// RAM on tmpfs has most of its zero pages allocated.
+pub(crate) fn copy_sparse(from: &Path, to: &Path) -> Result<File> {
+    const BLOCK: usize = 1 << 20;
+    const PAGE: usize = 4096;
+    let copy = || -> io::Result<File> {
+        let mut source = File::open(from)?;
+        let length = source.metadata()?.len();
+        let mut target = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(to)?;
+        target.set_len(length)?;
+        let mut block = vec![0; BLOCK];
+        let mut at = 0;
+        while at < length {
+            let size = BLOCK.min((length - at) as usize);
+            source.read_exact(&mut block[..size])?;
+            let mut page = 0;
+            while page < size {
+                let zero = |from: usize| block[from..size.min(from + PAGE)].iter().all(|b| *b == 0);
+                if zero(page) {
+                    page += PAGE;
+                    continue;
+                }
+                let begin = page;
+                while page < size && !zero(page) {
+                    page += PAGE;
+                }
+                target.seek(SeekFrom::Start(at + begin as u64))?;
+                target.write_all(&block[begin..page.min(size)])?;
+            }
+            at += size as u64;
+        }
+        Ok(target)
+    };
+    copy().map_err(|source| Error::File { action: "copy an image to", path: to.to_owned(), source })
+}
+
+/// An exclusive lock on a file, held until dropped; it goes with the process that holds it.
+#[derive(Debug)]
+pub(crate) struct FileLock {
+    _file: File,
+}
+
+impl FileLock {
+    /// Takes the lock, or says that another process has it.
+    pub(crate) fn try_take(path: &Path) -> Result<Option<Self>> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(Error::file("open", path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Self { _file: file })),
+            Err(fs::TryLockError::WouldBlock) => Ok(None),
+            Err(fs::TryLockError::Error(error)) => Err(Error::file("lock", path)(error)),
+        }
+    }
+}
+
+/// Free bytes of the file system that `path` is on.
+pub(crate) fn free_bytes(path: &Path) -> Result<u64> {
+    let stat = rustix::fs::statvfs(path)
+        .map_err(|errno| Error::file("measure the free space of", path)(errno.into()))?;
+    Ok(stat.f_bavail * stat.f_frsize)
+}
+
+/// Memory that this host can give without swapping, in bytes: `MemAvailable` of proc(5).
+pub(crate) fn available_memory() -> Result<u64> {
+    let path = Path::new("/proc/meminfo");
+    let text = fs::read_to_string(path).map_err(Error::file("read", path))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.trim().strip_suffix("kB"))
+        .and_then(|kib| kib.trim().parse::<u64>().ok())
+        .map(|kib| kib << 10)
+        .ok_or_else(|| Error::Damaged {
+            path: path.to_owned(),
+            reason: "it does not say how much memory is available".into(),
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sparse_copy_is_equal_and_leaves_holes() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("a"), dir.path().join("b"));
+        let mut content = vec![0_u8; (5 << 20) + 777];
+        content[4096..9000].fill(7);
+        content[(2 << 20) - 3..(2 << 20) + 5].fill(9);
+        *content.last_mut().unwrap() = 1;
+        fs::write(&from, &content).unwrap();
+        copy_sparse(&from, &to).unwrap();
+        assert!(fs::read(&to).unwrap() == content);
+        assert!(fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20);
+    }
+
+    #[test]
+    fn a_lock_is_exclusive_until_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let held = FileLock::try_take(&path).unwrap();
+        assert!(held.is_some());
+        assert!(FileLock::try_take(&path).unwrap().is_none());
+        drop(held);
+        assert!(FileLock::try_take(&path).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_json_file_is_whole_or_damaged_but_never_guessed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.json");
+        assert!(read_json::<Vec<u32>>(&path).unwrap().is_none());
+        write_json(&path, &vec![1_u32, 2]).unwrap();
+        assert_eq!(read_json::<Vec<u32>>(&path).unwrap(), Some(vec![1, 2]));
+        fs::write(&path, "[1,").unwrap();
+        assert!(matches!(read_json::<Vec<u32>>(&path), Err(Error::Damaged { .. })));
+    }
+}

@@ -1,0 +1,234 @@
+//! Generations: immutable, numbered states of a VM.
+//!
+//! A generation is a folder that holds the guest's RAM, one overlay a disk, the device state,
+//! a hash tree of each, and a manifest. The manifest is written last: a folder without one is
+//! no generation. Disk overlays rest on the overlays of the generation before, so generations
+//! form a line.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use reconciler::{ImageTree, Root};
+use serde::{Deserialize, Serialize};
+use vm_host::Hardware;
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::vm::Id;
+
+/// The version of the manifest's form.
+const MANIFEST_VERSION: u32 = 1;
+
+/// A serialised tree is never larger than this: 32 bytes for each page of a 16 TiB image.
+const TREE_LIMIT: u64 = 128 << 30;
+
+/// What a generation is: the roots of its images and what it takes to run it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Form of this file.
+    pub version: u32,
+    /// Of which VM.
+    pub vm: Id,
+    /// Its number; grows along the line.
+    pub generation: u64,
+    /// The generation that its disk overlays rest on.
+    pub parent: Option<u64>,
+    /// The hardware whose state it holds.
+    pub hardware: Hardware,
+    /// The QEMU that wrote the device state.
+    pub qemu: String,
+    /// Guest RAM.
+    pub ram: ImageInfo,
+    /// The disks, in order.
+    pub disks: Vec<ImageInfo>,
+    /// The device state; `bytes` is its length before padding to pages.
+    pub device: ImageInfo,
+    /// When it was made, in seconds since 1970.
+    pub created: u64,
+}
+
+/// Size and root of one image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// The tree's root.
+    pub root: Root,
+}
+
+impl Manifest {
+    /// A manifest of this form for a generation made now.
+    pub fn new(
+        vm: Id,
+        generation: u64,
+        parent: Option<u64>,
+        hardware: Hardware,
+        qemu: String,
+        [ram, device]: [ImageInfo; 2],
+        disks: Vec<ImageInfo>,
+    ) -> Self {
+        let created = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
+        Self {
+            version: MANIFEST_VERSION,
+            vm,
+            generation,
+            parent,
+            hardware,
+            qemu,
+            ram,
+            disks,
+            device,
+            created,
+        }
+    }
+
+    /// Which state this is, for another site: number and roots, not how it is stored.
+    pub fn identity(&self) -> GenerationId {
+        let mut hasher = blake3::Hasher::new_derive_key("replay-migrate 2026 generation identity");
+        hasher.update(&self.vm.0);
+        hasher.update(&self.generation.to_le_bytes());
+        for image in self.disks.iter().chain([&self.ram, &self.device]) {
+            hasher.update(&image.bytes.to_le_bytes());
+            hasher.update(&image.root.0);
+        }
+        GenerationId { number: self.generation, digest: *hasher.finalize().as_bytes() }
+    }
+}
+
+/// A generation as sites speak of it: equal only if number and every image are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenerationId {
+    /// Its number.
+    pub number: u64,
+    /// Over all roots.
+    pub digest: [u8; 32],
+}
+
+/// The files of a generation that exists, or of one in the making.
+#[derive(Clone, Debug)]
+pub struct GenerationFiles {
+    dir: PathBuf,
+}
+
+impl GenerationFiles {
+    /// The files in this folder, whether or not they are there yet.
+    pub fn at(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into() }
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Guest RAM, as a plain file.
+    pub fn ram(&self) -> PathBuf {
+        self.dir.join("ram.img")
+    }
+
+    /// The overlay of a disk, qcow2.
+    pub fn disk(&self, index: usize) -> PathBuf {
+        self.dir.join(format!("disk{index}.qcow2"))
+    }
+
+    /// The device state.
+    pub fn device(&self) -> PathBuf {
+        self.dir.join("device.bin")
+    }
+
+    fn ram_tree(&self) -> PathBuf {
+        self.dir.join("ram.tree")
+    }
+
+    fn disk_tree(&self, index: usize) -> PathBuf {
+        self.dir.join(format!("disk{index}.tree"))
+    }
+
+    fn manifest(&self) -> PathBuf {
+        self.dir.join("manifest.json")
+    }
+
+    /// Reads the manifest; `None` if this is no generation (any more, or yet).
+    pub fn load_manifest(&self) -> Result<Option<Manifest>> {
+        let Some(manifest) = files::read_json::<Manifest>(&self.manifest())? else {
+            return Ok(None);
+        };
+        if manifest.version != MANIFEST_VERSION {
+            return Err(Error::Damaged {
+                path: self.manifest(),
+                reason: format!(
+                    "it is of version {}; this program reads version {MANIFEST_VERSION}",
+                    manifest.version
+                ),
+            });
+        }
+        Ok(Some(manifest))
+    }
+
+    /// Makes all files durable, then writes the manifest: from here on the generation exists.
+    pub fn publish(&self, manifest: &Manifest) -> Result<()> {
+        let mut paths = vec![self.ram(), self.device(), self.ram_tree()];
+        for index in 0..manifest.disks.len() {
+            paths.extend([self.disk(index), self.disk_tree(index)]);
+        }
+        for path in &paths {
+            File::open(path).and_then(|file| file.sync_all()).map_err(Error::file("sync", path))?;
+        }
+        files::write_json(&self.manifest(), manifest)
+    }
+
+    /// Writes the trees of RAM and disks.
+    pub fn save_trees(&self, ram: &ImageTree, disks: &[ImageTree]) -> Result<()> {
+        self.save_ram_tree(ram)?;
+        disks
+            .iter()
+            .enumerate()
+            .try_for_each(|(index, tree)| save_tree(&self.disk_tree(index), tree))
+    }
+
+    /// Writes the tree of RAM alone.
+    pub fn save_ram_tree(&self, tree: &ImageTree) -> Result<()> {
+        save_tree(&self.ram_tree(), tree)
+    }
+
+    /// The tree of RAM, checked against the manifest.
+    pub fn load_ram_tree(&self, manifest: &Manifest) -> Result<ImageTree> {
+        load_tree(&self.ram_tree(), Some(&manifest.ram.root))
+    }
+
+    /// The tree of a disk, checked against the manifest.
+    pub fn load_disk_tree(&self, manifest: &Manifest, index: usize) -> Result<ImageTree> {
+        load_tree(&self.disk_tree(index), manifest.disks.get(index).map(|disk| &disk.root))
+    }
+
+    /// The device state.
+    pub fn load_device(&self) -> Result<Vec<u8>> {
+        let path = self.device();
+        fs::read(&path).map_err(Error::file("read", &path))
+    }
+}
+
+/// Writes a tree in one step.
+pub(crate) fn save_tree(path: &Path, tree: &ImageTree) -> Result<()> {
+    files::write_atomic(path, &tree.encode())
+}
+
+/// Reads a tree; with `root`, it must be the tree of that root.
+pub(crate) fn load_tree(path: &Path, root: Option<&Root>) -> Result<ImageTree> {
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(TREE_LIMIT).read_to_end(&mut bytes))
+        .map_err(Error::file("read", path))?;
+    let tree = ImageTree::decode(&bytes, reconciler::MAX_PAGES)
+        .map_err(Error::reconcile(format!("cannot read the hash tree {}", path.display())))?;
+    if root.is_some_and(|root| tree.root() != *root) {
+        return Err(Error::Damaged {
+            path: path.to_owned(),
+            reason: "its root is not the one in the manifest".into(),
+        });
+    }
+    Ok(tree)
+}

@@ -1,0 +1,152 @@
+//! The conversation with a peer: typed messages over a connection, its failures told in words,
+//! and how fast the line to each peer was found to be.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, Result};
+use crate::exchange::Sent;
+use crate::files;
+use crate::identity::SiteKey;
+use crate::peers::Peer;
+use crate::phase::Phase;
+use crate::protocol::{ToSource, ToTarget};
+use crate::store::Store;
+use crate::transport::{self, Connection, Traffic};
+
+/// How long a call to a peer may take until both sides know each other.
+const CONNECT_LIMIT: Duration = Duration::from_secs(20);
+
+/// A conversation, from either side of it.
+pub(crate) struct Conversation<In, Out> {
+    connection: Connection,
+    peer: Peer,
+    stop: CancellationToken,
+    types: std::marker::PhantomData<fn(Out) -> In>,
+}
+
+/// The source's side.
+pub(crate) type Line = Conversation<ToSource, ToTarget>;
+
+/// The target's side.
+pub(crate) type TargetLine = Conversation<ToTarget, ToSource>;
+
+impl Line {
+    /// Calls a peer.
+    pub(crate) async fn connect(store: &Store, peer: &Peer) -> Result<Self> {
+        let identity = store.identity()?;
+        let connection =
+            transport::connect(&peer.addr, &identity, &peer.key, CONNECT_LIMIT).await?;
+        Ok(Self::over(connection, peer.clone(), CancellationToken::new()))
+    }
+
+    /// The next message; what the target refuses or fails at is an error.
+    pub(crate) async fn recv(&mut self, phase: Phase) -> Result<ToSource> {
+        let message = self.receive(phase).await?;
+        let site = || self.peer.name.to_string();
+        match message {
+            ToSource::Refused(reason) => Err(Error::PeerRefused { site: site(), reason }),
+            ToSource::Failed { phase, reason } => {
+                Err(Error::PeerFailed { site: site(), phase, reason })
+            }
+            other => Ok(other),
+        }
+    }
+}
+
+impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
+    /// A conversation over an open connection; it ends when `stop` is cancelled.
+    pub(crate) fn over(connection: Connection, peer: Peer, stop: CancellationToken) -> Self {
+        Self { connection, peer, stop, types: std::marker::PhantomData }
+    }
+
+    /// Who is at the other end.
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// The counters of the socket.
+    pub(crate) fn traffic(&self) -> Traffic {
+        self.connection.traffic()
+    }
+
+    /// Queues a message.
+    pub(crate) async fn send(&mut self, message: Out) -> Result<()> {
+        tokio::select! {
+            sent = self.connection.send(&message) => Ok(sent.map_err(|e| wire(&self.peer, e))?),
+            () = self.stop.cancelled() => Err(stopping()),
+        }
+    }
+
+    /// Hands all that is queued to the kernel.
+    pub(crate) async fn flush(&mut self) -> Result<()> {
+        tokio::select! {
+            sent = self.connection.flush() => Ok(sent.map_err(|e| wire(&self.peer, e))?),
+            () = self.stop.cancelled() => Err(stopping()),
+        }
+    }
+
+    /// The next message, whatever it says.
+    pub(crate) async fn receive(&mut self, _phase: Phase) -> Result<In> {
+        tokio::select! {
+            message = self.connection.recv() => Ok(message.map_err(|e| wire(&self.peer, e))?),
+            () = self.stop.cancelled() => Err(stopping()),
+        }
+    }
+
+    /// An error for a message that has no place here.
+    pub(crate) fn unexpected(&self, phase: Phase, what: impl Into<String>) -> Error {
+        Error::Protocol { site: self.peer.name.to_string(), phase, what: what.into() }
+    }
+
+    /// Ends the conversation; what can still go wrong then matters to nobody.
+    pub(crate) async fn close(self) {
+        if let Err(error) = self.connection.close().await {
+            tracing::debug!(%error, "the connection did not end in order");
+        }
+    }
+}
+
+fn wire(peer: &Peer, source: transport::WireError) -> Error {
+    Error::Line { site: peer.name.to_string(), source }
+}
+
+fn stopping() -> Error {
+    Error::Refused("this site's agent is stopping".into())
+}
+
+/// The best rate reached to each peer: what a short probe can't see on a long, fast line.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct LinkHistory {
+    /// Bits per second, by key.
+    rates: BTreeMap<String, f64>,
+}
+
+impl LinkHistory {
+    /// Transfers below this tell nothing about a line.
+    const TELLING_BYTES: u64 = 1 << 20;
+
+    pub(crate) fn load(store: &Store) -> Result<Self> {
+        Ok(files::read_json(&store.root().join("links.json"))?.unwrap_or_default())
+    }
+
+    /// The rate to a peer, in bits per second.
+    pub(crate) fn rate(&self, peer: &SiteKey) -> Option<f64> {
+        self.rates.get(&peer.to_string()).copied()
+    }
+
+    /// Keeps what the last transfer reached: lines change, so the newest counts.
+    pub(crate) fn note(mut self, store: &Store, peer: &Peer, sent: &[Sent]) -> Result<()> {
+        let bytes: u64 = sent.iter().map(|image| image.payload).sum();
+        let seconds: f64 = sent.iter().map(|image| image.seconds).sum();
+        if bytes < Self::TELLING_BYTES || seconds <= 0.0 {
+            return Ok(());
+        }
+        self.rates.insert(peer.key.to_string(), bytes as f64 * 8.0 / seconds);
+        files::write_json(&store.root().join("links.json"), &self)
+    }
+}

@@ -1,0 +1,270 @@
+//! What two sites say to each other.
+//!
+//! ```text
+//! source                                              target
+//!   | -- Hello (VM, purpose, generations) -------------> |  checks what would fail later
+//!   | <------------- Welcome (generations, lacks) | Refused
+//!   | -- Probe --------------------------------------->  |  a few KiB, to time the line
+//!   | <---------------------------------------- Probed   |
+//!   | -- Plan (strategy, base generation) ------------>  |
+//!   | -- File, Data.., DataEnd ----------------------->  |  Base: base files it lacks
+//!   | -- Generation, <images>, Publish --------------->  |  Base: the generation, if it lacks it
+//!   | <--------------------------------------- Published |
+//!   | -- Prepare ------------------------------------->  |  a working copy of the generation
+//!   | -- Log.. --------------------------------------->  |  Log: restores a fork, replays
+//!   | <----------------------- Replaying.., Replayed     |  Replay; again with the tail of the log
+//!   | -- Freeze -------------------------------------->  |  Stop: both sides stand still
+//!   | -- <images> ------------------------------------>  |  Device, Disk, Ram
+//!   | -- Commit (manifest) --------------------------->  |  durable, lease held there
+//!   | <--------------------------------------- Committed |
+//!   | -- Resume -------------------------------------->  |
+//!   | <----------------------------------------- Resumed |
+//!
+//! <images>, for each image:
+//!   | -- Image (which, size), Offer.. ---------------->  |  all images at once, before any answer
+//!   | <---------------------------------------- Lacks..  |  one image after the other from here
+//!   | -- Pages.., PagesEnd --------------------------->  |
+//!   | <---------------------- Verified (root) | Differs   |
+//!   | -- Nodes --------------------------------------->  |  only after Differs: descends the tree
+//!   | <---------------------------------------- Refetch..  |  then the pages that are wrong
+//!   | -- Pages.., PagesEnd --------------------------->  |  once more, and verified again
+//! ```
+//!
+//! Every message is one frame. Messages that may exceed a frame travel as [`BlobPart`]s. The
+//! target holds nothing but a working folder until Commit: a connection that ends earlier, in
+//! whatever way, leaves it as it was. Asking about a hand-over that was cut off at its last step
+//! is a connection of its own: `Hello` with [`Purpose::Settle`], answered by `Settled`.
+//!
+//! **Versions.** The transport's preamble carries [`crate::transport`]'s version; this file
+//! belongs to it. Messages are postcard, so any change of a type here is a new version.
+
+use reconciler::{BlobPart, NodesReply, NodesRequest, PageChunk, Root};
+use serde::{Deserialize, Serialize};
+
+use crate::generation::{GenerationId, Manifest};
+use crate::phase::Phase;
+use crate::report::{ReplaySummary, Strategy};
+use crate::vm::{BaseFile, FileHash, Id, VmName, VmRecord};
+
+/// From the source of a VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum ToTarget {
+    /// First message.
+    Hello(Box<Hello>),
+    /// Timing of the line.
+    Probe(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// How it will be done.
+    Plan(Plan),
+    /// A base file follows, as `Data`.
+    File(BaseFile),
+    /// The images of a generation follow, as they differ from an older one.
+    Generation {
+        /// The generation.
+        manifest: Box<Manifest>,
+        /// The common generation that the images rest on; none: the base files alone.
+        base: Option<u64>,
+    },
+    /// Part of a base file, in zstd.
+    Data(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// There is no more of it.
+    DataEnd,
+    /// All images of the generation were sent and verified: keep it.
+    Publish,
+    /// Base is over: make a working copy of the generation that the plan names.
+    Prepare,
+    /// Part of a log segment: [`traces::encode_records`].
+    Log(BlobPart),
+    /// No more replay; the source stands still.
+    Freeze,
+    /// An image, and what is different in it.
+    Image(ImageHead),
+    /// Part of [`reconciler`]'s offer.
+    Offer(BlobPart),
+    /// Pages that the target lacks.
+    Pages(PageChunk),
+    /// There are no more of them.
+    PagesEnd,
+    /// The answer to `Differs`.
+    Nodes(NodesReply),
+    /// The images are one generation; take the VM over.
+    Commit(Box<CommitRequest>),
+    /// Go on.
+    Resume {
+        /// Not yet: leave it paused.
+        paused: bool,
+    },
+}
+
+/// From the target of a VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum ToSource {
+    /// The answer to `Hello`, unless refused.
+    Welcome(Box<Welcome>),
+    /// Not possible; nothing was changed.
+    Refused(String),
+    /// The answer to `Probe`.
+    Probed,
+    /// The generation is kept.
+    Published,
+    /// The replay goes on.
+    Replaying {
+        /// Recorded time replayed so far, in milliseconds.
+        done: u64,
+        /// Recorded time in all, in milliseconds.
+        total: u64,
+    },
+    /// This segment of the log is replayed.
+    Replayed(ReplaySummary),
+    /// Part of [`reconciler`]'s answer to an offer: what is lacking.
+    Lacks(BlobPart),
+    /// The image is the source's.
+    Verified(ImageOutcome),
+    /// It is not; these parts of the tree are asked for.
+    Differs(NodesRequest),
+    /// These pages are: part of [`reconciler::PageSet::encode`]. They are to be sent again.
+    Refetch(BlobPart),
+    /// The VM is this site's now.
+    Committed,
+    /// It runs, or stands paused as asked.
+    Resumed,
+    /// The answer to [`Purpose::Settle`].
+    Settled {
+        /// Whether the hand-over took place.
+        taken: bool,
+    },
+    /// Something went wrong; the connection ends and the target is clean.
+    Failed {
+        /// During which phase.
+        phase: Phase,
+        /// What.
+        reason: String,
+    },
+}
+
+/// Who wants what.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Hello {
+    /// What for.
+    pub purpose: Purpose,
+    /// The VM.
+    pub vm: VmRecord,
+    /// Names this attempt.
+    pub transfer: Id,
+    /// The source's fencing number.
+    pub fence: u64,
+    /// The generations that the source has, oldest first.
+    pub generations: Vec<GenerationId>,
+    /// The number that the new generation will have.
+    pub next: u64,
+    /// The source's QEMU.
+    pub qemu: String,
+}
+
+impl Hello {
+    /// A site keeps fewer generations of a VM than this.
+    pub const GENERATIONS: usize = 4096;
+}
+
+/// What a connection is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// Move the VM.
+    Migrate,
+    /// Leave a copy of its newest generation.
+    Seed,
+    /// Only ask what a migration would cost.
+    Estimate,
+    /// Ask whether this transfer was committed; if it was not, it never will be.
+    Settle(Id),
+}
+
+/// What the target has.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Welcome {
+    /// Its generations of this VM that the source has too, oldest first.
+    pub common: Vec<GenerationId>,
+    /// Base files that it lacks.
+    pub lacks: Vec<FileHash>,
+    /// Its QEMU.
+    pub qemu: String,
+}
+
+/// How it will be done.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Plan {
+    /// The strategy.
+    pub strategy: Strategy,
+    /// The generation that both sites have once Base is over.
+    pub base: Option<GenerationId>,
+}
+
+/// An image of a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageHead {
+    /// Which.
+    pub kind: ImageKind,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+/// Which image of a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageKind {
+    /// The device state.
+    Device,
+    /// A disk, by its number.
+    Disk(u8),
+    /// Guest RAM.
+    Ram,
+}
+
+impl ImageKind {
+    /// The phase in which it is reconciled.
+    pub fn phase(self) -> Phase {
+        match self {
+            Self::Device => Phase::Device,
+            Self::Disk(_) => Phase::Disk,
+            Self::Ram => Phase::Ram,
+        }
+    }
+}
+
+/// How an image came about at the target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageOutcome {
+    /// The root of what the target holds, computed from its content.
+    pub root: Root,
+    /// Pages by recipe.
+    pub pages: Vec<(String, u64)>,
+    /// Pages that were wrong at first.
+    pub refetched: u64,
+}
+
+/// What makes the images a generation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CommitRequest {
+    /// The new generation.
+    pub manifest: Manifest,
+    /// The new fencing number.
+    pub fence: u64,
+}
+
+/// What the receiving side checks before it believes anything in a `Hello`.
+impl Hello {
+    /// Bounds and consistency.
+    pub fn validate(&self) -> crate::error::Result<()> {
+        self.vm.validate()?;
+        if self.generations.len() > Self::GENERATIONS || self.next == 0 || self.next > 1 << 48 {
+            return Err(crate::Error::Refused(format!(
+                "{} names more generations than are possible",
+                self.vm.name
+            )));
+        }
+        Ok(())
+    }
+
+    /// The VM's name.
+    pub fn name(&self) -> &VmName {
+        &self.vm.name
+    }
+}

@@ -1,0 +1,384 @@
+//! Recording a VM: a checkpoint, the recording proxy, and the log it writes.
+//!
+//! The recorder is a process of its own. A migration in another process reaches it over a
+//! control socket in the VM's runtime directory: one line a request (`flush`, `stop`), one line
+//! of JSON back. What it answers to `flush` is on disk.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use recorder::{Clock, Listen, RecordSink, SinkClosed};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
+use traces::{GuestTime, Log, LogId, LogWriter, Record};
+use vm_host::GuestClock;
+
+use crate::error::{Error, Result};
+use crate::files::FileLock;
+use crate::local;
+use crate::store::VmDir;
+
+/// A block of the log is written when it is this old; a crash loses no more.
+const FLUSH_EVERY: Duration = Duration::from_secs(2);
+
+/// How long a recorder may take to answer on its control socket.
+const CONTROL_LIMIT: Duration = Duration::from_secs(10);
+
+/// What to record, and where.
+#[derive(Clone, Debug)]
+pub struct RecordOptions {
+    /// Where VNC viewers connect: `HOST:PORT` or `unix:PATH`.
+    pub listen: String,
+    /// Input devices of this machine to take as well.
+    pub evdev: Vec<PathBuf>,
+}
+
+/// What is being recorded, once viewers can connect.
+#[derive(Clone, Debug, Serialize)]
+pub struct Recording {
+    /// The generation that the log continues.
+    pub generation: u64,
+    /// Where viewers connect.
+    pub listening: String,
+    /// The log.
+    pub log: PathBuf,
+}
+
+/// What was recorded.
+#[derive(Clone, Debug, Serialize)]
+pub struct Recorded {
+    /// The generation that the log continues.
+    pub generation: u64,
+    /// The log.
+    pub log: PathBuf,
+    /// Its length.
+    pub log_bytes: u64,
+    /// Input events and anchors in it.
+    pub records: u64,
+    /// Why the recording ended.
+    pub ended: Ended,
+}
+
+/// Why a recording ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ended {
+    /// The user stopped it.
+    Stopped,
+    /// The VM has moved to another site.
+    Moved,
+    /// QEMU ended.
+    VmEnded,
+}
+
+/// `HOST:PORT` or `unix:PATH`.
+fn parse_listen(text: &str) -> Result<Listen> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        return Ok(Listen::Unix(path.into()));
+    }
+    text.parse().map(Listen::Tcp).map_err(|_| {
+        Error::Refused(format!(
+            "{text:?} is no place to listen: say ADDRESS:PORT, as 127.0.0.1:5900, or unix:PATH"
+        ))
+    })
+}
+
+/// Guest time since the checkpoint that the log rests on.
+struct SinceCheckpoint {
+    clock: GuestClock,
+    origin: Duration,
+}
+
+impl Clock for SinceCheckpoint {
+    fn now(&self) -> GuestTime {
+        let since = self.clock.now().saturating_sub(self.origin);
+        GuestTime { micros: since.as_micros() as u64 }
+    }
+
+    fn is_running(&self) -> bool {
+        self.clock.is_running()
+    }
+}
+
+/// Hands records to the thread that writes the log.
+struct LogSink(mpsc::Sender<ToWriter>);
+
+impl RecordSink for LogSink {
+    fn record(&mut self, record: Record) -> Result<(), SinkClosed> {
+        self.0.send(ToWriter::Record(record)).map_err(|_| SinkClosed)
+    }
+}
+
+enum ToWriter {
+    Record(Record),
+    Flush(oneshot::Sender<Result<u64>>),
+}
+
+/// The recorder's answer on its control socket.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Answer {
+    /// Records that are on disk.
+    Flushed(u64),
+    Stopping,
+    Failed(String),
+}
+
+/// Records until `stop` ends, the VM moves away or QEMU ends.
+///
+/// `begun` is told as soon as viewers can connect.
+pub async fn record(
+    vm: &VmDir,
+    options: &RecordOptions,
+    begun: impl FnOnce(&Recording),
+    stop: impl Future<Output = ()>,
+) -> Result<Recorded> {
+    vm.record()?;
+    local::require_lease(vm)?;
+    let _recording = FileLock::try_take(&vm.dir().join("record.lock"))?.ok_or_else(|| {
+        Error::Refused(format!("{} is being recorded already", vm.name()))
+    })?;
+    let qemu = local::attach_running(vm).await?;
+    let listen = parse_listen(&options.listen)?;
+    let what = |what: &str| format!("cannot {what} {}", vm.name());
+    let clock = GuestClock::follow(qemu.clock_qmp_socket(), Duration::ZERO)
+        .await
+        .map_err(Error::host(what("follow the clock of")))?;
+    let origin = Mutex::new(Duration::ZERO);
+    let manifest = {
+        let _lock = vm.lock()?;
+        let at_checkpoint = || {
+            if let Ok(mut origin) = origin.lock() {
+                *origin = clock.now();
+            }
+        };
+        local::checkpoint_locked(vm, &qemu, Some(&at_checkpoint)).await?
+    };
+    let origin = origin.into_inner().unwrap_or_default();
+    let clock = SinceCheckpoint { clock, origin };
+    let log = vm.log_path(manifest.generation);
+    let writer = open_log(vm, &log, manifest.generation)?;
+    let (sender, receiver) = mpsc::channel();
+    let writing = std::thread::spawn(move || write_log(writer, &receiver));
+    let config = recorder::RecorderConfig {
+        listen,
+        evdev: options.evdev.clone(),
+        ..recorder::RecorderConfig::new(qemu.vnc_socket().to_owned())
+    };
+    let recorder = recorder::Recorder::start(config, LogSink(sender.clone()), clock)
+        .await
+        .map_err(Error::Recorder)?;
+    let socket = ControlSocket::bind(vm)?;
+    begun(&Recording {
+        generation: manifest.generation,
+        listening: recorder.local_addr().to_string(),
+        log: log.clone(),
+    });
+    let ended = tokio::select! {
+        () = stop => Ended::Stopped,
+        ended = serve_control(&socket.listener, &sender) => ended?,
+        _ = qemu.death() => Ended::VmEnded,
+    };
+    drop(socket);
+    recorder.shutdown().await.map_err(Error::Recorder)?;
+    drop(sender);
+    let (records, log_bytes) = local::blocking(move || match writing.join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+    .await?;
+    Ok(Recorded { generation: manifest.generation, log, log_bytes, records, ended })
+}
+
+/// A new log, or the one of this generation where recording went on before.
+fn open_log(vm: &VmDir, path: &Path, generation: u64) -> Result<LogWriter> {
+    let key = vm.store().log_key()?;
+    if path.exists() {
+        let (writer, _) = LogWriter::append_to(path, &key)
+            .map_err(Error::log(format!("cannot continue the log {}", path.display())))?;
+        return Ok(writer);
+    }
+    let id = LogId { vm: vm.record()?.id.0, generation, base_position: 0 };
+    LogWriter::create(path, &key, id)
+        .map_err(Error::log(format!("cannot begin the log {}", path.display())))
+}
+
+/// The writer's thread: blocks are written as they age, and when somebody asks.
+fn write_log(mut log: LogWriter, inbox: &mpsc::Receiver<ToWriter>) -> Result<(u64, u64)> {
+    let failed = |error| Error::log("cannot write the log")(error);
+    loop {
+        match inbox.recv_timeout(FLUSH_EVERY) {
+            Ok(ToWriter::Record(record)) => log.append(record).map_err(failed)?,
+            Ok(ToWriter::Flush(answer)) => {
+                let result = log.flush().and_then(|()| log.sync()).map_err(failed);
+                let _ = answer.send(result.map(|()| log.records()));
+            }
+            Err(RecvTimeoutError::Timeout) => log.flush().map_err(failed)?,
+            Err(RecvTimeoutError::Disconnected) => {
+                let records = log.records() + log.pending() as u64;
+                return Ok((records, log.close().map_err(failed)?));
+            }
+        }
+    }
+}
+
+struct ControlSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl ControlSocket {
+    fn bind(vm: &VmDir) -> Result<Self> {
+        let path = control_path(vm)?;
+        // The recording lock is held: whoever made this file is gone.
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::file("remove", &path)(error));
+            }
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path).map_err(Error::file("listen on", &path))?;
+        Ok(Self { listener, path })
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn control_path(vm: &VmDir) -> Result<PathBuf> {
+    Ok(vm.runtime_dir("live")?.join("record.sock"))
+}
+
+async fn serve_control(
+    listener: &UnixListener,
+    writer: &mpsc::Sender<ToWriter>,
+) -> Result<Ended> {
+    loop {
+        let (stream, _) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(source) => {
+                return Err(Error::File {
+                    action: "accept on",
+                    path: "the control socket".into(),
+                    source,
+                });
+            }
+        };
+        // One after the other: the only caller is a migration, and it has the VM's lock.
+        match tokio::time::timeout(CONTROL_LIMIT, answer(stream, writer)).await {
+            Ok(Ok(Some(ended))) => return Ok(ended),
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "control socket"),
+            Err(_) => tracing::warn!("a caller on the control socket said nothing"),
+        }
+    }
+}
+
+async fn answer(
+    stream: UnixStream,
+    writer: &mpsc::Sender<ToWriter>,
+) -> io::Result<Option<Ended>> {
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    tokio::io::AsyncReadExt::take(&mut stream, 64).read_line(&mut line).await?;
+    let (answer, ended) = match line.trim() {
+        "flush" => {
+            let (sender, receiver) = oneshot::channel();
+            let _ = writer.send(ToWriter::Flush(sender));
+            match receiver.await {
+                Ok(Ok(records)) => (Answer::Flushed(records), None),
+                Ok(Err(error)) => (Answer::Failed(error.chain()), None),
+                Err(_) => (Answer::Failed("the log can't be written any more".into()), None),
+            }
+        }
+        "stop" => (Answer::Stopping, Some(Ended::Moved)),
+        _ => (Answer::Failed("say flush or stop".into()), None),
+    };
+    let mut text = serde_json::to_string(&answer)?;
+    text.push('\n');
+    stream.get_mut().write_all(text.as_bytes()).await?;
+    Ok(ended)
+}
+
+/// Asks the recorder of a VM, if there is one.
+async fn ask(vm: &VmDir, request: &str) -> Result<Option<Answer>> {
+    let path = control_path(vm)?;
+    let stream = match UnixStream::connect(&path).await {
+        Ok(stream) => stream,
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            return Ok(None);
+        }
+        Err(error) => return Err(Error::file("reach the recorder at", &path)(error)),
+    };
+    let talk = async {
+        let mut stream = BufReader::new(stream);
+        stream.get_mut().write_all(format!("{request}\n").as_bytes()).await?;
+        let mut line = String::new();
+        tokio::io::AsyncReadExt::take(&mut stream, 4096).read_line(&mut line).await?;
+        Ok(serde_json::from_str(&line)?)
+    };
+    match tokio::time::timeout(CONTROL_LIMIT, talk).await {
+        Ok(result) => result.map(Some).map_err(Error::file("talk to the recorder at", &path)),
+        Err(_) => Err(Error::Refused(format!(
+            "the recorder of {} does not answer; end its process, then try again",
+            vm.name()
+        ))),
+    }
+}
+
+/// Has the recorder write what it has; without a recorder there is nothing to do.
+pub(crate) async fn flush(vm: &VmDir) -> Result<()> {
+    match ask(vm, "flush").await? {
+        None | Some(Answer::Flushed(_)) => Ok(()),
+        Some(Answer::Failed(reason)) => {
+            Err(Error::Refused(format!("the recorder of {} failed: {reason}", vm.name())))
+        }
+        Some(Answer::Stopping) => Err(Error::Refused(format!(
+            "the recorder of {} is just stopping; try again",
+            vm.name()
+        ))),
+    }
+}
+
+/// Tells the recorder that the VM has moved.
+pub(crate) async fn moved(vm: &VmDir) -> Result<()> {
+    ask(vm, "stop").await.map(drop)
+}
+
+/// All that was recorded since a generation, as one log: where there are later generations,
+/// each has a log of its own, and those follow in order.
+pub(crate) fn records_since(vm: &VmDir, from: u64) -> Result<Vec<Record>> {
+    let key = vm.store().log_key()?;
+    let id = vm.record()?.id;
+    let mut records: Vec<Record> = Vec::new();
+    for manifest in vm.generations()? {
+        let path = vm.log_path(manifest.generation);
+        if manifest.generation < from || !path.exists() {
+            continue;
+        }
+        let log = Log::read(&path, &key)
+            .map_err(Error::log(format!("cannot read the log {}", path.display())))?;
+        log.header
+            .expect(&path, id.0, manifest.generation)
+            .map_err(Error::log(format!("{} is not what it should be", path.display())))?;
+        let offset = records.last().map_or(0, |last| last.at.micros);
+        records.extend(log.records.into_iter().map(|mut record| {
+            record.at.micros += offset;
+            record
+        }));
+    }
+    Ok(records)
+}

@@ -1,0 +1,75 @@
+//! Replaying a log here, to see how it goes: on a fork that is thrown away.
+
+use std::path::Path;
+
+use replayer::Options;
+use traces::Log;
+
+use crate::error::{Error, Result};
+use crate::fork::{Fork, ForkFiles, Played};
+use crate::phase::Phase;
+use crate::progress::Progress;
+use crate::report::ReplaySummary;
+use crate::store::VmDir;
+use crate::target;
+use crate::vm::Id;
+use crate::work::Work;
+
+/// Replays a log of a VM on a fork of the generation that the log continues, and throws the fork
+/// away, however it ends.
+pub async fn replay_and_discard(
+    vm: &VmDir,
+    log: &Path,
+    speed: f64,
+    progress: &dyn Progress,
+) -> Result<ReplaySummary> {
+    let record = vm.record()?;
+    let log = Log::read(log, &vm.store().log_key()?)
+        .map_err(Error::log(format!("cannot read the log {}", log.display())))
+        .and_then(|read| {
+            read.header
+                .expect(log, record.id.0, read.header.id.generation)
+                .map_err(Error::log("this log can't be replayed here"))?;
+            Ok(read)
+        })?;
+    let number = log.header.id.generation;
+    if vm.generation(number).load_manifest()?.is_none() {
+        return Err(Error::Refused(format!(
+            "the log continues generation {number} of {}, which is not here any more",
+            vm.name()
+        )));
+    }
+    // Held against a migration that arrives: both work in the same place.
+    let _lock = vm.lock()?;
+    target::clean_leftovers(vm).await?;
+    let outcome = async {
+        progress.phase(Phase::Replay);
+        let work = Work::prepare(vm, &record, Id::random()?, Some(number)).await?;
+        let files = ForkFiles {
+            runtime: work.runtime().to_owned(),
+            disks: work.disk_paths(),
+            device: work.device().to_vec(),
+        };
+        let options = Options { speed, ..Options::default() };
+        let mut fork = Fork::start(vm, &record, files, options).await?;
+        let played = async {
+            fork.play(log.records).await?;
+            loop {
+                match fork.played().await? {
+                    Played::Progress(so_far) => progress.advance(
+                        Phase::Replay,
+                        so_far.played.as_millis() as u64,
+                        Some(so_far.of_recorded.as_millis() as u64),
+                    ),
+                    Played::Done(report) => return Ok(ReplaySummary::of(&report)),
+                }
+            }
+        };
+        let summary = played.await;
+        fork.kill().await?;
+        summary
+    };
+    let outcome = outcome.await;
+    target::clean_leftovers(vm).await?;
+    outcome
+}

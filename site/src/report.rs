@@ -1,0 +1,195 @@
+//! What a migration reports when it is done, and the clock that measures its phases.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use reconciler::Root;
+use serde::{Deserialize, Serialize};
+
+use crate::phase::Phase;
+use crate::progress::Progress;
+use crate::vm::VmName;
+
+/// How the target's images come about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Strategy {
+    /// Replay the log on the stale copy, then reconcile.
+    Replay,
+    /// Reconcile against the stale copy.
+    Base,
+    /// Send everything but what is in the read-only base images.
+    Full,
+}
+
+impl std::fmt::Display for Strategy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Replay => "replay",
+            Self::Base => "base",
+            Self::Full => "full",
+        })
+    }
+}
+
+/// The outcome of a migration, as `migrate --json` ends.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// Which VM.
+    pub vm: VmName,
+    /// How.
+    pub strategy: Strategy,
+    /// The generation that both sites had.
+    pub generation_from: Option<u64>,
+    /// The generation that both sites have now.
+    pub generation_to: u64,
+    /// What crossed the socket.
+    pub bytes: ByteReport,
+    /// How the pages of each image came about, by recipe.
+    pub pages: PageReports,
+    /// How long each phase took, with `downtime` and `total`.
+    pub seconds: BTreeMap<String, f64>,
+    /// The roots that both sites computed of their own images.
+    pub verified: Roots,
+    /// Pages that were wrong at the first verification, and were sent again.
+    pub refetched: u64,
+    /// What the replay did, if there was one.
+    pub replay: Option<ReplaySummary>,
+}
+
+/// Bytes, by what they were for. Payloads are counted before TLS and framing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ByteReport {
+    /// From the source, beneath TLS.
+    pub sent: u64,
+    /// From the target, beneath TLS.
+    pub received: u64,
+    /// The interaction log.
+    pub log: u64,
+    /// Page indices, truncated hashes, and the answers to them.
+    pub hashes: u64,
+    /// Pages of RAM.
+    pub ram: u64,
+    /// Blocks of disks.
+    pub disk: u64,
+    /// The device state.
+    pub device: u64,
+    /// Base generation and base files, where the target lacked them.
+    pub base: u64,
+}
+
+/// Pages by recipe, for each kind of image.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageReports {
+    /// Guest RAM.
+    pub ram: BTreeMap<String, u64>,
+    /// All disks together.
+    pub disk: BTreeMap<String, u64>,
+    /// The device state.
+    pub device: BTreeMap<String, u64>,
+}
+
+/// Roots of the images.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Roots {
+    /// Guest RAM.
+    pub ram: Root,
+    /// The disks, in order.
+    pub disk: Vec<Root>,
+    /// The device state.
+    pub device: Root,
+}
+
+/// What a replay did.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ReplaySummary {
+    /// Input events given to the guest.
+    pub events: u64,
+    /// Interactions whose anchor matched in time.
+    pub matched: u64,
+    /// Interactions whose anchor did not: the replay went on without.
+    pub missed: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// How long the recorded session was.
+    pub recorded_seconds: f64,
+    /// Whether the guest came to rest at the end.
+    pub came_to_rest: bool,
+}
+
+impl ReplaySummary {
+    pub(crate) fn of(report: &replayer::ReplayReport) -> Self {
+        Self {
+            events: report.events as u64,
+            matched: report.matched as u64,
+            missed: report.missed.len() as u64,
+            seconds: report.duration.as_secs_f64(),
+            recorded_seconds: report.recorded.as_secs_f64(),
+            came_to_rest: report.came_to_rest,
+        }
+    }
+}
+
+/// Measures phases; one runs at a time.
+pub(crate) struct PhaseClock<'a> {
+    progress: &'a dyn Progress,
+    begun: Instant,
+    current: Option<(Phase, Instant)>,
+    spent: BTreeMap<Phase, Duration>,
+    stopped: Option<Instant>,
+    downtime: Option<Duration>,
+}
+
+impl<'a> PhaseClock<'a> {
+    pub(crate) fn start(progress: &'a dyn Progress) -> Self {
+        Self {
+            progress,
+            begun: Instant::now(),
+            current: None,
+            spent: BTreeMap::new(),
+            stopped: None,
+            downtime: None,
+        }
+    }
+
+    pub(crate) fn enter(&mut self, phase: Phase) {
+        self.leave();
+        tracing::debug!(%phase, "phase");
+        self.progress.phase(phase);
+        self.current = Some((phase, Instant::now()));
+    }
+
+    fn leave(&mut self) {
+        if let Some((phase, since)) = self.current.take() {
+            *self.spent.entry(phase).or_default() += since.elapsed();
+        }
+    }
+
+    /// The phase that runs, or the first one.
+    pub(crate) fn phase(&self) -> Phase {
+        self.current.map_or(Phase::Hello, |(phase, _)| phase)
+    }
+
+    /// The guest stands still from now on.
+    pub(crate) fn down(&mut self) {
+        self.stopped = Some(Instant::now());
+    }
+
+    /// The guest is usable at the target.
+    pub(crate) fn up(&mut self) {
+        self.downtime = self.stopped.map(|since| since.elapsed());
+    }
+
+    /// Seconds by phase, with `downtime` and `total`.
+    pub(crate) fn seconds(mut self) -> BTreeMap<String, f64> {
+        self.leave();
+        let mut seconds: BTreeMap<String, f64> = self
+            .spent
+            .iter()
+            .map(|(phase, spent)| (phase.name().to_owned(), spent.as_secs_f64()))
+            .collect();
+        seconds.insert("downtime".into(), self.downtime.unwrap_or_default().as_secs_f64());
+        seconds.insert("total".into(), self.begun.elapsed().as_secs_f64());
+        seconds
+    }
+}

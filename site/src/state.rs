@@ -1,0 +1,238 @@
+//! The images of a VM's state, as both sides of a migration handle them.
+
+use std::path::Path;
+
+use reconciler::{ImageTree, ReadPages, SlicePages, no_progress, pages_for};
+use vm_host::RamMap;
+
+use crate::disks::{self, DiskImage};
+use crate::error::{Error, Result};
+use crate::generation::{ImageInfo, Manifest};
+use crate::local;
+use crate::protocol::{ImageHead, ImageKind};
+use crate::store::VmDir;
+use crate::vm::VmRecord;
+
+/// A whole state with the tree of each image: what a source sends.
+pub(crate) struct State {
+    ram: RamMap,
+    ram_tree: ImageTree,
+    disks: Vec<(DiskImage, ImageTree)>,
+    device: Vec<u8>,
+    device_tree: ImageTree,
+}
+
+impl State {
+    /// The state of a VM that stands still: its mapped RAM, the top overlays of its disks, and
+    /// its device state. `since` is the generation that the overlays rest on.
+    pub(crate) fn of_paused(
+        vm: &VmDir,
+        record: &VmRecord,
+        since: Option<u64>,
+        ram: &Path,
+        overlays: &[std::path::PathBuf],
+        device: Vec<u8>,
+    ) -> Result<Self> {
+        let ram = map(ram)?;
+        let (ram_tree, disks) = rayon::join(
+            || tree_of(&SlicePages(&ram), "RAM"),
+            || {
+                overlays
+                    .iter()
+                    .enumerate()
+                    .map(|(index, top)| {
+                        let image = DiskImage::open(top)?;
+                        let tree = disks::tree_since(vm, record, since, index, &image)?;
+                        Ok((image, tree))
+                    })
+                    .collect::<Result<Vec<_>>>()
+            },
+        );
+        let device_tree = tree_of(&SlicePages(&device), "the device state")?;
+        Ok(Self { ram_tree: ram_tree?, ram, disks: disks?, device, device_tree })
+    }
+
+    /// The state of a generation.
+    pub(crate) fn of_generation(vm: &VmDir, manifest: &Manifest) -> Result<Self> {
+        let files = vm.generation(manifest.generation);
+        let device = files.load_device()?;
+        let disks = (0..manifest.disks.len())
+            .map(|index| {
+                Ok((DiskImage::open(&files.disk(index))?, files.load_disk_tree(manifest, index)?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            ram: map(&files.ram())?,
+            ram_tree: files.load_ram_tree(manifest)?,
+            disks,
+            device_tree: tree_of(&SlicePages(&device), "the device state")?,
+            device,
+        })
+    }
+
+    /// The images in the order in which they are reconciled.
+    pub(crate) fn heads(&self) -> Vec<ImageHead> {
+        let disks = self.disks.iter().enumerate().map(|(index, (image, _))| ImageHead {
+            // `VmRecord::DISKS` is far below 256.
+            kind: ImageKind::Disk(index as u8),
+            bytes: image.bytes(),
+        });
+        let head = |kind, bytes: usize| ImageHead { kind, bytes: bytes as u64 };
+        std::iter::once(head(ImageKind::Device, self.device.len()))
+            .chain(disks)
+            .chain([head(ImageKind::Ram, self.ram.len())])
+            .collect()
+    }
+
+    /// The tree of an image.
+    pub(crate) fn tree(&self, kind: ImageKind) -> &ImageTree {
+        match kind {
+            ImageKind::Device => &self.device_tree,
+            ImageKind::Disk(index) => &self.disks[usize::from(index)].1,
+            ImageKind::Ram => &self.ram_tree,
+        }
+    }
+
+    /// The trees of all disks.
+    pub(crate) fn disk_trees(&self) -> Vec<ImageTree> {
+        self.disks.iter().map(|(_, tree)| tree.clone()).collect()
+    }
+
+    /// Lends the pages of an image.
+    pub(crate) fn with_pages<T>(
+        &self,
+        kind: ImageKind,
+        look: impl FnOnce(&dyn ReadPages) -> T,
+    ) -> T {
+        match kind {
+            ImageKind::Device => look(&SlicePages(&self.device)),
+            ImageKind::Disk(index) => look(&self.disks[usize::from(index)].0),
+            ImageKind::Ram => look(&SlicePages(&self.ram)),
+        }
+    }
+
+    /// Size and root of RAM and device state, and of each disk.
+    pub(crate) fn infos(&self) -> ([ImageInfo; 2], Vec<ImageInfo>) {
+        let info = |bytes, tree: &ImageTree| ImageInfo { bytes, root: tree.root() };
+        (
+            [
+                info(self.ram.len() as u64, &self.ram_tree),
+                info(self.device.len() as u64, &self.device_tree),
+            ],
+            self.disks.iter().map(|(image, tree)| info(image.bytes(), tree)).collect(),
+        )
+    }
+
+    /// The device state.
+    pub(crate) fn device(&self) -> &[u8] {
+        &self.device
+    }
+}
+
+/// What both sides have before anything is sent: a common generation, or only the base images.
+pub(crate) struct Base {
+    ram: Option<RamMap>,
+    ram_tree: ImageTree,
+    disks: Vec<(DiskImage, ImageTree)>,
+    device: Vec<u8>,
+}
+
+impl Base {
+    /// A generation; without one, the base disk images and nothing else.
+    pub(crate) fn load(vm: &VmDir, record: &VmRecord, generation: Option<u64>) -> Result<Self> {
+        let Some(number) = generation else {
+            let disks = record
+                .disks
+                .iter()
+                .map(|disk| {
+                    let image = DiskImage::open(&vm.store().base_path(disk.hash))?;
+                    Ok((image, vm.store().base_tree(*disk)?))
+                })
+                .collect::<Result<Vec<_>>>()?;
+            let pages = pages_for(record.hardware.memory_bytes());
+            return Ok(Self {
+                ram: None,
+                ram_tree: zero(pages)?,
+                disks,
+                device: Vec::new(),
+            });
+        };
+        let files = vm.generation(number);
+        let manifest = files.load_manifest()?.ok_or_else(|| {
+            Error::Refused(format!("generation {number} of {} is not there any more", vm.name()))
+        })?;
+        let disks = (0..manifest.disks.len())
+            .map(|index| {
+                Ok((DiskImage::open(&files.disk(index))?, files.load_disk_tree(&manifest, index)?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            ram: Some(map(&files.ram())?),
+            ram_tree: files.load_ram_tree(&manifest)?,
+            disks,
+            device: files.load_device()?,
+        })
+    }
+
+    /// The tree of an image, as both sides compute it.
+    pub(crate) fn tree(&self, kind: ImageKind) -> Result<ImageTree> {
+        match kind {
+            ImageKind::Device => tree_of(&SlicePages(&self.device), "the base device state"),
+            ImageKind::Disk(index) => Ok(self.disks[usize::from(index)].1.clone()),
+            ImageKind::Ram => Ok(self.ram_tree.clone()),
+        }
+    }
+
+    /// Lends the pages of an image, where there are any.
+    pub(crate) fn with_pages<T>(
+        &self,
+        kind: ImageKind,
+        look: impl FnOnce(Option<&dyn ReadPages>) -> T,
+    ) -> T {
+        match kind {
+            ImageKind::Device => look(Some(&SlicePages(&self.device))),
+            ImageKind::Disk(index) => look(Some(&self.disks[usize::from(index)].0)),
+            ImageKind::Ram => match &self.ram {
+                Some(ram) => look(Some(&SlicePages(&ram))),
+                None => look(None),
+            },
+        }
+    }
+
+    /// The disks, with their trees.
+    pub(crate) fn disks(&self) -> &[(DiskImage, ImageTree)] {
+        &self.disks
+    }
+
+    /// The device state; empty without a common generation.
+    pub(crate) fn device(&self) -> &[u8] {
+        &self.device
+    }
+
+    /// How many pages a target can search at most: the base and a replayed copy of it.
+    pub(crate) fn candidates(&self) -> u64 {
+        let disks: u64 = self.disks.iter().map(|(_, tree)| tree.content_pages()).sum();
+        2 * (disks + self.ram_tree.pages() + pages_for(self.device.len() as u64))
+    }
+}
+
+fn map(path: &Path) -> Result<RamMap> {
+    RamMap::open(path).map_err(Error::host(format!("cannot read {}", path.display())))
+}
+
+pub(crate) fn tree_of(pages: &dyn ReadPages, what: &str) -> Result<ImageTree> {
+    ImageTree::build(pages, &no_progress).map_err(Error::reconcile(format!("cannot hash {what}")))
+}
+
+pub(crate) fn zero(pages: u64) -> Result<ImageTree> {
+    ImageTree::zero(pages).map_err(Error::reconcile("an image is too large"))
+}
+
+/// As [`local::blocking`], for work that lends a shared state.
+pub(crate) async fn with<S: Send + Sync + 'static, T: Send + 'static>(
+    shared: &std::sync::Arc<S>,
+    work: impl FnOnce(&S) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let shared = shared.clone();
+    local::blocking(move || work(&shared)).await
+}

@@ -1,0 +1,485 @@
+//! The target's working copy of a state while it arrives: RAM, overlays and device state in
+//! folders of their own, which become a generation when all is verified, or go without a trace.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use reconciler::{
+    Applier, ApplyOptions, BlobAssembler, Descent, Holdings, Image, ImageTree, Offer, Place,
+    PlaceKind, SlicePages, SlicePagesMut, Verification, Verified, blob_parts,
+    no_progress, pages_for,
+};
+use tokio::runtime::Handle;
+use vm_host::RamMapMut;
+
+use crate::disks::{self, DiskImage, WorkDisk};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::generation::{GenerationFiles, Manifest};
+use crate::line::TargetLine;
+use crate::local::blocking;
+use crate::phase::Phase;
+use crate::protocol::{ImageHead, ImageKind, ImageOutcome, ToSource, ToTarget};
+use crate::state::{Base, tree_of};
+use crate::store::VmDir;
+use crate::vm::{Id, VmRecord};
+
+/// A device state is never larger: it holds the video memory and what the devices buffer.
+const DEVICE_LIMIT: u64 = 1 << 30;
+
+/// A repair that does not end the matter is tried no more often.
+const REPAIRS: usize = 3;
+
+/// A state in the making.
+pub(crate) struct Work {
+    vm: VmDir,
+    record: VmRecord,
+    dir: PathBuf,
+    runtime: PathBuf,
+    base_number: Option<u64>,
+    base: Arc<Base>,
+    device: Vec<u8>,
+    /// The tree of RAM as the replay left it; without one, RAM is the base's.
+    replayed: Option<ImageTree>,
+}
+
+/// The trees of a state that was received and verified.
+pub(crate) struct Received {
+    ram: ImageTree,
+    disks: Vec<ImageTree>,
+    device: ImageTree,
+}
+
+impl Work {
+    /// Makes a working copy of a generation, or of the bare base images. `runtime` is for RAM.
+    pub(crate) async fn prepare(
+        vm: &VmDir,
+        record: &VmRecord,
+        transfer: Id,
+        base_number: Option<u64>,
+    ) -> Result<Self> {
+        let (vm, record) = (vm.clone(), record.clone());
+        blocking(move || {
+            let dir = vm.incoming().join(transfer.to_string());
+            let runtime = vm.runtime_dir("incoming")?;
+            files::remove_dir(&dir)?;
+            files::remove_dir(&runtime)?;
+            files::make_dir(&dir)?;
+            files::make_dir(&runtime)?;
+            let base = Arc::new(Base::load(&vm, &record, base_number)?);
+            let work = Self {
+                device: base.device().to_vec(),
+                vm,
+                record,
+                dir,
+                runtime,
+                base_number,
+                base,
+                replayed: None,
+            };
+            match base_number {
+                Some(number) => {
+                    files::copy_sparse(&work.vm.generation(number).ram(), &work.ram_path())?;
+                }
+                None => {
+                    let bytes = work.record.hardware.memory_bytes();
+                    RamMapMut::create(&work.ram_path(), bytes)
+                        .map_err(Error::host("cannot make room for the guest's RAM"))?;
+                }
+            }
+            for index in 0..work.record.disks.len() {
+                let overlay = work.disk_path(index);
+                disks::overlay_on(&work.vm, &work.record, base_number, index, &overlay)?;
+            }
+            Ok(work)
+        })
+        .await
+    }
+
+    /// The file with the guest's RAM.
+    pub(crate) fn ram_path(&self) -> PathBuf {
+        self.runtime.join("ram.img")
+    }
+
+    /// The overlay of a disk.
+    pub(crate) fn disk_path(&self, index: usize) -> PathBuf {
+        self.dir.join(format!("disk{index}.qcow2"))
+    }
+
+    /// The overlays of all disks.
+    pub(crate) fn disk_paths(&self) -> Vec<PathBuf> {
+        (0..self.record.disks.len()).map(|index| self.disk_path(index)).collect()
+    }
+
+    /// The folder for sockets and RAM.
+    pub(crate) fn runtime(&self) -> &Path {
+        &self.runtime
+    }
+
+    /// The base's device state.
+    pub(crate) fn device(&self) -> &[u8] {
+        &self.device
+    }
+
+    /// RAM and overlays are as a replay left them, and so is the device state. Whoever replayed
+    /// is gone.
+    pub(crate) async fn replayed(mut self, device: Vec<u8>) -> Result<Self> {
+        blocking(move || {
+            let ram = vm_host::RamMap::open(&self.ram_path())
+                .map_err(Error::host("cannot read the guest's RAM"))?;
+            self.replayed = Some(tree_of(&SlicePages(&ram), "RAM")?);
+            self.device = device;
+            Ok(self)
+        })
+        .await
+    }
+
+    /// Receives all images and verifies each; `first` is the message that announces the first.
+    pub(crate) async fn receive(
+        mut self,
+        mut line: TargetLine,
+        first: ImageHead,
+    ) -> Result<(Self, TargetLine, Received)> {
+        let expected = self.heads(first.bytes)?;
+        let mut offers = Vec::new();
+        for (position, expected) in expected.iter().enumerate() {
+            let head = match position {
+                0 => first,
+                _ => match line.receive(expected.kind.phase()).await? {
+                    ToTarget::Image(head) => head,
+                    _ => return Err(line.unexpected(expected.kind.phase(), "no image")),
+                },
+            };
+            if head != *expected {
+                return Err(line.unexpected(
+                    head.kind.phase(),
+                    format!("{head:?} where {expected:?} belongs"),
+                ));
+            }
+            offers.push((head, receive_offer(&mut line, head).await?));
+        }
+        // All that follows reads and writes images; it asks the runtime for messages.
+        blocking(move || {
+            let mut trees = Vec::new();
+            let runtime = Handle::current();
+            for (head, offer) in &offers {
+                let mut talk = Talk { line: &mut line, runtime: &runtime, phase: head.kind.phase() };
+                trees.push(self.receive_image(&mut talk, *head, offer, &trees)?);
+            }
+            let mut trees = trees.into_iter();
+            let (device, ram) = (trees.next(), trees.next_back());
+            let (Some(device), Some(ram)) = (device, ram) else {
+                return Err(line.unexpected(Phase::Ram, "no images"));
+            };
+            Ok((self, line, Received { ram, disks: trees.collect(), device }))
+        })
+        .await
+    }
+
+    /// The images that must come, in order. Only the device state's size is the source's to say.
+    fn heads(&self, device: u64) -> Result<Vec<ImageHead>> {
+        if device > DEVICE_LIMIT {
+            return Err(Error::Refused(format!(
+                "a device state of {device} bytes is larger than any QEMU writes"
+            )));
+        }
+        let mut heads = vec![ImageHead { kind: ImageKind::Device, bytes: device }];
+        for (index, (image, _)) in self.base.disks().iter().enumerate() {
+            heads.push(ImageHead { kind: ImageKind::Disk(index as u8), bytes: image.bytes() });
+        }
+        heads.push(ImageHead {
+            kind: ImageKind::Ram,
+            bytes: self.record.hardware.memory_bytes(),
+        });
+        Ok(heads)
+    }
+
+    /// Brings one image to the source's state; `done` are the trees of those before it.
+    fn receive_image(
+        &mut self,
+        talk: &mut Talk<'_>,
+        head: ImageHead,
+        offer: &Offer,
+        done: &[ImageTree],
+    ) -> Result<ImageTree> {
+        let base = self.base.clone();
+        let base_tree = base.tree(head.kind)?;
+        base.with_pages(head.kind, |base_pages| match head.kind {
+            ImageKind::Device => {
+                // Both sides know how long the new one is; what follows it is cut off.
+                self.device.resize(head.bytes as usize, 0);
+                let current = tree_of(&SlicePages(&self.device), "the device state")?;
+                let places: Vec<_> = base_pages
+                    .iter()
+                    .map(|reader| Place { kind: PlaceKind::Base, tree: &base_tree, reader: *reader })
+                    .collect();
+                let holdings = Holdings {
+                    base: &base_tree,
+                    base_reader: base_pages,
+                    current: &current,
+                    places: &places,
+                };
+                let mut image = SlicePagesMut(&mut self.device);
+                exchange(talk, offer, &holdings, &mut image, None)
+            }
+            ImageKind::Disk(index) => {
+                let index = usize::from(index);
+                let top = self.disk_path(index);
+                let current = if self.replayed.is_some() {
+                    let image = DiskImage::open(&top)?;
+                    disks::tree_since(&self.vm, &self.record, self.base_number, index, &image)?
+                } else {
+                    base_tree.clone()
+                };
+                let ram = vm_host::RamMap::open(&self.ram_path())
+                    .map_err(Error::host("cannot read the guest's RAM"))?;
+                let ram_pages = SlicePages(&ram);
+                let base_ram = base.tree(ImageKind::Ram)?;
+                let ram_tree = self.replayed.as_ref().unwrap_or(&base_ram);
+                let mut places = vec![Place {
+                    kind: PlaceKind::OtherImage,
+                    tree: ram_tree,
+                    reader: &ram_pages,
+                }];
+                if let Some(reader) = base_pages {
+                    places.insert(0, Place { kind: PlaceKind::Base, tree: &base_tree, reader });
+                }
+                let holdings = Holdings {
+                    base: &base_tree,
+                    base_reader: base_pages,
+                    current: &current,
+                    places: &places,
+                };
+                let mut image = WorkDisk::open(&top)?;
+                let tree = exchange(talk, offer, &holdings, &mut image, Some(&current))?;
+                image.sync()?;
+                Ok(tree)
+            }
+            ImageKind::Ram => {
+                let mut ram = RamMapMut::open(&self.ram_path())
+                    .map_err(Error::host("cannot write the guest's RAM"))?;
+                let current = self.replayed.as_ref().unwrap_or(&base_tree).clone();
+                let disks = self
+                    .disk_paths()
+                    .iter()
+                    .map(|path| DiskImage::open(path))
+                    .collect::<Result<Vec<_>>>()?;
+                let mut places = Vec::new();
+                if let Some(reader) = base_pages {
+                    places.push(Place { kind: PlaceKind::Base, tree: &base_tree, reader });
+                }
+                // The trees before: device state, then the disks as they are now.
+                for (image, tree) in disks.iter().zip(done.iter().skip(1)) {
+                    places.push(Place { kind: PlaceKind::Disk, tree, reader: image });
+                }
+                let holdings = Holdings {
+                    base: &base_tree,
+                    base_reader: base_pages,
+                    current: &current,
+                    places: &places,
+                };
+                exchange(talk, offer, &holdings, &mut SlicePagesMut(&mut ram), None)
+            }
+        })
+    }
+
+    /// Makes the received state a generation of this site.
+    pub(crate) async fn keep(self, received: Received, manifest: Manifest) -> Result<Kept> {
+        blocking(move || {
+            let manifest = Manifest { parent: self.base_number, ..manifest };
+            let mine = [
+                (&manifest.ram, &received.ram),
+                (&manifest.device, &received.device),
+            ];
+            let disks = manifest.disks.iter().zip(&received.disks);
+            let same = manifest.disks.len() == received.disks.len()
+                && mine.into_iter().chain(disks).all(|(said, tree)| said.root == tree.root());
+            if !same {
+                return Err(Error::Refused(
+                    "the manifest does not describe the images that were sent".into(),
+                ));
+            }
+            let generation = self.vm.generation(manifest.generation);
+            if generation.load_manifest()?.is_some() {
+                return Err(Error::Refused(format!(
+                    "there is a generation {} of {} here already",
+                    manifest.generation,
+                    self.vm.name()
+                )));
+            }
+            files::remove_dir(generation.dir())?;
+            files::make_dir(generation.dir())?;
+            for index in 0..self.record.disks.len() {
+                let (from, to) = (self.disk_path(index), generation.disk(index));
+                std::fs::rename(&from, &to).map_err(Error::file("move into place", &to))?;
+            }
+            let device = generation.device();
+            std::fs::write(&device, &self.device).map_err(Error::file("write", &device))?;
+            files::copy_sparse(&self.ram_path(), &generation.ram())?;
+            generation.save_trees(&received.ram, &received.disks)?;
+            generation.publish(&manifest)?;
+            Ok(Kept { ram: self.ram_path(), generation, manifest })
+        })
+        .await
+    }
+}
+
+/// A state that has become a generation.
+pub(crate) struct Kept {
+    /// The working copy of its RAM, for the VM to run on.
+    pub ram: PathBuf,
+    /// Its files.
+    pub generation: GenerationFiles,
+    /// Its manifest.
+    pub manifest: Manifest,
+}
+
+async fn receive_offer(line: &mut TargetLine, head: ImageHead) -> Result<Offer> {
+    let phase = head.kind.phase();
+    let pages = pages_for(head.bytes);
+    let malformed = || Error::reconcile("an offer is malformed");
+    let mut assembler = BlobAssembler::new(Offer::max_encoded_len(pages));
+    loop {
+        let part = match line.receive(phase).await? {
+            ToTarget::Offer(part) => part,
+            _ => return Err(line.unexpected(phase, "no offer")),
+        };
+        if let Some(bytes) = assembler.push(&part).map_err(malformed())? {
+            let offer = Offer::decode(&bytes, pages).map_err(malformed())?;
+            return if offer.pages() == pages {
+                Ok(offer)
+            } else {
+                Err(line.unexpected(phase, "an offer of another size"))
+            };
+        }
+    }
+}
+
+/// The line, for code that works on images and may block.
+struct Talk<'a> {
+    line: &'a mut TargetLine,
+    runtime: &'a Handle,
+    phase: Phase,
+}
+
+impl Talk<'_> {
+    fn send(&mut self, message: ToSource) -> Result<()> {
+        self.runtime.block_on(async {
+            self.line.send(message).await?;
+            self.line.flush().await
+        })
+    }
+
+    fn receive(&mut self) -> Result<ToTarget> {
+        self.runtime.block_on(self.line.receive(self.phase))
+    }
+
+    /// Hands pages to `take` until there are no more.
+    fn pages(
+        &mut self,
+        mut take: impl FnMut(&reconciler::PageChunk) -> Result<(), reconciler::Error>,
+    ) -> Result<()> {
+        loop {
+            match self.receive()? {
+                ToTarget::Pages(chunk) => {
+                    take(&chunk).map_err(Error::reconcile("cannot apply the pages received"))?;
+                }
+                ToTarget::PagesEnd => return Ok(()),
+                _ => return Err(self.line.unexpected(self.phase, "no pages")),
+            }
+        }
+    }
+}
+
+/// Answers an offer, applies what comes, verifies, and repairs until the roots are equal.
+///
+/// With `before`, only pages that were written are hashed again: for disks, which nobody else
+/// can have changed since `before` was computed.
+fn exchange(
+    talk: &mut Talk<'_>,
+    offer: &Offer,
+    holdings: &Holdings<'_>,
+    image: &mut dyn Image,
+    before: Option<&ImageTree>,
+) -> Result<ImageTree> {
+    let failed = |what: &'static str| Error::reconcile(what);
+    let resolution =
+        reconciler::resolve(offer, holdings).map_err(failed("cannot resolve an offer"))?;
+    let answer = resolution.answer(offer).map_err(failed("cannot answer an offer"))?;
+    for part in blob_parts(&answer) {
+        talk.send(ToSource::Lacks(part))?;
+    }
+    let mut applier = Applier::new(offer, resolution, holdings, image, ApplyOptions::default())
+        .map_err(failed("cannot begin to build an image"))?;
+    talk.pages(|chunk| applier.push(chunk))?;
+    let applied = applier.finish().map_err(failed("an image is not complete"))?;
+    let mut verification = match before {
+        Some(before) => applied.verify_touched(image.reader(), before),
+        None => applied.verify(image.reader(), &no_progress),
+    }
+    .map_err(failed("cannot verify an image"))?;
+    for _ in 0..REPAIRS {
+        let mismatch = match verification {
+            Verification::Verified(verified) => return tell(talk, verified),
+            Verification::Mismatch(mismatch) => mismatch,
+        };
+        tracing::warn!(phase = %talk.phase, "an image differs from the source's; repairing it");
+        let mut descent = Descent::new(&mismatch);
+        while let Some(request) = descent.next_request() {
+            talk.send(ToSource::Differs(request))?;
+            let reply = match talk.receive()? {
+                ToTarget::Nodes(reply) => reply,
+                _ => return Err(talk.line.unexpected(talk.phase, "no hashes")),
+            };
+            descent.take(&reply).map_err(failed("the hashes received are not the source's"))?;
+        }
+        let differing = descent.into_differing();
+        for part in blob_parts(&differing.encode()) {
+            talk.send(ToSource::Refetch(part))?;
+        }
+        let mut repairer =
+            mismatch.repair(image, &differing).map_err(failed("cannot repair an image"))?;
+        talk.pages(|chunk| repairer.push(chunk))?;
+        let (applied, tree) = repairer.finish().map_err(failed("a repair is not complete"))?;
+        verification = applied
+            .verify_touched(image.reader(), &tree)
+            .map_err(failed("cannot verify an image"))?;
+    }
+    match verification {
+        Verification::Verified(verified) => tell(talk, verified),
+        Verification::Mismatch(_) => Err(Error::Refused(format!(
+            "an image still differs from the source's after {REPAIRS} repairs: this host's memory \
+             or disk may be failing"
+        ))),
+    }
+}
+
+fn tell(talk: &mut Talk<'_>, verified: Verified) -> Result<ImageTree> {
+    let (tree, counts) = verified.into_parts();
+    let mut pages: Vec<(String, u64)> = [
+        ("zero", counts.zero),
+        ("same", counts.same),
+        ("repeated", counts.repeated),
+        ("literal", counts.literal),
+        ("delta", counts.delta),
+        ("reverted", counts.reverted),
+        ("refetched", counts.refetched),
+    ]
+    .into_iter()
+    .map(|(name, count)| (name.to_owned(), count))
+    .collect();
+    pages.extend(counts.moved.iter().map(|(place, count)| {
+        let from = match place {
+            PlaceKind::Replayed => "moved_from_replayed",
+            PlaceKind::Base => "moved_from_base",
+            PlaceKind::Disk => "moved_from_disk",
+            PlaceKind::OtherImage => "moved_from_other_image",
+            PlaceKind::Store => "moved_from_store",
+        };
+        (from.to_owned(), *count)
+    }));
+    pages.retain(|(_, count)| *count > 0);
+    let outcome = ImageOutcome { root: tree.root(), pages, refetched: counts.refetched };
+    talk.send(ToSource::Verified(outcome))?;
+    Ok(tree)
+}

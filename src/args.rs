@@ -1,0 +1,322 @@
+//! What the command line understands.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+/// Moves a person's running desktop between sites over a thin line.
+///
+/// Exit codes: 0 done, 1 failed, 2 usage, 3 refused before anything changed, 4 interrupted; the
+/// same command starts again.
+#[derive(Debug, Parser)]
+#[command(name = "replay-migrate", version, propagate_version = true)]
+pub(crate) struct Args {
+    /// This site's state directory [default: replay-migrate/site under $XDG_DATA_HOME]
+    #[arg(long, global = true, env = "REPLAY_MIGRATE_SITE", value_name = "DIR")]
+    pub(crate) site: Option<PathBuf>,
+    /// Print one JSON object, or JSON lines for progress
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// No progress
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+    /// More about what happens; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// The demo desktop
+    #[command(subcommand)]
+    Guest(GuestCommand),
+    /// Run this site's agent: other sites send VMs to it
+    Serve {
+        /// Where to listen; a port of 0 takes a free one
+        #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7900")]
+        listen: String,
+    },
+    /// This site's identity, and the sites it trusts
+    #[command(subcommand)]
+    Site(SiteCommand),
+    /// The VMs of this site
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Make a new generation of a running VM
+    Checkpoint {
+        /// The VM
+        name: String,
+    },
+    /// Checkpoint a VM, then record what is typed and pointed at through a VNC proxy
+    Record {
+        /// The VM
+        name: String,
+        /// Where VNC viewers connect: HOST:PORT or unix:PATH; a port of 0 takes a free one
+        #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:5900")]
+        listen: String,
+        /// Take the input devices of this machine too (evdev, grabbed)
+        #[arg(long, value_name = "DEVICE")]
+        evdev: Vec<PathBuf>,
+    },
+    /// Ship the current generation to another site ahead of time
+    Seed {
+        /// The VM
+        name: String,
+        /// The site
+        #[arg(long, value_name = "SITE")]
+        to: String,
+    },
+    /// Move a VM to another site
+    Migrate(MigrateArgs),
+    /// Replay a log on a fork of a generation, and throw the fork away
+    Replay {
+        /// The VM
+        name: String,
+        /// The log
+        #[arg(long, value_name = "FILE")]
+        log: PathBuf,
+        /// Think time runs this many times faster
+        #[arg(long, default_value_t = 1.0, value_name = "X")]
+        speed: f64,
+    },
+    /// The interaction logs
+    #[command(subcommand)]
+    Log(LogCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GuestCommand {
+    /// Build the demo desktop from Debian packages, or take it from the cache
+    Build {
+        /// Put it there, too
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// Only the disk: do not boot it once and keep the checkpoint
+        #[arg(long)]
+        no_boot: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SiteCommand {
+    /// Print this site's key, for the other site's `site trust`
+    Id,
+    /// Trust a site: it may send VMs here and receive them
+    Trust {
+        /// What to call it here
+        name: String,
+        /// Where its agent listens
+        addr: String,
+        /// Its key, as its `site id` prints it
+        key: String,
+    },
+    /// The sites that are trusted
+    List,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// Make a VM
+    Create(CreateArgs),
+    /// Start a VM: from its newest generation, or by booting it
+    Start {
+        /// The VM
+        name: String,
+        /// Restore it, but do not let it run yet
+        #[arg(long)]
+        paused: bool,
+        /// Wait until its desktop is up
+        #[arg(long)]
+        wait: bool,
+        /// How QEMU runs the guest
+        #[arg(long, value_enum, default_value_t = AccelArg::Auto)]
+        accel: AccelArg,
+    },
+    /// Stop a VM: a checkpoint, then QEMU quits
+    Stop {
+        /// The VM
+        name: String,
+        /// No checkpoint: what the guest did since its last generation is lost
+        #[arg(long)]
+        discard: bool,
+    },
+    /// Pause the guest
+    Pause {
+        /// The VM
+        name: String,
+    },
+    /// Let a paused guest run
+    Resume {
+        /// The VM
+        name: String,
+    },
+    /// All VMs of this site
+    List,
+    /// What a VM is and does
+    Status {
+        /// The VM
+        name: String,
+    },
+    /// Save what the guest's screen shows
+    Screenshot {
+        /// The VM
+        name: String,
+        /// PNG file
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// Remove a VM with its generations and logs
+    Delete {
+        /// The VM
+        name: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct CreateArgs {
+    /// The VM
+    pub(crate) name: String,
+    /// A bootable disk image, or the folder of a guest from `guest build`
+    #[arg(long, value_name = "IMG")]
+    pub(crate) disk: PathBuf,
+    /// Boot this Linux kernel
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// With this initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// And this command line
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    pub(crate) append: Option<String>,
+    /// Guest memory in MiB
+    #[arg(long, value_name = "MIB")]
+    pub(crate) memory: Option<u32>,
+    /// Virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) cpus: u8,
+    /// The line on the guest's serial port that says that its desktop is up
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) ready_marker: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum AccelArg {
+    /// KVM where it works, else software emulation
+    Auto,
+    /// KVM
+    Kvm,
+    /// Software emulation
+    Tcg,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct MigrateArgs {
+    /// The VM
+    pub(crate) name: String,
+    /// The site to move it to
+    #[arg(long, value_name = "SITE")]
+    pub(crate) to: String,
+    /// How: by predicted time, or as said
+    #[arg(long, value_enum, default_value_t = StrategyArg::Auto)]
+    pub(crate) strategy: StrategyArg,
+    /// Say what each strategy would cost, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Leave the VM paused at the target
+    #[arg(long)]
+    pub(crate) paused: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum StrategyArg {
+    /// What is predicted to be quickest
+    Auto,
+    /// Replay the log on the stale copy, then reconcile
+    Replay,
+    /// Reconcile against the stale copy
+    Base,
+    /// Send everything but what is in the read-only base images
+    Full,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LogCommand {
+    /// The logs of a VM
+    List {
+        /// The VM
+        name: String,
+    },
+    /// What a log holds, by kind and time; never what was typed
+    Show(LogFile),
+    /// A log as JSON lines
+    Export {
+        #[command(flatten)]
+        log: LogFile,
+        /// What was typed, too: passwords among it
+        #[arg(long)]
+        unmask: bool,
+    },
+    /// Take a stretch out of a log for good
+    Redact {
+        #[command(flatten)]
+        log: LogFile,
+        /// From this time on, in guest time since the log began: 90s, 2m
+        #[arg(long, value_parser = duration, value_name = "TIME")]
+        from: Duration,
+        /// To this time
+        #[arg(long, value_parser = duration, value_name = "TIME")]
+        to: Duration,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct LogFile {
+    /// The VM
+    pub(crate) name: String,
+    /// The generation that the log continues [default: the newest log]
+    #[arg(long, value_name = "N")]
+    pub(crate) generation: Option<u64>,
+}
+
+/// A time as `90`, `90s`, `2m` or `1500ms`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: f64 = number.parse().map_err(|_| format!("{text:?} is no time; try 90s"))?;
+    let scale = match unit {
+        "" | "s" => 1.0,
+        "ms" => 1e-3,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(format!("{unit:?} is no unit of time; use ms, s, m or h")),
+    };
+    Duration::try_from_secs_f64(number * scale).map_err(|_| format!("{text:?} is out of range"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_have_units_and_bounds() {
+        assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
+        assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        for bad in ["", "s", "-1s", "1y", "1e400s"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

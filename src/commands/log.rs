@@ -1,0 +1,111 @@
+//! `replay-migrate log`
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use serde_json::json;
+use site::{Store, VmDir};
+use traces::{GuestTime, Header, Log, Masking, Summary};
+
+use super::vm_of;
+use crate::args::{LogCommand, LogFile};
+use crate::output::{Output, bytes, table};
+
+pub(crate) fn run(store: &Store, command: LogCommand, output: &Output) -> anyhow::Result<()> {
+    match command {
+        LogCommand::List { name } => list(&vm_of(store, &name)?, output),
+        LogCommand::Show(file) => show(&vm_of(store, &file.name)?, &file, output),
+        LogCommand::Export { log, unmask } => {
+            let vm = vm_of(store, &log.name)?;
+            let read = Log::read(&path_of(&vm, &log)?, &store.log_key()?)?;
+            let masking = if unmask { Masking::Plain } else { Masking::Masked };
+            let mut out = std::io::stdout().lock();
+            traces::export_json_lines(&mut out, Some(&read.header), &read.records, masking)?;
+            Ok(())
+        }
+        LogCommand::Redact { log, from, to } => {
+            redact(store, &vm_of(store, &log.name)?, &log, from, to, output)
+        }
+    }
+}
+
+fn list(vm: &VmDir, output: &Output) -> anyhow::Result<()> {
+    vm.record()?;
+    let mut rows = Vec::new();
+    let mut values = Vec::new();
+    for (generation, path) in vm.logs()? {
+        let header = Header::read(&path)?;
+        let length = std::fs::metadata(&path)
+            .with_context(|| format!("cannot measure {}", path.display()))?
+            .len();
+        values.push(json!({ "generation": generation, "log": path, "bytes": length,
+            "created": header.created }));
+        rows.push(vec![
+            format!("generation {generation}"),
+            bytes(length),
+            path.display().to_string(),
+        ]);
+    }
+    output.result(&values, |_| table(&rows))
+}
+
+fn show(vm: &VmDir, file: &LogFile, output: &Output) -> anyhow::Result<()> {
+    let log = Log::read(&path_of(vm, file)?, &vm.store().log_key()?)?;
+    let summary = Summary::of(&log.records, log.bytes);
+    output.result(&summary, |summary| {
+        let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
+        let count = |what: &str, count: usize| vec![what.to_owned(), count.to_string()];
+        table(&[
+            vec!["duration".into(), seconds(summary.duration)],
+            vec!["of it idle".into(), seconds(summary.idle)],
+            count("interactions", summary.interactions),
+            count("keys", summary.counts.keys),
+            count("buttons", summary.counts.buttons),
+            count("pointer moves", summary.counts.moves),
+            count("wheel clicks", summary.counts.wheel),
+            count("gaps", summary.counts.gaps),
+            count("redacted", summary.counts.redacted),
+            vec!["size".into(), bytes(summary.bytes)],
+        ])
+    })
+}
+
+fn redact(
+    store: &Store,
+    vm: &VmDir,
+    file: &LogFile,
+    from: Duration,
+    to: Duration,
+    output: &Output,
+) -> anyhow::Result<()> {
+    let path = path_of(vm, file)?;
+    let micros = |time: Duration| GuestTime { micros: time.as_micros() as u64 };
+    let fresh = path.with_extension("redacting");
+    // What an interrupted attempt left is worth nothing.
+    let _ = std::fs::remove_file(&fresh);
+    let redaction = traces::redact(&path, &fresh, &store.log_key()?, micros(from)..micros(to))?;
+    std::fs::rename(&fresh, &path)
+        .with_context(|| format!("cannot replace {}", path.display()))?;
+    let result = json!({ "removed": redaction.removed, "kept": redaction.kept, "log": path });
+    output.result(&result, |_| {
+        format!("{} records taken out, {} kept", redaction.removed, redaction.kept)
+    })
+}
+
+/// The log that was asked for, or the newest.
+fn path_of(vm: &VmDir, file: &LogFile) -> anyhow::Result<PathBuf> {
+    vm.record()?;
+    let logs = vm.logs()?;
+    let found = match file.generation {
+        Some(generation) => logs.into_iter().find(|(number, _)| *number == generation),
+        None => logs.into_iter().next_back(),
+    };
+    let (_, path) = found.ok_or_else(|| {
+        site::Error::Refused(format!(
+            "{0} has no such log; `replay-migrate log list {0}` shows those there are",
+            vm.name()
+        ))
+    })?;
+    Ok(path)
+}

@@ -1,0 +1,90 @@
+//! `replay-migrate migrate`
+
+use site::report::{MigrationReport, Strategy};
+use site::source::{self, MigrateOptions};
+use site::plan::Estimates;
+use site::{Phase, Store};
+use tokio_util::sync::CancellationToken;
+
+use super::serve::stop_signal;
+use super::{peer_of, vm_of};
+use crate::args::{MigrateArgs, StrategyArg};
+use crate::output::{Output, bytes, table};
+
+pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> anyhow::Result<()> {
+    let vm = vm_of(store, &args.name)?;
+    vm.record()?;
+    let peer = peer_of(store, &args.to)?;
+    let progress = output.progress();
+    if args.dry_run {
+        let estimates = source::dry_run(&vm, &peer, progress.as_ref()).await?;
+        drop(progress);
+        return output.result(&estimates, show_estimates);
+    }
+    let options = MigrateOptions {
+        strategy: match args.strategy {
+            StrategyArg::Auto => None,
+            StrategyArg::Replay => Some(Strategy::Replay),
+            StrategyArg::Base => Some(Strategy::Base),
+            StrategyArg::Full => Some(Strategy::Full),
+        },
+        paused: args.paused,
+    };
+    let cancel = CancellationToken::new();
+    let on_signal = cancel.clone();
+    let signals = tokio::spawn(async move {
+        stop_signal().await;
+        on_signal.cancel();
+    });
+    let outcome = source::migrate(&vm, &peer, options, progress.as_ref(), &cancel).await;
+    signals.abort();
+    drop(progress);
+    let report = outcome?;
+    output.result(&report, |report| show_report(report, peer.name.as_str()))
+}
+
+fn show_estimates(estimates: &Estimates) -> String {
+    let mut rows = vec![vec![
+        "strategy".to_owned(),
+        "bytes".into(),
+        "before".into(),
+        "standing still".into(),
+    ]];
+    rows.extend(estimates.strategies.iter().map(|estimate| {
+        vec![
+            estimate.strategy.to_string(),
+            bytes(estimate.bytes),
+            format!("{:.0} s", estimate.seconds_before),
+            format!("{:.0} s", estimate.seconds_down),
+        ]
+    }));
+    format!("{}{}", table(&rows), estimates.why())
+}
+
+fn show_report(report: &MigrationReport, site: &str) -> String {
+    let seconds = |name: &str| report.seconds.get(name).copied().unwrap_or_default();
+    let mut rows = vec![];
+    for phase in Phase::ALL {
+        if let Some(spent) = report.seconds.get(phase.name()) {
+            rows.push(vec![phase.name().to_owned(), format!("{spent:.2} s")]);
+        }
+    }
+    let sent = &report.bytes;
+    format!(
+        "{} is at {site}, generation {}, verified\n{}\
+         downtime {:.1} s, {:.1} s in all\n\
+         {} sent, {} received: log {}, hashes {}, RAM {}, disk {}, devices {}",
+        report.vm,
+        report.generation_to,
+        table(&rows),
+        seconds("downtime"),
+        seconds("total"),
+        bytes(sent.sent),
+        bytes(sent.received),
+        bytes(sent.log),
+        bytes(sent.hashes),
+        bytes(sent.ram),
+        bytes(sent.disk),
+        bytes(sent.device),
+    )
+}

@@ -1,0 +1,69 @@
+//! One file per command.
+
+mod checkpoint;
+mod guest;
+mod log;
+mod migrate;
+mod record;
+mod replay;
+mod seed;
+mod serve;
+mod site;
+mod vm;
+
+use std::path::PathBuf;
+
+use ::site::peers::Peer;
+use ::site::{Store, VmDir};
+use anyhow::Context;
+
+use crate::args::{Args, Command};
+use crate::output::Output;
+
+/// Runs the command that was asked for.
+pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
+    let dir = match args.site {
+        Some(dir) => dir,
+        None => default_site()?,
+    };
+    let store = || Store::open(&dir);
+    match args.command {
+        Command::Guest(command) => guest::run(command, output).await,
+        Command::Serve { listen } => serve::run(&store()?, &listen, output).await,
+        Command::Site(command) => site::run(&store()?, command, output),
+        Command::Vm(command) => vm::run(&store()?, command, output).await,
+        Command::Checkpoint { name } => checkpoint::run(&vm_of(&store()?, &name)?, output).await,
+        Command::Record { name, listen, evdev } => {
+            record::run(&vm_of(&store()?, &name)?, &listen, evdev, output).await
+        }
+        Command::Seed { name, to } => seed::run(&store()?, &name, &to, output).await,
+        Command::Migrate(args) => migrate::run(&store()?, &args, output).await,
+        Command::Replay { name, log, speed } => {
+            replay::run(&vm_of(&store()?, &name)?, &log, speed, output).await
+        }
+        Command::Log(command) => log::run(&store()?, command, output),
+    }
+}
+
+/// The VM of this name; it need not exist.
+fn vm_of(store: &Store, name: &str) -> anyhow::Result<VmDir> {
+    Ok(store.vm(&name.parse()?))
+}
+
+/// The trusted site of this name.
+fn peer_of(store: &Store, name: &str) -> anyhow::Result<Peer> {
+    let name = name.parse().map_err(::site::Error::from)?;
+    Ok(store.peers().by_name(&name).map_err(::site::Error::from)?)
+}
+
+fn default_site() -> anyhow::Result<PathBuf> {
+    Ok(data_home()?.join("replay-migrate").join("site"))
+}
+
+/// `$XDG_DATA_HOME`, or its default under the home directory.
+fn data_home() -> anyhow::Result<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("XDG_DATA_HOME")
+        .or_else(|| set("HOME").map(|home| home.join(".local/share")))
+        .context("neither XDG_DATA_HOME nor HOME is set; say where this site's state is: --site DIR")
+}

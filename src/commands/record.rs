@@ -1,0 +1,38 @@
+//! `replay-migrate record`
+
+use std::path::PathBuf;
+
+use site::recording::{self, Ended, RecordOptions};
+use site::{VmDir, source};
+
+use super::serve::stop_signal;
+use crate::output::{Output, bytes};
+
+pub(crate) async fn run(
+    vm: &VmDir,
+    listen: &str,
+    evdev: Vec<PathBuf>,
+    output: &Output,
+) -> anyhow::Result<()> {
+    source::settle(vm).await?;
+    let options = RecordOptions { listen: listen.to_owned(), evdev };
+    let mut shown = Ok(());
+    let begun = |recording: &recording::Recording| {
+        shown = output.result(recording, |recording| {
+            format!(
+                "recording on top of generation {}; VNC viewers connect to {}",
+                recording.generation, recording.listening
+            )
+        });
+    };
+    let recorded = recording::record(vm, &options, begun, stop_signal()).await?;
+    shown?;
+    output.result(&recorded, |recorded| {
+        let why = match recorded.ended {
+            Ended::Stopped => "stopped",
+            Ended::Moved => "the VM has moved",
+            Ended::VmEnded => "the VM has ended",
+        };
+        format!("{why}; {} records in {} of log", recorded.records, bytes(recorded.log_bytes))
+    })
+}

@@ -1,0 +1,41 @@
+//! `replay-migrate site`
+
+use serde_json::json;
+use site::Store;
+use site::peers::Peer;
+
+use crate::args::SiteCommand;
+use crate::output::{Output, table};
+
+pub(crate) fn run(store: &Store, command: SiteCommand, output: &Output) -> anyhow::Result<()> {
+    match command {
+        SiteCommand::Id => {
+            let key = store.identity()?.key().to_string();
+            output.result(&json!({ "key": key }), |_| key.clone())
+        }
+        SiteCommand::Trust { name, addr, key } => {
+            let peer = Peer {
+                name: name.parse().map_err(site::Error::from)?,
+                addr: addr.parse().map_err(site::Error::from)?,
+                key: key.parse().map_err(site::Error::from)?,
+            };
+            let replaced = store.peers().trust(peer.clone()).map_err(site::Error::from)?;
+            output.result(&peer, |peer| match replaced {
+                None => format!("{} is trusted", peer.name),
+                Some(_) => format!("{} is trusted, with what was said now", peer.name),
+            })
+        }
+        SiteCommand::List => {
+            let peers = store.peers().list().map_err(site::Error::from)?;
+            output.result(&peers, |peers| {
+                let rows: Vec<_> = peers
+                    .iter()
+                    .map(|peer| {
+                        vec![peer.name.to_string(), peer.addr.to_string(), peer.key.to_string()]
+                    })
+                    .collect();
+                table(&rows)
+            })
+        }
+    }
+}
