@@ -1,0 +1,33 @@
+# What a newcomer calls. `make help` lists it.
+
+CARGO ?= cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test demo fmt lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what is missing (QEMU, mmdebstrap, ...); does nothing if all is there
+	./scripts/setup
+
+build: ## the replay-migrate command, optimised: target/release/replay-migrate
+	$(CARGO) build --release --locked --bin replay-migrate
+
+# The programs come first: tests through the command line run them.
+test: setup ## all tests, the ones with real guests too
+	$(CARGO) build --workspace --bins --locked
+	$(CARGO) test --workspace --locked
+
+demo: setup build ## a desktop roams between two sites; writes target/demo/report.json
+	$(CARGO) run --release --locked --package testkit --bin demo
+
+fmt: ## format the sources
+	$(CARGO) fmt --all
+
+lint: ## what CI refuses: unformatted sources, warnings
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+clean: ## remove what was built; the cached guest stays
+	$(CARGO) clean
