@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::hardware::{Accelerator, Launch, Network};
-use crate::vm::Paths;
+use crate::runtime::Paths;
 
 /// Translated code kept by TCG, in MiB. QEMU's default is an eighth of the RAM up to 1 GiB.
 const TB_SIZE_MIB: u32 = 256;
@@ -95,12 +95,10 @@ pub(crate) fn arguments(launch: &Launch, accelerator: Accelerator, paths: &Paths
     }
     if let Some(boot) = &launch.boot {
         add(&["-kernel", &boot.kernel.to_string_lossy()]);
-        add(&[
-            "-initrd",
-            &boot.initrd.to_string_lossy(),
-            "-append",
-            &boot.append,
-        ]);
+        if let Some(initrd) = &boot.initrd {
+            add(&["-initrd", &initrd.to_string_lossy()]);
+        }
+        add(&["-append", &boot.append]);
     }
 
     add(&[

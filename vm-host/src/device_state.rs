@@ -13,7 +13,8 @@ use tokio::sync::broadcast;
 
 use crate::error::Context as _;
 use crate::qmp::{Event, commands};
-use crate::vm::{apply_network, remove, write_atomically};
+use crate::runtime::{remove, write_atomically};
+use crate::vm::apply_network;
 use crate::{Error, Result, Status, Vm};
 
 /// No device state we know comes near this: video RAM is 8 MiB.

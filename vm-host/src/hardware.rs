@@ -118,8 +118,8 @@ impl Hardware {
 pub struct Boot {
     /// The kernel image.
     pub kernel: PathBuf,
-    /// Its initial RAM disk.
-    pub initrd: PathBuf,
+    /// Its initial RAM disk, if it needs one.
+    pub initrd: Option<PathBuf>,
     /// The kernel command line.
     pub append: String,
 }
@@ -209,7 +209,7 @@ impl Launch {
             .collect::<Result<_>>()?;
         if let Some(boot) = &mut launch.boot {
             boot.kernel = absolute(&boot.kernel)?;
-            boot.initrd = absolute(&boot.initrd)?;
+            boot.initrd = boot.initrd.as_deref().map(absolute).transpose()?;
         }
         Ok(launch)
     }

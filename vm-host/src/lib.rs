@@ -24,6 +24,7 @@ mod process;
 pub mod programs;
 mod qmp;
 pub mod ram;
+mod runtime;
 pub mod screen;
 mod screenshot;
 mod serial;

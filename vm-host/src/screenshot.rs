@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use image::RgbImage;
 
 use crate::error::Context as _;
-use crate::vm::remove;
+use crate::runtime::remove;
 use crate::{Error, Result, Vm};
 
 /// QEMU's VNC server stops at 5120 by 2160; nothing reads a larger screen.

@@ -4,19 +4,19 @@
 //! [`Vm::resume`]. A process of ours that crashed finds it again with [`Vm::attach`]. It ends by
 //! [`Vm::quit`], [`Vm::kill`], or when the guest powers off.
 
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use qapi::Command;
-use serde::{Deserialize, Serialize};
 
 use crate::error::Context as _;
-use crate::hardware::{Accelerator, Launch, Network, check_socket_path};
-use crate::process::{Death, Identity, Process, thread_cpu_time};
+use crate::hardware::{Accelerator, Launch, Network};
+use crate::process::{Death, Process, thread_cpu_time};
 use crate::qmp::{Qmp, commands};
+use crate::runtime::{Paths, Record, prepare_ram, remove};
 use crate::{Error, Result, programs};
 
 /// How long QEMU may take from its start to its first answer. It maps RAM lazily and opens
@@ -65,94 +65,6 @@ impl std::fmt::Display for Status {
     }
 }
 
-/// The files of a runtime directory.
-#[derive(Clone, Debug)]
-pub(crate) struct Paths {
-    pub(crate) dir: PathBuf,
-    pub(crate) control: PathBuf,
-    pub(crate) clock: PathBuf,
-    pub(crate) vnc: PathBuf,
-    /// For the moment that device state goes through it.
-    pub(crate) state: PathBuf,
-    pub(crate) log: PathBuf,
-    pub(crate) serial_log: PathBuf,
-    /// Device state as it was last saved, while the guest stands still there.
-    pub(crate) saved: PathBuf,
-    record: PathBuf,
-}
-
-impl Paths {
-    fn new(dir: &Path) -> Result<Self> {
-        let at = |name: &str| dir.join(name);
-        let paths = Self {
-            dir: dir.to_owned(),
-            control: at("control.qmp"),
-            clock: at("clock.qmp"),
-            vnc: at("vnc.sock"),
-            state: at("state.sock"),
-            log: at("qemu.log"),
-            serial_log: at("serial.log"),
-            saved: at("device.saved"),
-            record: at("vm.json"),
-        };
-        for socket in [&paths.control, &paths.clock, &paths.vnc, &paths.state] {
-            check_socket_path(socket)?;
-        }
-        Ok(paths)
-    }
-
-    /// Removes what a QEMU that is gone left behind; its logs stay.
-    fn clear(&self) -> Result<()> {
-        let stale = [
-            &self.control,
-            &self.clock,
-            &self.vnc,
-            &self.state,
-            &self.saved,
-            &self.record,
-        ];
-        stale.into_iter().try_for_each(|path| remove(path))
-    }
-}
-
-pub(crate) fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).context("remove", path),
-        _ => Ok(()),
-    }
-}
-
-/// Writes a file so that it is either there as a whole or not at all.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::io::Write as _;
-    use std::os::unix::fs::OpenOptionsExt as _;
-    let fresh = path.with_extension("new");
-    let mut options = OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&fresh)
-        .context("create", &fresh)?;
-    file.write_all(bytes)
-        .and_then(|()| file.sync_all())
-        .context("write", &fresh)?;
-    fs::rename(&fresh, path).context("rename to", path)
-}
-
-/// What a runtime directory says about its QEMU.
-#[derive(Serialize, Deserialize)]
-struct Record {
-    version: u32,
-    launch: Launch,
-    accelerator: Accelerator,
-    /// Missing if we died between starting QEMU and writing this.
-    process: Option<Identity>,
-}
-
-const RECORD_VERSION: u32 = 1;
-
 /// A QEMU process and the means to drive it. Dropping this leaves QEMU running.
 #[derive(Debug)]
 pub struct Vm {
@@ -170,7 +82,8 @@ impl Vm {
     ///
     /// A guest that boots runs when this returns; its RAM file is made anew. One that waits for
     /// device state needs its RAM file in place, as it was when that state was saved.
-    /// On failure no process and no socket is left.
+    /// On failure no process and no socket is left. If this is dropped before it ends, a QEMU
+    /// may be left, which [`Vm::attach`] finds.
     pub async fn start(launch: &Launch) -> Result<Self> {
         let launch = launch.checked()?;
         let paths = Paths::new(&launch.runtime_dir)?;
@@ -181,7 +94,7 @@ impl Vm {
             .create(&paths.dir)
             .context("create", &paths.dir)?;
         if let Some(record) = Record::read(&paths)?
-            && let Some(process) = living(&paths, &record)?
+            && let Some(process) = record.living(&paths)?
         {
             let pid = process.identity().pid;
             return Err(Error::AlreadyRunning {
@@ -191,25 +104,20 @@ impl Vm {
         }
         paths.clear()?;
         remove(&paths.serial_log)?;
-        prepare_ram(&launch)?;
-        for path in launch
-            .disks
+        let boot_files = launch
+            .boot
             .iter()
-            .chain(launch.boot.iter().flat_map(|b| std::iter::once(&b.kernel).chain(&b.initrd)))
-        {
+            .flat_map(|b| std::iter::once(&b.kernel).chain(&b.initrd));
+        for path in launch.disks.iter().chain(boot_files) {
             fs::metadata(path).context("find", path)?;
         }
+        prepare_ram(&launch)?;
         let accelerator = match launch.accelerator {
             Accelerator::Auto => crate::probe::accelerator(),
             chosen => chosen,
         };
 
-        let mut record = Record {
-            version: RECORD_VERSION,
-            launch,
-            accelerator,
-            process: None,
-        };
+        let mut record = Record::new(launch, accelerator);
         record.write(&paths)?;
         let args = crate::command_line::arguments(&record.launch, accelerator, &paths);
         let qemu = programs::qemu();
@@ -286,7 +194,7 @@ impl Vm {
                     vcpus,
                 )))
             }
-            Err(error) => match living(&paths, &record)? {
+            Err(error) => match record.living(&paths)? {
                 Some(process) => {
                     tracing::debug!(%error, "no contact");
                     Err(Error::Unreachable {
@@ -543,67 +451,6 @@ pub(crate) async fn apply_network(qmp: &Qmp, launch: &Launch) -> Result<()> {
 async fn vcpu_threads(qmp: &Qmp) -> Result<Vec<u32>> {
     let cpus = qmp.execute(commands::QueryCpusFast {}).await?;
     Ok(cpus.into_iter().map(|cpu| cpu.thread_id).collect())
-}
-
-/// A guest that boots finds its RAM zeroed, one that is loaded finds it as it was left.
-fn prepare_ram(launch: &Launch) -> Result<()> {
-    use std::os::unix::fs::OpenOptionsExt as _;
-    let path = &launch.ram;
-    let wanted = launch.hardware.memory_bytes();
-    if launch.incoming {
-        let length = fs::metadata(path).context("find the RAM file", path)?.len();
-        if length != wanted {
-            return Err(Error::Image {
-                path: path.clone(),
-                problem: format!("holds {length} bytes of RAM, this VM has {wanted}"),
-            });
-        }
-        return Ok(());
-    }
-    let mut options = OpenOptions::new();
-    let file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path);
-    file.context("create", path)?
-        .set_len(wanted)
-        .context("size", path)
-}
-
-/// The process of a record, if it is alive.
-fn living(paths: &Paths, record: &Record) -> Result<Option<Process>> {
-    let Some(known) = &record.process else {
-        return Ok(None);
-    };
-    let held = Process::hold(known.pid, &paths.log).context("watch", &paths.record)?;
-    Ok(held.filter(|process| process.identity() == known))
-}
-
-impl Record {
-    fn read(paths: &Paths) -> Result<Option<Self>> {
-        let bytes = match fs::read(&paths.record) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            bytes => bytes.context("read", &paths.record)?,
-        };
-        let record: Self = serde_json::from_slice(&bytes)
-            .map_err(io::Error::from)
-            .context("understand", &paths.record)?;
-        if record.version != RECORD_VERSION {
-            let problem = format!("is of version {}, not {RECORD_VERSION}", record.version);
-            return Err(Error::Image {
-                path: paths.record.clone(),
-                problem,
-            });
-        }
-        Ok(Some(record))
-    }
-
-    fn write(&self, paths: &Paths) -> Result<()> {
-        let json = serde_json::to_vec_pretty(self).map_err(io::Error::from);
-        write_atomically(&paths.record, &json.context("describe", &paths.record)?)
-    }
 }
 
 /// Puts QEMU's words on frequent mistakes into ours.

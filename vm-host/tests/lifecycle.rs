@@ -125,10 +125,15 @@ async fn device_state_moves_to_another_process() {
         RamMap::open(&target.launch.ram).unwrap()[..] == ram[..],
         "RAM changed by loading"
     );
-    assert!(
-        restored.screenshot().await.unwrap() == picture,
-        "another picture"
-    );
+    // The same picture, but for the text cursor, which blinks by the host's clock.
+    let shown = restored.screenshot().await.unwrap();
+    assert_eq!(shown.dimensions(), picture.dimensions());
+    let differing = shown
+        .pixels()
+        .zip(picture.pixels())
+        .filter(|(a, b)| a != b)
+        .count();
+    assert!(differing <= 9 * 16, "another picture in {differing} pixels");
     restored.resume().await.unwrap();
     assert_eq!(restored.status().await.unwrap(), Status::Running);
 

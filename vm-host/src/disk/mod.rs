@@ -182,7 +182,7 @@ pub fn import_base(image: &Path, format: Option<&str>, raw: &Path) -> Result<()>
             .context("write", &fresh)
     });
     if let Err(error) = copied {
-        crate::vm::remove(&fresh)?;
+        crate::runtime::remove(&fresh)?;
         return Err(error);
     }
     fs::rename(&fresh, raw).context("rename to", raw)

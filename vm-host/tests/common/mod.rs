@@ -48,6 +48,8 @@ impl Drop for Bare {
     /// No QEMU outlives its test, even one that fails.
     fn drop(&mut self) {
         let record = std::fs::read_to_string(self.launch.runtime_dir.join("vm.json"));
+        // It may be outside the directory.
+        let _ = std::fs::remove_file(&self.launch.ram);
         let Ok(record) = record else { return };
         let pid = record
             .split("\"pid\": ")
