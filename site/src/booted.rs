@@ -66,6 +66,8 @@ pub async fn ensure(cache: &Path, new: &NewVm, told: &dyn Fn(&str)) -> Result<Pa
     let booted = async {
         let qemu = local::start(&vm, Accelerator::Auto, false).await?;
         local::wait_until_ready(&vm, &qemu, READY_LIMIT).await?;
+        // QEMU serves one at a time.
+        drop(qemu);
         local::suspend(&vm).await
     };
     let booted = booted.await;

@@ -182,7 +182,8 @@ pub async fn record(
     let ended = tokio::select! {
         () = stop => Ended::Stopped,
         ended = serve_control(&socket.listener, &sender) => ended?,
-        _ = qemu.death() => Ended::VmEnded,
+        // Others drive QEMU meanwhile: a migration, before all.
+        _ = qemu.death_from_afar() => Ended::VmEnded,
     };
     drop(socket);
     recorder.shutdown().await.map_err(Error::Recorder)?;

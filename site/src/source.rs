@@ -109,7 +109,7 @@ pub async fn migrate(
 async fn undo(vm: &VmDir, qemu: &Vm, resume: bool) -> Result<()> {
     let here = match vm.lease()? {
         Lease::Held { .. } => true,
-        Lease::Offered { .. } => ask_target(vm).await?,
+        Lease::Offered { .. } => ask_target(vm, Some(qemu)).await?,
         Lease::Elsewhere { .. } => false,
     };
     if here && resume {
@@ -125,14 +125,15 @@ async fn undo(vm: &VmDir, qemu: &Vm, resume: bool) -> Result<()> {
 pub async fn settle(vm: &VmDir) -> Result<()> {
     if vm.try_record()?.is_some() && matches!(vm.lease()?, Lease::Offered { .. }) {
         let _lock = vm.lock()?;
-        ask_target(vm).await?;
+        let qemu = local::attach(vm).await?;
+        ask_target(vm, qemu.as_ref()).await?;
     }
     Ok(())
 }
 
 /// Asks the target of an offered VM whether it took it, and notes the answer: whether the VM is
 /// here.
-async fn ask_target(vm: &VmDir) -> Result<bool> {
+async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
     let Lease::Offered { fence, transfer, to, to_name } = vm.lease()? else {
         return Ok(true);
     };
@@ -156,8 +157,7 @@ async fn ask_target(vm: &VmDir) -> Result<bool> {
     };
     let taken = ask.await.map_err(in_doubt)?;
     if taken {
-        let qemu = local::attach(vm).await?;
-        hand_over(vm, qemu.as_ref(), Lease::Elsewhere {
+        hand_over(vm, qemu, Lease::Elsewhere {
             fence: fence + 1,
             owner: to,
             owner_name: to_name,
@@ -394,7 +394,7 @@ impl Migration<'_> {
             replay,
         };
         plan::note_outcome(self.vm, &report)?;
-        if let Err(error) = keep(self.vm, &live, state, manifest).await {
+        if let Err(error) = keep(self.vm, self.qemu, &live, state, manifest).await {
             // The VM is at the target already; only the stale copy here is missing.
             tracing::warn!(error = error.chain(), "no stale copy was kept here");
         }
@@ -550,9 +550,14 @@ async fn ship_generation(
 }
 
 /// After the hand-over: what stood still here becomes the stale copy of the next return.
-async fn keep(vm: &VmDir, live: &Live, state: Arc<State>, manifest: Manifest) -> Result<()> {
-    let qemu = local::attach(vm).await?;
-    hand_over(vm, qemu.as_ref(), vm.lease()?).await?;
+async fn keep(
+    vm: &VmDir,
+    qemu: &Vm,
+    live: &Live,
+    state: Arc<State>,
+    manifest: Manifest,
+) -> Result<()> {
+    hand_over(vm, Some(qemu), vm.lease()?).await?;
     let (vm, live) = (vm.clone(), live.clone());
     local::blocking(move || {
         let files = vm.generation(manifest.generation);

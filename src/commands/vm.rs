@@ -26,6 +26,8 @@ pub(crate) async fn run(store: &Store, command: VmCommand, output: &Output) -> a
                 output.say("waiting for the desktop ...");
                 local::wait_until_ready(&vm, &qemu, READY_LIMIT).await?;
             }
+            // QEMU serves one at a time.
+            drop(qemu);
             show(&vm, output).await
         }
         VmCommand::Stop { name: vm, discard } => {

@@ -355,6 +355,13 @@ impl Vm {
         self.process.death().await
     }
 
+    /// As [`Vm::death`], but lends the control socket to other processes meanwhile.
+    pub async fn death_from_afar(self) -> Death {
+        let Self { process, qmp, .. } = self;
+        drop(qmp);
+        process.death().await
+    }
+
     /// Executes a command; if QEMU is found dead, the error says why it died.
     pub(crate) async fn ask<C: Command>(&self, doing: &str, command: C) -> Result<C::Ok> {
         let answer = self.qmp.execute(command).await;
