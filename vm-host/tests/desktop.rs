@@ -23,7 +23,7 @@ async fn until_screen_differs(vm: &Vm, from: &image::RgbImage) -> usize {
             .filter(|(a, b)| a != b)
             .count();
         // More than what is typed, or a window's title: the guest's answer to it.
-        if count > 2000 {
+        if count > 1000 {
             return count;
         }
         assert!(
