@@ -11,7 +11,6 @@ use tokio_util::sync::CancellationToken;
 use crate::error::{Error, Result};
 use crate::exchange::Sent;
 use crate::files;
-use crate::identity::SiteKey;
 use crate::peers::Peer;
 use crate::phase::Phase;
 use crate::protocol::{ToSource, ToTarget};
@@ -122,7 +121,8 @@ fn stopping() -> Error {
 /// The best rate reached to each peer: what a short probe can't see on a long, fast line.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct LinkHistory {
-    /// Bits per second, by key.
+    /// Bits per second, by address and key: the same site at another address is reached over
+    /// another line.
     rates: BTreeMap<String, f64>,
 }
 
@@ -135,8 +135,12 @@ impl LinkHistory {
     }
 
     /// The rate to a peer, in bits per second.
-    pub(crate) fn rate(&self, peer: &SiteKey) -> Option<f64> {
-        self.rates.get(&peer.to_string()).copied()
+    pub(crate) fn rate(&self, peer: &Peer) -> Option<f64> {
+        self.rates.get(&Self::line_to(peer)).copied()
+    }
+
+    fn line_to(peer: &Peer) -> String {
+        format!("{} {}", peer.addr, peer.key)
     }
 
     /// Keeps what the last transfer reached: lines change, so the newest counts.
@@ -146,7 +150,7 @@ impl LinkHistory {
         if bytes < Self::TELLING_BYTES || seconds <= 0.0 {
             return Ok(());
         }
-        self.rates.insert(peer.key.to_string(), bytes as f64 * 8.0 / seconds);
+        self.rates.insert(Self::line_to(peer), bytes as f64 * 8.0 / seconds);
         files::write_json(&store.root().join("links.json"), &self)
     }
 }

@@ -231,7 +231,7 @@ async fn begin(
     let probed = (PROBE_BYTES * 8) as f64 / transfer.as_secs_f64();
     // Slow start makes a fast, long line look thin in so short a probe; what was once reached
     // over it counts as well.
-    let rate = probed.max(LinkHistory::load(vm.store())?.rate(&line.peer().key).unwrap_or(0.0));
+    let rate = probed.max(LinkHistory::load(vm.store())?.rate(line.peer()).unwrap_or(0.0));
     tracing::info!(rtt = ?times[0], rate, "line measured");
     Ok((*welcome, rate))
 }
