@@ -30,6 +30,8 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Say what this host can do, check by check
+    Doctor,
     /// The demo desktop
     #[command(subcommand)]
     Guest(GuestCommand),

@@ -157,28 +157,6 @@ impl FileLock {
     }
 }
 
-/// Free bytes of the file system that `path` is on.
-pub(crate) fn free_bytes(path: &Path) -> Result<u64> {
-    let stat = rustix::fs::statvfs(path)
-        .map_err(|errno| Error::file("measure the free space of", path)(errno.into()))?;
-    Ok(stat.f_bavail * stat.f_frsize)
-}
-
-/// Memory that this host can give without swapping, in bytes: `MemAvailable` of proc(5).
-pub(crate) fn available_memory() -> Result<u64> {
-    let path = Path::new("/proc/meminfo");
-    let text = fs::read_to_string(path).map_err(Error::file("read", path))?;
-    text.lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .and_then(|rest| rest.trim().strip_suffix("kB"))
-        .and_then(|kib| kib.trim().parse::<u64>().ok())
-        .map(|kib| kib << 10)
-        .ok_or_else(|| Error::Damaged {
-            path: path.to_owned(),
-            reason: "it does not say how much memory is available".into(),
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

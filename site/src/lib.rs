@@ -43,4 +43,4 @@ pub use error::{Class, Error, chain_of};
 pub use lease::Lease;
 pub use phase::Phase;
 pub use progress::{Progress, Silent};
-pub use store::{Store, VmDir};
+pub use store::{Store, VmDir, runtime_base};

@@ -160,6 +160,7 @@ pub async fn record(
         local::checkpoint_locked(vm, &qemu, Some(&at_checkpoint)).await?
     };
     let origin = origin.into_inner().unwrap_or_default();
+    let vnc = qemu.vnc_socket().to_owned();
     let clock = SinceCheckpoint { clock, origin };
     let log = vm.log_path(manifest.generation);
     let writer = open_log(vm, &log, manifest.generation)?;
@@ -168,7 +169,7 @@ pub async fn record(
     let config = recorder::RecorderConfig {
         listen,
         evdev: options.evdev.clone(),
-        ..recorder::RecorderConfig::new(qemu.vnc_socket().to_owned())
+        ..recorder::RecorderConfig::new(vnc)
     };
     let recorder = recorder::Recorder::start(config, LogSink(sender.clone()), clock)
         .await

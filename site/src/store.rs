@@ -23,7 +23,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use reconciler::ImageTree;
+use reconciler::{FilePages, ImageTree};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -186,9 +186,10 @@ impl Store {
         if path.exists() {
             return generation::load_tree(&path, None);
         }
-        let map = vm_host::RamMap::open(&image)
-            .map_err(Error::host(format!("cannot read the base image {}", image.display())))?;
-        let tree = ImageTree::build(&reconciler::SlicePages(&map), &reconciler::no_progress)
+        let pages = fs::File::open(&image)
+            .and_then(FilePages::new)
+            .map_err(Error::file("read the base image", &image))?;
+        let tree = ImageTree::build(&pages, &reconciler::no_progress)
             .map_err(Error::reconcile(format!("cannot hash {}", image.display())))?;
         generation::save_tree(&path, &tree)?;
         Ok(tree)
@@ -354,7 +355,7 @@ impl VmDir {
 }
 
 /// The folder that holds all runtime directories of this user.
-fn runtime_base() -> Result<PathBuf> {
+pub fn runtime_base() -> Result<PathBuf> {
     let uid = rustix::process::getuid().as_raw();
     let candidates = [Some(PathBuf::from("/dev/shm")), std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)];
     let parent = candidates

@@ -4,7 +4,7 @@
 //! else: when a conversation ends early, in whatever way, both go.
 
 use traces::Record;
-use vm_host::{Accelerator, Network, Vm, programs};
+use vm_host::{Accelerator, Network, Vm, probe, programs};
 
 use crate::error::{Error, Result};
 use crate::files::{self, FileLock};
@@ -532,7 +532,7 @@ async fn check_host(store: &Store, hello: &Hello) -> Result<()> {
     let memory = hello.vm.hardware.memory_bytes();
     let runtime = store.vm(&hello.vm.name).runtime_dir("incoming")?;
     let shared = runtime.parent().unwrap_or(&runtime);
-    let free = files::free_bytes(shared)?;
+    let free = free_space(shared)?;
     if free < memory + MARGIN {
         return Err(Error::Refused(format!(
             "{} needs {} MiB for its memory, and {} has {} MiB free",
@@ -542,7 +542,7 @@ async fn check_host(store: &Store, hello: &Hello) -> Result<()> {
             free >> 20
         )));
     }
-    let available = files::available_memory()?;
+    let available = probe::free_memory().map_err(Error::host("cannot measure memory"))?;
     if available < memory + MARGIN {
         return Err(Error::Refused(format!(
             "{} needs {} MiB of memory, and this host has {} MiB available",
@@ -558,7 +558,7 @@ async fn check_host(store: &Store, hello: &Hello) -> Result<()> {
         .filter(|file| store.base_file(file.hash).is_none())
         .map(|file| file.bytes)
         .sum();
-    let free = files::free_bytes(store.root())?;
+    let free = free_space(store.root())?;
     if free < memory + lacking + MARGIN {
         return Err(Error::Refused(format!(
             "{} needs {} MiB on the disk with {}, and there are {} MiB free",
@@ -569,6 +569,10 @@ async fn check_host(store: &Store, hello: &Hello) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+fn free_space(dir: &std::path::Path) -> Result<u64> {
+    probe::free_space(dir).map_err(Error::host("cannot measure free space"))
 }
 
 async fn receive_log(line: &mut TargetLine, first: reconciler::BlobPart) -> Result<Vec<Record>> {

@@ -1,6 +1,7 @@
 //! One file per command.
 
 mod checkpoint;
+mod doctor;
 mod guest;
 mod log;
 mod migrate;
@@ -28,6 +29,7 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
     };
     let store = || Store::open(&dir);
     match args.command {
+        Command::Doctor => doctor::run(&dir, output),
         Command::Guest(command) => guest::run(command, output).await,
         Command::Serve { listen } => serve::run(&store()?, &listen, output).await,
         Command::Site(command) => site::run(&store()?, command, output),
