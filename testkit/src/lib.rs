@@ -2,7 +2,9 @@
 //!
 //! - [`link`]: a thin line, as a TCP proxy.
 //! - [`robot`]: a person at a VNC viewer; [`session`]: what that person does.
+//! - [`site`]: sites, driven through the command line.
 
 pub mod link;
 pub mod robot;
 pub mod session;
+pub mod site;

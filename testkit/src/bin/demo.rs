@@ -1,0 +1,404 @@
+//! `make demo`: a desktop in use roams over a thin line, from site to site.
+//!
+//! A user works at site A for more than a minute. Sites B and C hold a stale copy from before
+//! that; D has only the read-only disk image. The VM then moves A to B by `replay`, B to C by
+//! `base` and C to D by `full`, paused all the while: all three strategies face the same state.
+//! Nothing the program says of itself is believed: all images are compared from outside, byte by
+//! byte. At D the desktop goes on.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use image::RgbImage;
+use serde_json::{Value, json};
+use testkit::link::{Link, LinkProfile, Rate, parse_delay};
+use testkit::robot::{Robot, Waited};
+use testkit::session::{DEMO, Played, REFERENCE, SHORT, Session};
+use testkit::site::{
+    self, Agent, Difference, Site, compare_disks, compare_files, newest_generation,
+};
+
+const VM: &str = "desk";
+/// A build of the guest downloads packages, and a first boot is emulated.
+const GUEST_LIMIT: Duration = Duration::from_secs(1800);
+/// A whole migration over the thin line: `full` is some 200 MB.
+const MIGRATE_LIMIT: Duration = Duration::from_secs(1800);
+/// What is typed at the end, to see the desktop alive.
+const SIGN_OF_LIFE: &str = "date\n";
+
+/// A desktop roams between sites over a thin line, three ways.
+#[derive(Parser)]
+#[command(name = "demo")]
+struct Options {
+    /// What the line carries, each way
+    #[arg(long, default_value = "10mbit")]
+    rate: Rate,
+    /// How long a bit travels, each way
+    #[arg(long, default_value = "50ms", value_parser = parse_delay)]
+    delay: Duration,
+    /// What the user does: demo, reference, short, or a file
+    #[arg(long, default_value = "demo")]
+    session: String,
+    /// Where to put everything
+    #[arg(long, default_value = "target/demo", value_name = "DIR")]
+    out: PathBuf,
+    /// Keep the sites' state directories
+    #[arg(long)]
+    keep: bool,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let options = Options::parse();
+    // Whatever ends it, dropping the future ends all processes.
+    let outcome = tokio::select! {
+        outcome = run(&options) => outcome,
+        _ = tokio::signal::ctrl_c() => {
+            println!("\ninterrupted; ending what runs ...");
+            Err(anyhow::anyhow!("interrupted"))
+        }
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Sites of the demonstration, with what they need to talk.
+struct Sites {
+    a: Site,
+    b: Site,
+    c: Site,
+    d: Site,
+}
+
+/// Whether all images were identical.
+async fn run(options: &Options) -> anyhow::Result<bool> {
+    let program = site::program()?;
+    let session = read_session(&options.session)?;
+    let out = clear(&program, &options.out)?;
+    let guest = build_guest(&program, &out).await?;
+
+    heading("Four sites on this machine");
+    let [a, b, c, d] =
+        ["a", "b", "c", "d"].map(|name| Site::new(&program, name, out.join(name)));
+    let mut sites = Sites { a, b, c, d };
+    let agents = open_sites(&mut sites, &guest).await?;
+
+    heading("The desktop at A");
+    sites.a.json(&["vm", "create", VM, "--disk", &guest]).await?;
+    let created = Instant::now();
+    sites.a.json(&["vm", "start", VM]).await?;
+    println!("runs after {:.1} s", created.elapsed().as_secs_f64());
+    let recorder = sites.a.record(VM).await?;
+    println!("recorded on top of generation {}", recorder.begun["generation"]);
+    for (name, agent) in [("b", &agents[0]), ("c", &agents[1])] {
+        sites.a.trust(name, agent.addr, &agent.key).await?;
+        let seeded = sites.a.json(&["seed", VM, "--to", name]).await?;
+        println!(
+            "{} has a stale copy, shipped ahead of time over a fast line: {}",
+            name.to_uppercase(),
+            mebibytes(seeded["bytes"]["sent"].as_u64().unwrap_or_default())
+        );
+    }
+
+    heading("A user works at A");
+    let mut robot = Robot::connect(&recorder.vnc).await?;
+    let looks = out.join("session");
+    std::fs::create_dir_all(&looks)?;
+    let played = session
+        .play(&mut robot, Some(&looks), |at, text| {
+            println!("{:5.0} s  the user {text}", at.as_secs_f64());
+        })
+        .await?;
+    drop(robot);
+    tell_session(&played);
+
+    heading("It roams");
+    println!(
+        "line: {} each way, {} ms there and {} ms back",
+        options.rate,
+        options.delay.as_millis(),
+        options.delay.as_millis()
+    );
+    let before = screenshot(&sites.a, &out.join("a.png")).await?;
+    let profile = LinkProfile::symmetric(options.rate, options.delay);
+    let mut reports = serde_json::Map::new();
+    let mut identical = true;
+    let mut after = None;
+    for (strategy, from, to, agent) in [
+        ("replay", &sites.a, &sites.b, &agents[0]),
+        ("base", &sites.b, &sites.c, &agents[1]),
+        ("full", &sites.c, &sites.d, &agents[2]),
+    ] {
+        let report = roam(from, to, agent, profile, strategy).await?;
+        identical &= same_images(from, to).await?;
+        reports.insert(strategy.to_owned(), report);
+        if strategy == "replay" {
+            after = Some(screenshot(&sites.b, &out.join("b.png")).await?);
+        }
+    }
+    let recorded: Value = recorder.process.finish(Duration::from_secs(30)).await?.last()?;
+    if let Some(after) = after {
+        let path = out.join("both-sides.png");
+        side_by_side(&before, &after).save(&path)?;
+        let same = if before == after { "the same picture" } else { "NOT the same picture" };
+        println!("screens of A before and of B after: {same}; see {}", path.display());
+        identical &= before == after;
+    }
+
+    heading("The desktop goes on at D");
+    alive(&sites.d, &out).await?;
+
+    let session_seconds = played.time.as_secs_f64();
+    let report = json!({
+        "strategies": reports,
+        "identical": identical,
+        "log_bytes": recorded["log_bytes"],
+        "session_seconds": session_seconds,
+    });
+    let path = out.join("report.json");
+    std::fs::write(&path, serde_json::to_string_pretty(&report)?)?;
+    heading("What it cost");
+    print!("{}", cost_table(&report));
+    println!(
+        "log: {} bytes for {session_seconds:.0} s of work",
+        recorded["log_bytes"].as_u64().unwrap_or_default()
+    );
+    println!(
+        "all images compared byte by byte from outside: {}",
+        if identical { "identical" } else { "DIFFERENT" }
+    );
+    println!("report: {}", path.display());
+    drop(sites);
+    if !options.keep {
+        for name in ["a", "b", "c", "d"] {
+            std::fs::remove_dir_all(out.join(name))?;
+        }
+    }
+    Ok(identical)
+}
+
+fn heading(text: &str) {
+    println!("\n== {text}");
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+fn read_session(name: &str) -> anyhow::Result<Session> {
+    let text = match name {
+        "demo" => DEMO.to_owned(),
+        "reference" => REFERENCE.to_owned(),
+        "short" => SHORT.to_owned(),
+        path => std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?,
+    };
+    Ok(text.parse()?)
+}
+
+/// Removes what an earlier demonstration left, its processes first.
+fn clear(program: &Path, out: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    let out = out.canonicalize()?;
+    for name in ["a", "b", "c", "d"] {
+        let dir = out.join(name);
+        if dir.exists() {
+            Site::clear_leftovers(program, &dir);
+            std::fs::remove_dir_all(&dir)
+                .with_context(|| format!("cannot remove {}", dir.display()))?;
+        }
+    }
+    let _ = std::fs::remove_file(out.join("report.json"));
+    Ok(out)
+}
+
+/// The folder of the guest.
+async fn build_guest(program: &Path, out: &Path) -> anyhow::Result<String> {
+    heading("The guest: a Debian desktop");
+    let begun = Instant::now();
+    // No site's state is needed for it, and none is made.
+    let builder = Site::new(program, "builder", out.join("builder"));
+    let built = builder.spawn(&["guest", "build"])?.finish(GUEST_LIMIT).await?.success()?;
+    let built: Value = built.last()?;
+    let dir = built["dir"].as_str().context("`guest build` does not say where the guest is")?;
+    println!("{dir}, ready after {:.0} s", begun.elapsed().as_secs_f64());
+    Ok(dir.to_owned())
+}
+
+/// Starts the agents of B, C and D, and introduces all along the way. Agents of B, C, D.
+async fn open_sites(sites: &mut Sites, guest: &str) -> anyhow::Result<[Agent; 3]> {
+    let mut agents = Vec::new();
+    for site in [&mut sites.b, &mut sites.c, &mut sites.d] {
+        // The read-only base images are at every site; a VM that is made and removed leaves them.
+        site.json(&["vm", "create", "images", "--disk", guest]).await?;
+        site.json(&["vm", "delete", "images", "--yes"]).await?;
+        agents.push(site.serve().await?);
+        println!("{} listens on {}", site.name().to_uppercase(), agents[agents.len() - 1].addr);
+    }
+    // Only who is called must know who calls; the caller's own address is never used.
+    let nobody = SocketAddr::from(([127, 0, 0, 1], 1));
+    for (caller, called) in
+        [(&sites.a, &sites.b), (&sites.a, &sites.c), (&sites.b, &sites.c), (&sites.c, &sites.d)]
+    {
+        called.trust(caller.name(), nobody, &caller.key().await?).await?;
+    }
+    agents.try_into().map_err(|_| anyhow::anyhow!("three agents were started"))
+}
+
+/// Moves the VM over the thin line, and leaves it paused.
+async fn roam(
+    from: &Site,
+    to: &Site,
+    agent: &Agent,
+    profile: LinkProfile,
+    strategy: &str,
+) -> anyhow::Result<Value> {
+    let link = Link::start(agent.addr, profile)?;
+    from.trust(to.name(), link.addr(), &agent.key).await?;
+    println!(
+        "{} to {} by {strategy} ...",
+        from.name().to_uppercase(),
+        to.name().to_uppercase()
+    );
+    let mut migration =
+        from.spawn(&["migrate", VM, "--to", to.name(), "--strategy", strategy, "--paused"])?;
+    let begun = Instant::now();
+    let mut phase = String::new();
+    loop {
+        let line =
+            migration.until("get on", MIGRATE_LIMIT, |line| line["phase"].is_string()).await?;
+        let Some(line) = line else { break };
+        let now = line["phase"].as_str().unwrap_or_default();
+        if now != phase {
+            now.clone_into(&mut phase);
+            println!("  {:6.1} s  {phase}", begun.elapsed().as_secs_f64());
+        }
+    }
+    let report: Value = migration.finish(MIGRATE_LIMIT).await?.success()?.last()?;
+    let (sent, received) = (link.bytes_up(), link.bytes_down());
+    println!(
+        "  {:6.1} s  there, verified; on the line: {} sent, {} received",
+        begun.elapsed().as_secs_f64(),
+        mebibytes(sent),
+        mebibytes(received)
+    );
+    // The line counts what arrived; what the report says was written can be no less.
+    let said = report["bytes"]["sent"].as_u64().unwrap_or_default();
+    if said < sent {
+        bail!("the report says {said} bytes were sent, and {sent} came over the line");
+    }
+    Ok(report)
+}
+
+/// Compares what both sites hold after a migration, and the paused VM itself.
+async fn same_images(from: &Site, to: &Site) -> anyhow::Result<bool> {
+    let (number, left) = newest_generation(from.dir(), VM)?;
+    let (other, right) = newest_generation(to.dir(), VM)?;
+    if number != other {
+        println!("  generation {number} at {}, but {other} at {}", from.name(), to.name());
+        return Ok(false);
+    }
+    let live_ram = to.live_ram(VM).await?;
+    let live_disk = to.dir().join("vms").join(VM).join("live/run/disk0.qcow2");
+    let disk = left.join("disk0.qcow2");
+    let compared = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
+        Ok([
+            ("RAM", compare_files(&left.join("ram.img"), &right.join("ram.img"))?),
+            ("devices", compare_files(&left.join("device.bin"), &right.join("device.bin"))?),
+            ("disk", compare_disks(&disk, &right.join("disk0.qcow2"))?),
+            ("RAM of the paused VM", compare_files(&left.join("ram.img"), &live_ram)?),
+            ("disk of the paused VM", compare_disks(&disk, &live_disk)?),
+        ])
+    })
+    .await??;
+    let mut same = true;
+    for (what, difference) in compared {
+        if difference != Difference::None {
+            println!("  {what}: DIFFERENT, {difference:?}");
+            same = false;
+        }
+    }
+    if same {
+        println!("  images of generation {number} at both sites, and the paused VM: identical");
+    }
+    Ok(same)
+}
+
+async fn screenshot(site: &Site, path: &Path) -> anyhow::Result<RgbImage> {
+    site.json(&["vm", "screenshot", VM, "--out", &path.to_string_lossy()]).await?;
+    println!("screen of {}: {}", site.name().to_uppercase(), path.display());
+    Ok(image::open(path).with_context(|| format!("cannot read {}", path.display()))?.into_rgb8())
+}
+
+fn side_by_side(left: &RgbImage, right: &RgbImage) -> RgbImage {
+    let gap = 16;
+    let height = left.height().max(right.height());
+    let mut both = RgbImage::new(left.width() + gap + right.width(), height);
+    image::imageops::replace(&mut both, left, 0, 0);
+    image::imageops::replace(&mut both, right, i64::from(left.width() + gap), 0);
+    both
+}
+
+/// Lets the VM run, types a little, and sees that the screen answers.
+async fn alive(site: &Site, out: &Path) -> anyhow::Result<()> {
+    site.json(&["vm", "resume", VM]).await?;
+    let mut robot = Robot::connect(&site.vnc(VM).await?).await?;
+    robot.click(300, 100, testkit::robot::Button::Left).await?;
+    robot.type_text(SIGN_OF_LIFE).await?;
+    let waited = robot.wait_changed(None, Duration::from_secs(30)).await?;
+    if waited == Waited::Limit {
+        bail!("the desktop does not answer at {}", site.name().to_uppercase());
+    }
+    robot.wait_quiet(None, Duration::from_secs(1), Duration::from_secs(15)).await?;
+    drop(robot);
+    screenshot(site, &out.join("d.png")).await?;
+    println!("it answers what is typed");
+    Ok(())
+}
+
+fn tell_session(played: &Played) {
+    println!("{:5.0} s  the user pauses", played.time.as_secs_f64());
+    for line in &played.limits {
+        println!("the wait in line {line} of the session ended by its limit");
+    }
+}
+
+fn cost_table(report: &Value) -> String {
+    let bytes = |strategy: &str| {
+        let bytes = &report["strategies"][strategy]["bytes"];
+        let part = |name: &str| bytes[name].as_u64().unwrap_or_default();
+        part("sent") + part("received")
+    };
+    let mut table = format!(
+        "{:8} {:>14} {:>12} {:>10} {:>9} {:>9}\n",
+        "strategy", "bytes", "MiB", "downtime", "total", "refetched"
+    );
+    for strategy in ["replay", "base", "full"] {
+        let one = &report["strategies"][strategy];
+        let seconds = |name: &str| one["seconds"][name].as_f64().unwrap_or_default();
+        table += &format!(
+            "{strategy:8} {:>14} {:>12.2} {:>8.1} s {:>7.1} s {:>9}\n",
+            bytes(strategy),
+            bytes(strategy) as f64 / f64::from(1 << 20),
+            seconds("downtime"),
+            seconds("total"),
+            one["refetched"].as_u64().unwrap_or_default(),
+        );
+    }
+    let share = |of: &str| 100.0 * bytes("replay") as f64 / (bytes(of) as f64).max(1.0);
+    table += &format!(
+        "replay sends {:.1} % of what base does, and {:.1} % of what full does\n",
+        share("base"),
+        share("full")
+    );
+    table
+}
