@@ -38,7 +38,7 @@ pub(crate) enum Command {
     /// Run this site's agent: other sites send VMs to it
     Serve {
         /// Where to listen; a port of 0 takes a free one
-        #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7900")]
+        #[arg(long, value_name = "ADDR", default_value = site::transport::DEFAULT_LISTEN)]
         listen: String,
     },
     /// This site's identity, and the sites it trusts

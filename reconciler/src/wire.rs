@@ -50,6 +50,10 @@ impl<'a> Cursor<'a> {
             if shift == 63 && bits > 1 {
                 return Err(self.malformed("an integer does not fit 64 bits"));
             }
+            // One coding for each value, so that equal sets are equal bytes.
+            if shift > 0 && byte == 0 {
+                return Err(self.malformed("an integer is longer than it needs to be"));
+            }
             value |= bits << shift;
             if byte < 0x80 {
                 return Ok(value);
@@ -204,6 +208,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn an_integer_has_one_coding() {
+        for overlong in [&[0x80, 0x00][..], &[0xff, 0x80, 0x00]] {
+            assert!(Cursor::new("test", overlong).varint().is_err(), "{overlong:x?}");
+        }
+        assert_eq!(Cursor::new("test", &[0x80, 0x01]).varint().unwrap(), 128);
+    }
 
     proptest! {
         #[test]

@@ -19,6 +19,12 @@ pub(crate) fn run(store: &Store, command: SiteCommand, output: &Output) -> anyho
                 addr: addr.parse().map_err(site::Error::from)?,
                 key: key.parse().map_err(site::Error::from)?,
             };
+            if peer.key == store.identity()?.key() {
+                anyhow::bail!(site::Error::Refused(format!(
+                    "that is this site's own key; run `replay-migrate site id` at {}",
+                    peer.name
+                )));
+            }
             let replaced = store.peers().trust(peer.clone()).map_err(site::Error::from)?;
             output.result(&peer, |peer| match replaced {
                 None => format!("{} is trusted", peer.name),
