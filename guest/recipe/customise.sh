@@ -7,22 +7,22 @@ cp --recursive /etc/skel/. /home/user
 passwd --delete user >/dev/null
 usermod --append --groups audio,video,input user
 
-# Windows open beside the terminal, not over it, wherever the programs would put them.
+# Windows open beside the terminal, not over it, wherever the programs would put them (name, title, x, y, size).
 mkdir -p /home/user/.config/openbox
 sed 's|</applications>||; s|</openbox_config>||' /etc/xdg/openbox/rc.xml >/home/user/.config/openbox/rc.xml
 place() {
     cat >>/home/user/.config/openbox/rc.xml <<END
-  <application name="$1" type="normal">
-    <position force="yes"><x>$2</x><y>$3</y></position>
-    <size><width>$4</width><height>$5</height></size>
-    <focus>yes</focus>
+  <application name="$1" title="$2" type="normal">
+    <position force="yes"><x>$3</x><y>$4</y></position>
+    <size><width>$5</width><height>$6</height></size>
   </application>
 END
 }
-place pcmanfm 530 400 720 360
-place abiword 530 30 720 700
-place gnumeric 530 60 720 640
-place mtpaint 530 90 720 600
+place pcmanfm '*' 530 400 720 360
+place abiword '*' 530 30 720 700
+place gnumeric '*' 530 60 720 640
+place mtpaint 'mtPaint*' 530 90 720 600
+place mtpaint 'Settings Toolbar' 20 390 default default
 echo '</applications></openbox_config>' >>/home/user/.config/openbox/rc.xml
 
 chown -R user:user /home/user
@@ -44,3 +44,6 @@ systemctl mask --quiet \
     serial-getty@ttyS0.service getty@tty1.service \
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer \
     e2scrub_all.timer fstrim.timer systemd-tmpfiles-clean.timer
+# Nobody here debugs kernels or runs foreign binaries, and each unit takes a second or two to start under emulation.
+systemctl mask --quiet \
+    sys-kernel-debug.mount sys-kernel-tracing.mount dev-hugepages.mount systemd-binfmt.service
