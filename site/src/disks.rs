@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
 
-use reconciler::{ImageTree, Page, PageIndex, PageSet, ReadPages, WritePages};
+use reconciler::{FilePages, ImageTree, Page, PageIndex, PageSet, ReadPages, WritePages};
 use vm_host::disk::{Format, OverlayReader, OverlayWriter};
 
 use crate::error::{Error, Result};
@@ -45,27 +45,42 @@ pub(crate) fn overlay_on(
 }
 
 /// A disk as its guest sees it.
-pub(crate) struct DiskImage {
-    reader: OverlayReader,
+pub(crate) enum DiskImage {
+    /// Through overlays.
+    Overlays(OverlayReader),
+    /// A raw base image.
+    Base(FilePages),
 }
 
 impl DiskImage {
-    /// Opens the top of a chain of overlays, or a raw base image.
+    /// Opens the top of a chain of overlays.
     pub(crate) fn open(top: &Path) -> Result<Self> {
         let reader = OverlayReader::open(top)
             .map_err(Error::host(format!("cannot read the disk {}", top.display())))?;
-        Ok(Self { reader })
+        Ok(Self::Overlays(reader))
+    }
+
+    /// Opens a raw base image.
+    pub(crate) fn open_base(image: &Path) -> Result<Self> {
+        std::fs::File::open(image)
+            .and_then(FilePages::new)
+            .map(Self::Base)
+            .map_err(Error::file("read the base image", image))
     }
 
     /// The guest's disk size in bytes.
     pub(crate) fn bytes(&self) -> u64 {
-        self.reader.size()
+        match self {
+            Self::Overlays(reader) => reader.size(),
+            // Base images are kept in whole pages.
+            Self::Base(file) => file.pages() * reconciler::PAGE_SIZE as u64,
+        }
     }
 
     /// The pages that overlays above `stop` hold: all that can differ from it.
     pub(crate) fn allocated_above(&self, stop: &Path) -> Result<PageSet> {
-        let ranges = self
-            .reader
+        let Self::Overlays(reader) = self else { return Ok(PageSet::new()) };
+        let ranges = reader
             .allocated_above(stop)
             .map_err(Error::host("cannot read which blocks of a disk were written"))?;
         Ok(ranges.into_iter().flatten().map(PageIndex).collect())
@@ -74,15 +89,31 @@ impl DiskImage {
 
 impl ReadPages for DiskImage {
     fn pages(&self) -> u64 {
-        self.reader.pages()
+        match self {
+            Self::Overlays(reader) => reader.pages(),
+            Self::Base(file) => file.pages(),
+        }
     }
 
     fn read(&self, index: PageIndex, page: &mut Page) -> io::Result<()> {
-        self.reader.read_page(index.0, page).map_err(io::Error::other)
+        match self {
+            Self::Overlays(reader) => reader.read_page(index.0, page).map_err(io::Error::other),
+            Self::Base(file) => file.read(index, page),
+        }
     }
 
     fn read_many(&self, first: PageIndex, into: &mut [u8]) -> io::Result<()> {
-        self.reader.read_pages(first.0, into).map_err(io::Error::other)
+        match self {
+            Self::Overlays(reader) => reader.read_pages(first.0, into).map_err(io::Error::other),
+            Self::Base(file) => file.read_many(first, into),
+        }
+    }
+
+    fn known_zero(&self, first: PageIndex, count: u64) -> bool {
+        match self {
+            Self::Overlays(_) => false,
+            Self::Base(file) => file.known_zero(first, count),
+        }
     }
 }
 

@@ -145,7 +145,7 @@ impl Base {
                 .disks
                 .iter()
                 .map(|disk| {
-                    let image = DiskImage::open(&vm.store().base_path(disk.hash))?;
+                    let image = DiskImage::open_base(&vm.store().base_path(disk.hash))?;
                     Ok((image, vm.store().base_tree(*disk)?))
                 })
                 .collect::<Result<Vec<_>>>()?;
