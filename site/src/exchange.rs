@@ -6,11 +6,12 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use reconciler::{
-    BlobAssembler, Closed, EncodeOptions, EncodeStats, NodeServer, Offer, OfferOptions, PageChunk,
-    PageIndex, PageSet, Salt, blob_parts,
+    BlobAssembler, Closed, EncodeOptions, EncodeStats, NodeServer, Offer, OfferOptions, Page,
+    PageChunk, PageIndex, PageSet, ReadPages, Salt, blob_parts,
 };
 use tokio::sync::mpsc;
 
@@ -125,10 +126,9 @@ async fn send_image(
         .decode_answer(&answer)
         .map_err(Error::reconcile("the answer to an offer is malformed"))?;
     let begun = Instant::now();
-    let total = pages.len() as u64 * reconciler::PAGE_SIZE as u64;
     tracing::debug!(?head, lacking = pages.len(), "answer");
     let mut encoded =
-        send_pages(line, state, Some(base), head.kind, pages, rate, total, progress).await?;
+        send_pages(line, state, Some(base), head.kind, pages, rate, progress).await?;
     let mut payload = encoded.bytes();
     loop {
         match line.recv(phase).await? {
@@ -153,7 +153,7 @@ async fn send_image(
                 let pages = refetch_set(line, phase, part, &offer).await?;
                 progress.note(&format!("{} pages are sent again", pages.len()));
                 encoded =
-                    send_pages(line, state, None, head.kind, pages, rate, 0, progress).await?;
+                    send_pages(line, state, None, head.kind, pages, rate, progress).await?;
                 payload += encoded.bytes();
             }
             _ => return Err(line.unexpected(phase, "no verdict on an image")),
@@ -182,7 +182,6 @@ async fn refetch_set(
     Ok(PageSet::decode(&bytes, offer.pages()).map_err(malformed())?.iter().collect())
 }
 
-#[expect(clippy::too_many_arguments, reason = "one caller for pages, one for pages sent again")]
 async fn send_pages(
     line: &mut Line,
     state: &Arc<State>,
@@ -190,38 +189,55 @@ async fn send_pages(
     kind: ImageKind,
     pages: Vec<PageIndex>,
     rate: f64,
-    total: u64,
     progress: &dyn Progress,
 ) -> Result<EncodeStats> {
     let (sender, mut receiver) = mpsc::channel::<PageChunk>(QUEUE);
     let (state, base) = (state.clone(), base.cloned());
+    // How well pages compress is known only at the end, so progress counts them as read.
+    let read = Arc::new(AtomicU64::new(0));
+    let counter = read.clone();
+    let total = pages.len() as u64 * reconciler::PAGE_SIZE as u64;
     let options = EncodeOptions::for_line(rate as u64);
     let encoding = tokio::spawn(blocking(move || {
         let mut sink = |chunk| sender.blocking_send(chunk).map_err(|_| Closed);
         state
-            .with_pages(kind, |image| match &base {
-                Some(base) => base.with_pages(kind, |base| {
-                    reconciler::encode_pages(image, base, &pages, options, &mut sink)
-                }),
-                None => reconciler::encode_pages(image, None, &pages, options, &mut sink),
+            .with_pages(kind, |image| {
+                let image = Counted { image, bytes: &counter };
+                match &base {
+                    Some(base) => base.with_pages(kind, |base| {
+                        reconciler::encode_pages(&image, base, &pages, options, &mut sink)
+                    }),
+                    None => reconciler::encode_pages(&image, None, &pages, options, &mut sink),
+                }
             })
             .map_err(Error::reconcile("cannot read and compress pages"))
     }));
-    let mut sent = 0;
     while let Some(chunk) = receiver.recv().await {
-        sent += chunk.bytes.len() as u64;
         line.send(ToTarget::Pages(chunk)).await?;
-        if total > 0 {
-            // How far the pages compress is known only at the end: show raw bytes as estimated
-            // from what went through the compressor so far.
-            progress.advance(kind.phase(), sent, None);
-        }
+        progress.advance(kind.phase(), read.load(Ordering::Relaxed), Some(total));
     }
     line.send(ToTarget::PagesEnd).await?;
     line.flush().await?;
     match encoding.await {
         Ok(stats) => stats,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Counts the pages that are read.
+struct Counted<'a> {
+    image: &'a dyn ReadPages,
+    bytes: &'a AtomicU64,
+}
+
+impl ReadPages for Counted<'_> {
+    fn pages(&self) -> u64 {
+        self.image.pages()
+    }
+
+    fn read(&self, index: PageIndex, into: &mut Page) -> std::io::Result<()> {
+        self.bytes.fetch_add(into.len() as u64, Ordering::Relaxed);
+        self.image.read(index, into)
     }
 }
 

@@ -1,10 +1,14 @@
 //! Which strategy, and what each would cost.
 //!
-//! The prediction is simple on purpose: pages that differ, found by hashing, times what a sample
-//! of them compresses to, over the measured line. What a replay leaves over is taken from this
+//! The prediction goes the same way as a migration, without a target: pages that differ, found by
+//! hashing, less those that a target finds by itself, times what a sample of them takes in the
+//! real encoder, over the measured line. What a replay leaves over is taken from this
 //! VM's own earlier migrations; a VM without any gets [`RESIDUAL_PRIOR`].
 
-use reconciler::{ImageTree, PAGE_SIZE, Page, PageIndex, PageSet, ReadPages, SlicePages};
+use reconciler::{
+    EncodeOptions, Holdings, ImageTree, Offer, OfferOptions, PageIndex, Place, PlaceKind, ReadPages,
+    Salt, SlicePages,
+};
 use serde::{Deserialize, Serialize};
 use vm_host::RamMap;
 
@@ -25,7 +29,13 @@ use crate::vm::VmRecord;
 const RESIDUAL_PRIOR: f64 = 6.9 / 64.8;
 
 /// Pages compressed to predict what all would compress to.
-const SAMPLE: usize = 256;
+const SAMPLE: usize = 512;
+
+/// The line that the sample is compressed for, in bits per second: the level matters little.
+const SAMPLED_LINE: u64 = 100_000_000;
+
+/// For the length of truncated hashes: more pages than a target has to search.
+const SEARCHED: u64 = 1 << 22;
 
 /// What can be done with what both sites have.
 #[derive(Clone, Debug)]
@@ -147,10 +157,21 @@ pub(crate) async fn estimate(
         }
         let since = |generation: Option<GenerationId>| -> Result<f64> {
             let base = Base::load(&vm, &record, generation.map(|id| id.number))?;
-            let mut bytes = packed(&ram_pages, &ram_tree, &base.tree(ImageKind::Ram)?)?;
+            let mut bytes = 0.0;
             for (index, (image, tree)) in disks.iter().enumerate() {
-                bytes += packed(image, tree, &base.tree(ImageKind::Disk(index as u8))?)?;
+                let kind = ImageKind::Disk(index as u8);
+                let base_tree = base.tree(kind)?;
+                bytes += base
+                    .with_pages(kind, |pages| packed(image, tree, (&base_tree, pages), &[]))?;
             }
+            let places: Vec<Place<'_>> = disks
+                .iter()
+                .map(|(image, tree)| Place { kind: PlaceKind::Disk, tree, reader: image })
+                .collect();
+            let base_tree = base.tree(ImageKind::Ram)?;
+            bytes += base.with_pages(ImageKind::Ram, |pages| {
+                packed(&ram_pages, &ram_tree, (&base_tree, pages), &places)
+            })?;
             Ok(bytes)
         };
         let seconds = |bytes: f64| bytes * 8.0 / rate.max(1.0);
@@ -195,35 +216,31 @@ pub(crate) async fn estimate(
     .await
 }
 
-/// About how many bytes the pages that differ compress to.
-fn packed(pages: &dyn ReadPages, tree: &ImageTree, base: &ImageTree) -> Result<f64> {
-    let changed: PageSet = tree
-        .differing(base)
-        .iter()
-        .filter(|index| !tree.leaf(*index).is_zero())
-        .collect();
-    let count = changed.len() as usize;
-    if count == 0 {
-        return Ok(0.0);
+/// About how many bytes an image takes that is reconciled with a base: what a target would find
+/// by itself is left out, a sample of the rest goes through the real encoder.
+fn packed(
+    image: &dyn ReadPages,
+    tree: &ImageTree,
+    base: (&ImageTree, Option<&dyn ReadPages>),
+    places: &[Place<'_>],
+) -> Result<f64> {
+    let failed = || Error::reconcile("cannot predict what an image takes");
+    let options = OfferOptions { salt: Salt([0; 32]), candidates: SEARCHED, force_bits: None };
+    let offer = Offer::new(tree, base.0, &options).map_err(failed())?;
+    let holdings = Holdings { base: base.0, base_reader: base.1, current: base.0, places };
+    let resolution = reconciler::resolve(&offer, &holdings).map_err(failed())?;
+    let answer = resolution.answer(&offer).map_err(failed())?;
+    let lacking = offer.decode_answer(&answer).map_err(failed())?;
+    let hashes = offer.encode().map_err(failed())?.len() + answer.len();
+    if lacking.is_empty() {
+        return Ok(hashes as f64);
     }
-    let step = count.div_ceil(SAMPLE);
-    let sample: Vec<PageIndex> = changed.iter().step_by(step).collect();
-    let mut raw = Vec::with_capacity(sample.len() * PAGE_SIZE);
-    let mut page: Page = [0; PAGE_SIZE];
-    for index in &sample {
-        pages.read(*index, &mut page).map_err(|source| Error::File {
-            action: "read a page of",
-            path: "an image".into(),
-            source,
-        })?;
-        raw.extend_from_slice(&page);
-    }
-    let small = zstd::bulk::compress(&raw, 3).map_err(|source| Error::File {
-        action: "compress a page of",
-        path: "an image".into(),
-        source,
-    })?;
-    Ok(small.len() as f64 / sample.len() as f64 * count as f64)
+    let step = lacking.len().div_ceil(SAMPLE);
+    let sample: Vec<PageIndex> = lacking.iter().copied().step_by(step).collect();
+    let options = EncodeOptions::for_line(SAMPLED_LINE);
+    let stats = reconciler::encode_pages(image, base.1, &sample, options, &mut |_| Ok(()))
+        .map_err(failed())?;
+    Ok(hashes as f64 + stats.bytes() as f64 / sample.len() as f64 * lacking.len() as f64)
 }
 
 /// What earlier migrations of a VM have shown.

@@ -152,7 +152,11 @@ impl<'a> PhaseClock<'a> {
         }
     }
 
+    /// A phase begins; entering the one that runs changes nothing.
     pub(crate) fn enter(&mut self, phase: Phase) {
+        if self.current.is_some_and(|(current, _)| current == phase) {
+            return;
+        }
         self.leave();
         tracing::debug!(%phase, "phase");
         self.progress.phase(phase);
@@ -175,8 +179,9 @@ impl<'a> PhaseClock<'a> {
         self.stopped = Some(Instant::now());
     }
 
-    /// The guest is usable at the target.
+    /// The guest is usable at the target: the last phase ends.
     pub(crate) fn up(&mut self) {
+        self.leave();
         self.downtime = self.stopped.map(|since| since.elapsed());
     }
 

@@ -1,6 +1,8 @@
 //! The target's working copy of a state while it arrives: RAM, overlays and device state in
 //! folders of their own, which become a generation when all is verified, or go without a trace.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,6 +12,7 @@ use reconciler::{
     no_progress, pages_for,
 };
 use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 use vm_host::RamMapMut;
 
 use crate::disks::{self, DiskImage, WorkDisk};
@@ -41,6 +44,8 @@ pub(crate) struct Work {
     device: Vec<u8>,
     /// The tree of RAM as the replay left it; without one, RAM is the base's.
     replayed: Option<ImageTree>,
+    /// Lays the base's RAM down on the disk meanwhile.
+    laying: Option<JoinHandle<Result<()>>>,
 }
 
 /// The trees of a state that was received and verified.
@@ -76,6 +81,7 @@ impl Work {
                 base_number,
                 base,
                 replayed: None,
+                laying: None,
             };
             match base_number {
                 Some(number) => {
@@ -94,6 +100,33 @@ impl Work {
             Ok(work)
         })
         .await
+        .map(|mut work: Self| {
+            work.laying = Some(work.lay_ram());
+            work
+        })
+    }
+
+    /// Lays the base's RAM down on the disk, durable: once the new RAM is known, only the pages
+    /// that differ from the base are left to write while the user waits.
+    fn lay_ram(&self) -> JoinHandle<Result<()>> {
+        let kept = self.kept_ram();
+        let from = self.base_number.map(|number| self.vm.generation(number).ram());
+        let bytes = self.record.hardware.memory_bytes();
+        tokio::spawn(blocking(move || {
+            let file = match from {
+                Some(from) => files::copy_sparse(&from, &kept)?,
+                None => {
+                    let file = File::create(&kept).map_err(Error::file("create", &kept))?;
+                    file.set_len(bytes).map_err(Error::file("size", &kept))?;
+                    file
+                }
+            };
+            file.sync_all().map_err(Error::file("write", &kept))
+        }))
+    }
+
+    fn kept_ram(&self) -> PathBuf {
+        self.dir.join("ram.img")
     }
 
     /// The file with the guest's RAM.
@@ -284,7 +317,13 @@ impl Work {
     }
 
     /// Makes the received state a generation of this site.
-    pub(crate) async fn keep(self, received: Received, manifest: Manifest) -> Result<Kept> {
+    pub(crate) async fn keep(mut self, received: Received, manifest: Manifest) -> Result<Kept> {
+        if let Some(laying) = self.laying.take() {
+            match laying.await {
+                Ok(laid) => laid?,
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            }
+        }
         blocking(move || {
             let manifest = Manifest { parent: self.base_number, ..manifest };
             let mine = [
@@ -315,12 +354,33 @@ impl Work {
             }
             let device = generation.device();
             std::fs::write(&device, &self.device).map_err(Error::file("write", &device))?;
-            files::copy_sparse(&self.ram_path(), &generation.ram())?;
+            self.write_changed_ram(&received.ram)?;
+            let (from, to) = (self.kept_ram(), generation.ram());
+            std::fs::rename(&from, &to).map_err(Error::file("move into place", &to))?;
             generation.save_trees(&received.ram, &received.disks)?;
             generation.publish(&manifest)?;
             Ok(Kept { ram: self.ram_path(), generation, manifest })
         })
         .await
+    }
+}
+
+impl Work {
+    /// Brings the RAM laid down by [`Self::lay_ram`] to what was received.
+    fn write_changed_ram(&self, tree: &ImageTree) -> Result<()> {
+        let kept = self.kept_ram();
+        let changed = tree.differing(&self.base.tree(ImageKind::Ram)?);
+        let ram = vm_host::RamMap::open(&self.ram_path())
+            .map_err(Error::host("cannot read the guest's RAM"))?;
+        let file =
+            File::options().write(true).open(&kept).map_err(Error::file("open", &kept))?;
+        for run in changed.runs() {
+            let at = |page: u64| page as usize * reconciler::PAGE_SIZE;
+            // The tree is of this RAM, so that its pages lie within.
+            let pages = ram.get(at(run.start)..at(run.end)).unwrap_or_default();
+            file.write_all_at(pages, at(run.start) as u64).map_err(Error::file("write", &kept))?;
+        }
+        Ok(())
     }
 }
 
