@@ -104,6 +104,11 @@ impl Devices {
         }
     }
 
+    /// Keys that the last message has released without naming them, as qnums.
+    pub(crate) fn take_lifted(&mut self) -> Vec<u8> {
+        self.keyboard.take_lifted()
+    }
+
     /// The keys that a leaving viewer leaves pressed, as qnums.
     pub(crate) fn held_qnums(&self) -> Vec<u8> {
         self.keyboard.held_qnums()

@@ -167,6 +167,11 @@ impl Journal {
         inner.stats.forwarded += 1;
         let mut events = std::mem::take(&mut inner.scratch);
         inner.devices.apply(viewer, &framed.message, &mut events);
+        let lifted = releases(&inner.devices.take_lifted());
+        if !lifted.is_empty() && written == framed.bytes.len() {
+            // A few dozen bytes that a socket which just took some has room for.
+            let _ = qemu.try_write(&lifted);
+        }
         // Captured now, the screen is still the one from before: the guest needs milliseconds
         // to react, and QEMU more to show it.
         let anchor = self.anchor(&mut inner, &events);
@@ -187,18 +192,14 @@ impl Journal {
         let mut inner = self.lock();
         let mut events = std::mem::take(&mut inner.scratch);
         let drag = viewer.dragging_at();
-        let keys = inner
-            .devices
-            .held_qnums()
-            .into_iter()
-            .map(|qnum| ClientMessage::ExtendedKey {
-                keysym: 0,
-                qnum: qnum.into(),
-                down: false,
-            });
+        let mut farewell = releases(&inner.devices.held_qnums());
         let buttons = drag.map(|(x, y)| ClientMessage::Pointer { x, y, buttons: 0 });
-        let framed = keys.chain(buttons).filter_map(Framed::input);
-        let farewell: Vec<u8> = framed.flat_map(|f| f.bytes).collect();
+        farewell.extend(
+            buttons
+                .and_then(Framed::input)
+                .into_iter()
+                .flat_map(|f| f.bytes),
+        );
         // If QEMU has gone there is nothing left to release.
         let told = qemu.is_some_and(|q| q.try_write(&farewell).is_ok_and(|n| n == farewell.len()));
         if let Some((x, y)) = drag.filter(|_| told) {
@@ -313,6 +314,17 @@ impl Journal {
             .ok()?;
         Some(Seat(Arc::clone(self)))
     }
+}
+
+/// Messages that release keys, by qnum.
+fn releases(qnums: &[u8]) -> Vec<u8> {
+    let release = |&qnum: &u8| ClientMessage::ExtendedKey {
+        keysym: 0,
+        qnum: qnum.into(),
+        down: false,
+    };
+    let framed = qnums.iter().map(release).filter_map(Framed::input);
+    framed.flat_map(|f| f.bytes).collect()
 }
 
 /// A place among the viewers.

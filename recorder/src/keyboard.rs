@@ -31,6 +31,7 @@ pub(crate) struct Keyboard {
     held: BTreeSet<u16>,
     caps: bool,
     num: bool,
+    lifted: Vec<u8>,
 }
 
 /// A key event of a viewer, whichever message brought it.
@@ -58,7 +59,9 @@ impl Keyboard {
         };
         let code = qnum.and_then(linux_from_qnum);
         if down && code.is_some_and(|c| DIGITS.contains(&c)) && self.ctrl() && self.alt() {
-            // QEMU's own key: another console.
+            // QEMU's own key: another console. Since 9.1, QEMU releases what is held only if that
+            // console exists; being told the releases, every version does.
+            self.lifted = self.held_qnums();
             self.lift_all(out);
             return;
         }
@@ -75,6 +78,11 @@ impl Keyboard {
         for code in std::mem::take(&mut self.held) {
             out.push(Event::Key { code, down: false });
         }
+    }
+
+    /// Keys that the last input has released without naming them, as qnums; QEMU has to be told.
+    pub(crate) fn take_lifted(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.lifted)
     }
 
     /// The keys held, as Linux codes.

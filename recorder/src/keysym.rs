@@ -2,7 +2,8 @@
 //!
 //! The log must hold the keys that QEMU pressed in the guest, so this follows QEMU: the "en-us"
 //! layout that its VNC server loads when no other is asked for (`pc-bios/keymaps/en-us`), and
-//! the choice between several keys for one keysym of `keysym2scancode` (`ui/keymaps.c`). Only
+//! the choice between several keys for one keysym of `keysym2scancode` (`ui/keymaps.c`). Names in
+//! the layout that QEMU has no number for (`Linefeed`, `ISO_Left_Tab`) are no keys there. Only
 //! the low 16 bits of a keysym count there, and so they do here.
 
 /// A modifier that distinguishes keys with the same keysym.
@@ -49,10 +50,8 @@ const NAMED: &[(u16, u8)] = &[
     (0x0020, 0x39), // space
     (0x00a6, 0x56), // brokenbar
     (0xfe03, 0xb8), // ISO_Level3_Shift
-    (0xfe20, 0x0f), // ISO_Left_Tab
     (0xff08, 0x0e), // BackSpace
     (0xff09, 0x0f), // Tab
-    (0xff0a, 0x5b), // Linefeed
     (0xff0d, 0x1c), // Return
     (0xff13, 0xc6), // Pause
     (0xff14, 0x46), // Scroll_Lock
@@ -60,8 +59,6 @@ const NAMED: &[(u16, u8)] = &[
     (0xff1b, 0x01), // Escape
     (0xff22, 0x7b), // Muhenkan
     (0xff23, 0x79), // Henkan_Mode
-    (0xff25, 0x77), // Hiragana
-    (0xff27, 0x70), // Hiragana_Katakana
     (0xff50, 0xc7), // Home
     (0xff51, 0xcb), // Left
     (0xff52, 0xc8), // Up
@@ -73,12 +70,7 @@ const NAMED: &[(u16, u8)] = &[
     (0xff61, 0x54), // Print
     (0xff62, 0x54), // Execute
     (0xff63, 0xd2), // Insert
-    (0xff65, 0x87), // Undo
-    (0xff66, 0x85), // Redo
     (0xff67, 0xdd), // Menu
-    (0xff68, 0xc1), // Find
-    (0xff69, 0xe8), // Cancel
-    (0xff6a, 0xf5), // Help
     (0xff7e, 0xb8), // Mode_switch
     (0xff7f, 0x45), // Num_Lock
     (0xff8d, 0x9c), // KP_Enter
