@@ -1,5 +1,7 @@
 //! The screen observer against a real QEMU: what it holds is what `screendump` writes.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests, which clippy does not recognise as such.
+
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream as StdStream;
 use std::process::{Child, Command, Stdio};
@@ -18,7 +20,7 @@ impl BareQemu {
     fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| format!("unix:{}", dir.path().join(name).display());
-        let child = Command::new("qemu-system-x86_64")
+        let child = Command::new(vm_host::programs::qemu())
             .args(["-machine", "q35,accel=tcg", "-m", "64", "-display", "none"])
             .args(["-vnc", &format!("{},share=ignore", at("vnc"))])
             .args(["-qmp", &format!("{},server=on,wait=off", at("qmp"))])
