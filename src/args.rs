@@ -288,9 +288,13 @@ pub(crate) struct LogFile {
 
 /// A time as `90`, `90s`, `2m` or `1500ms`.
 fn duration(text: &str) -> Result<Duration, String> {
-    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let split = text
+        .find(|c: char| c.is_ascii_alphabetic())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
-    let number: f64 = number.parse().map_err(|_| format!("{text:?} is no time; try 90s"))?;
+    let number: f64 = number
+        .parse()
+        .map_err(|_| format!("{text:?} is no time; try 90s"))?;
     let scale = match unit {
         "" | "s" => 1.0,
         "ms" => 1e-3,

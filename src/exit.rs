@@ -11,7 +11,10 @@ const INTERRUPTED: u8 = 4;
 
 /// The exit code for an error.
 pub(crate) fn code_of(error: &anyhow::Error) -> ExitCode {
-    let class = error.chain().find_map(|cause| cause.downcast_ref::<site::Error>()).map(site::Error::class);
+    let class = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<site::Error>())
+        .map(site::Error::class);
     ExitCode::from(match class {
         Some(Class::Refused) => REFUSED,
         Some(Class::Interrupted) => INTERRUPTED,

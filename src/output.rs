@@ -26,7 +26,11 @@ impl Output {
         value: &T,
         text: impl FnOnce(&T) -> String,
     ) -> anyhow::Result<()> {
-        let line = if self.json { serde_json::to_string(value)? } else { text(value) };
+        let line = if self.json {
+            serde_json::to_string(value)?
+        } else {
+            text(value)
+        };
         let mut out = std::io::stdout().lock();
         writeln!(out, "{}", line.trim_end())?;
         Ok(out.flush()?)
@@ -79,7 +83,10 @@ impl Progress for JsonLines {
     }
 
     fn advance(&self, phase: Phase, done: u64, total: Option<u64>) {
-        println!("{}", serde_json::json!({ "phase": phase, "done": done, "total": total }));
+        println!(
+            "{}",
+            serde_json::json!({ "phase": phase, "done": done, "total": total })
+        );
     }
 
     fn note(&self, text: &str) {
@@ -112,13 +119,15 @@ impl Bar {
     fn new() -> Self {
         let bar = ProgressBar::new_spinner();
         bar.enable_steady_tick(Duration::from_millis(120));
-        Self { bar, phase: Mutex::new(None) }
+        Self {
+            bar,
+            phase: Mutex::new(None),
+        }
     }
 
     fn style(phase: Phase, known: bool) -> ProgressStyle {
         let template = match (phase, known) {
             (Phase::Replay, true) => "{spinner} {msg:8} {wide_bar} {percent}% {eta} left",
-            (Phase::Replay, false) => "{spinner} {msg:8} {elapsed}",
             (_, true) => {
                 "{spinner} {msg:8} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta} left"
             }
@@ -131,15 +140,16 @@ impl Bar {
 
 impl Progress for Bar {
     fn phase(&self, phase: Phase) {
-        if let Ok(mut current) = self.phase.lock() {
-            if let Some(done) = current.replace(phase) {
-                let amount = match self.bar.position() {
-                    0 => String::new(),
-                    _ if done == Phase::Replay => String::new(),
-                    bytes => format!("  {}", HumanBytes(bytes)),
-                };
-                self.bar.println(format!("  {done:8} {:.1?}{amount}", self.bar.elapsed()));
-            }
+        if let Ok(mut current) = self.phase.lock()
+            && let Some(done) = current.replace(phase)
+        {
+            let amount = match self.bar.position() {
+                0 => String::new(),
+                _ if done == Phase::Replay => String::new(),
+                bytes => format!("  {}", HumanBytes(bytes)),
+            };
+            self.bar
+                .println(format!("  {done:8} {:.1?}{amount}", self.bar.elapsed()));
         }
         self.bar.reset();
         self.bar.set_style(Self::style(phase, false));
@@ -175,9 +185,12 @@ pub(crate) fn log_to_stderr(verbose: u8) {
         1 => "info",
         _ => "debug",
     };
-    let filter = EnvFilter::try_from_env("REPLAY_MIGRATE_LOG")
-        .unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let filter =
+        EnvFilter::try_from_env("REPLAY_MIGRATE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
 }
 
 /// Bytes for a person: `6.9 MiB`.
@@ -189,7 +202,11 @@ pub(crate) fn bytes(amount: u64) -> String {
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
-        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+        rows.iter()
+            .filter_map(|row| row.get(column))
+            .map(|cell| cell.chars().count())
+            .max()
+            .unwrap_or(0)
     };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut text = String::new();

@@ -37,7 +37,11 @@ impl Agent {
                 target::clean_leftovers(&vm).await?;
             }
         }
-        Ok(Self { store: store.clone(), listener, _only: only })
+        Ok(Self {
+            store: store.clone(),
+            listener,
+            _only: only,
+        })
     }
 
     /// Where it listens.

@@ -27,7 +27,10 @@ async fn key_of(record: &VmRecord) -> Result<String> {
     for file in record.base_files() {
         hasher.update(&file.hash.0);
     }
-    let rest = (&record.hardware, record.boot.as_ref().map(|boot| &boot.append));
+    let rest = (
+        &record.hardware,
+        record.boot.as_ref().map(|boot| &boot.append),
+    );
     let rest = serde_json::to_vec(&rest)
         .map_err(|error| Error::Refused(format!("{} can't be described: {error}", record.name)))?;
     hasher.update(&rest);
@@ -47,7 +50,13 @@ pub async fn ensure(cache: &Path, new: &NewVm, told: &dyn Fn(&str)) -> Result<Pa
     let store = Store::open(scratch.path())?;
     let vm = store.vm(&"booting".parse()?);
     let record = {
-        let (vm, new) = (vm.clone(), NewVm { booted: None, ..new.clone() });
+        let (vm, new) = (
+            vm.clone(),
+            NewVm {
+                booted: None,
+                ..new.clone()
+            },
+        );
         local::blocking(move || local::create(&vm, &new)).await?
     };
     let key = key_of(&record).await?;
@@ -86,8 +95,13 @@ pub async fn ensure(cache: &Path, new: &NewVm, told: &dyn Fn(&str)) -> Result<Pa
 /// Gives a new VM the booted state as its first generation, if the cache has it.
 pub(crate) async fn adopt(vm: &VmDir, record: &VmRecord, cache: &Path) -> Result<bool> {
     let kept = GenerationFiles::at(cache.join(key_of(record).await?));
-    let Some(manifest) = kept.load_manifest()? else { return Ok(false) };
-    let manifest = Manifest { vm: record.id, ..manifest };
+    let Some(manifest) = kept.load_manifest()? else {
+        return Ok(false);
+    };
+    let manifest = Manifest {
+        vm: record.id,
+        ..manifest
+    };
     let (vm, number) = (vm.clone(), manifest.generation);
     local::blocking(move || {
         let generation = vm.generation(number);

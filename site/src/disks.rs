@@ -40,8 +40,9 @@ pub(crate) fn overlay_on(
         None => format!("../../../../images/{}", record.disks[index].hash),
     };
     let (_, format) = backing_of(vm, record, generation, index);
-    vm_host::disk::create_overlay(overlay, Path::new(&relative), format)
-        .map_err(Error::host(format!("cannot make the overlay {}", overlay.display())))
+    vm_host::disk::create_overlay(overlay, Path::new(&relative), format).map_err(Error::host(
+        format!("cannot make the overlay {}", overlay.display()),
+    ))
 }
 
 /// A disk as its guest sees it.
@@ -55,8 +56,10 @@ pub(crate) enum DiskImage {
 impl DiskImage {
     /// Opens the top of a chain of overlays.
     pub(crate) fn open(top: &Path) -> Result<Self> {
-        let reader = OverlayReader::open(top)
-            .map_err(Error::host(format!("cannot read the disk {}", top.display())))?;
+        let reader = OverlayReader::open(top).map_err(Error::host(format!(
+            "cannot read the disk {}",
+            top.display()
+        )))?;
         Ok(Self::Overlays(reader))
     }
 
@@ -79,10 +82,12 @@ impl DiskImage {
 
     /// The pages that overlays above `stop` hold: all that can differ from it.
     pub(crate) fn allocated_above(&self, stop: &Path) -> Result<PageSet> {
-        let Self::Overlays(reader) = self else { return Ok(PageSet::new()) };
-        let ranges = reader
-            .allocated_above(stop)
-            .map_err(Error::host("cannot read which blocks of a disk were written"))?;
+        let Self::Overlays(reader) = self else {
+            return Ok(PageSet::new());
+        };
+        let ranges = reader.allocated_above(stop).map_err(Error::host(
+            "cannot read which blocks of a disk were written",
+        ))?;
         Ok(ranges.into_iter().flatten().map(PageIndex).collect())
     }
 }
@@ -141,16 +146,20 @@ impl WorkDisk {
         Ok(Self {
             top: top.to_owned(),
             writer,
-            seen: RwLock::new(Seen { reader, stale: false }),
+            seen: RwLock::new(Seen {
+                reader,
+                stale: false,
+            }),
             pages,
         })
     }
 
     /// Makes what was written durable.
     pub(crate) fn sync(&self) -> Result<()> {
-        self.writer
-            .sync()
-            .map_err(Error::host(format!("cannot write the disk {}", self.top.display())))
+        self.writer.sync().map_err(Error::host(format!(
+            "cannot write the disk {}",
+            self.top.display()
+        )))
     }
 
     fn refresh(&self) -> io::Result<()> {
@@ -173,7 +182,10 @@ impl ReadPages for WorkDisk {
         loop {
             let seen = self.seen.read().unwrap_or_else(PoisonError::into_inner);
             if !seen.stale {
-                return seen.reader.read_page(index.0, page).map_err(io::Error::other);
+                return seen
+                    .reader
+                    .read_page(index.0, page)
+                    .map_err(io::Error::other);
             }
             drop(seen);
             self.refresh()?;
@@ -183,8 +195,13 @@ impl ReadPages for WorkDisk {
 
 impl WritePages for WorkDisk {
     fn write(&mut self, index: PageIndex, page: &Page) -> io::Result<()> {
-        self.seen.get_mut().unwrap_or_else(PoisonError::into_inner).stale = true;
-        self.writer.write_page(index.0, page).map_err(io::Error::other)
+        self.seen
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .stale = true;
+        self.writer
+            .write_page(index.0, page)
+            .map_err(io::Error::other)
     }
 }
 
@@ -200,7 +217,10 @@ pub(crate) fn tree_of(
     };
     let files = vm.generation(number);
     let manifest = files.load_manifest()?.ok_or_else(|| {
-        Error::Refused(format!("generation {number} of {} is not there any more", vm.name()))
+        Error::Refused(format!(
+            "generation {number} of {} is not there any more",
+            vm.name()
+        ))
     })?;
     files.load_disk_tree(&manifest, index)
 }
@@ -217,6 +237,7 @@ pub(crate) fn tree_since(
     let mut tree = tree_of(vm, record, generation, index)?;
     let (stop, _) = backing_of(vm, record, generation, index);
     let written = image.allocated_above(&stop)?;
-    tree.rehash(image, &written).map_err(Error::reconcile("cannot hash a disk"))?;
+    tree.rehash(image, &written)
+        .map_err(Error::reconcile("cannot hash a disk"))?;
     Ok(tree)
 }

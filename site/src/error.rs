@@ -174,9 +174,12 @@ impl Error {
             | Self::Key(_)
             | Self::Connect(_)
             | Self::Listen(_)
-            | Self::Peers(_) => Class::Refused,
+            | Self::Peers(_)
+            | Self::Phase {
+                phase: Phase::Hello | Phase::Plan,
+                ..
+            } => Class::Refused,
             Self::Interrupted(_) | Self::InDoubt { .. } => Class::Interrupted,
-            Self::Phase { phase: Phase::Hello | Phase::Plan, .. } => Class::Refused,
             Self::Phase { source, .. } => source.class(),
             _ => Class::Failed,
         }
@@ -189,7 +192,11 @@ impl Error {
 
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::File { action, path, source }
+        move |source| Self::File {
+            action,
+            path,
+            source,
+        }
     }
 
     pub(crate) fn host(what: impl Into<String>) -> impl FnOnce(vm_host::Error) -> Self {

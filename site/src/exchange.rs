@@ -67,18 +67,29 @@ pub(crate) async fn send_images(
     let (for_offers, base_for_offers) = (state.clone(), base.clone());
     let offers = blocking(move || {
         let state = for_offers;
-        let options =
-            OfferOptions { salt, candidates: base_for_offers.candidates(), force_bits: None };
+        let options = OfferOptions {
+            salt,
+            candidates: base_for_offers.candidates(),
+            force_bits: None,
+        };
         state
             .heads()
             .into_iter()
             .map(|head| {
-                let offer =
-                    Offer::new(state.tree(head.kind), &base_for_offers.tree(head.kind)?, &options)
-                        .map_err(Error::reconcile("cannot say what differs"))?;
-                let encoded =
-                    offer.encode().map_err(Error::reconcile("cannot say what differs"))?;
-                Ok(Offered { head, offer, encoded })
+                let offer = Offer::new(
+                    state.tree(head.kind),
+                    &base_for_offers.tree(head.kind)?,
+                    &options,
+                )
+                .map_err(Error::reconcile("cannot say what differs"))?;
+                let encoded = offer
+                    .encode()
+                    .map_err(Error::reconcile("cannot say what differs"))?;
+                Ok(Offered {
+                    head,
+                    offer,
+                    encoded,
+                })
             })
             .collect::<Result<Vec<_>>>()
     })
@@ -107,14 +118,17 @@ async fn send_image(
     rate: f64,
     progress: &dyn Progress,
 ) -> Result<Sent> {
-    let Offered { head, offer, encoded } = offered;
+    let Offered {
+        head,
+        offer,
+        encoded,
+    } = offered;
     let phase = head.kind.phase();
     let mut hashes = encoded.len() as u64;
     let mut assembler = BlobAssembler::new(offer.max_answer_len());
     let answer = loop {
-        let part = match line.recv(phase).await? {
-            ToSource::Lacks(part) => part,
-            _ => return Err(line.unexpected(phase, "no answer to an offer")),
+        let ToSource::Lacks(part) = line.recv(phase).await? else {
+            return Err(line.unexpected(phase, "no answer to an offer"));
         };
         let bad = Error::reconcile("the answer to an offer is malformed");
         if let Some(answer) = assembler.push(&part).map_err(bad)? {
@@ -127,8 +141,7 @@ async fn send_image(
         .map_err(Error::reconcile("the answer to an offer is malformed"))?;
     let begun = Instant::now();
     tracing::debug!(?head, lacking = pages.len(), "answer");
-    let mut encoded =
-        send_pages(line, state, Some(base), head.kind, pages, rate, progress).await?;
+    let mut encoded = send_pages(line, state, Some(base), head.kind, pages, rate, progress).await?;
     let mut payload = encoded.bytes();
     loop {
         match line.recv(phase).await? {
@@ -137,7 +150,13 @@ async fn send_image(
                     return Err(line.unexpected(phase, "it verified another image"));
                 }
                 let seconds = begun.elapsed().as_secs_f64();
-                return Ok(Sent { kind: head.kind, hashes, payload, seconds, outcome });
+                return Ok(Sent {
+                    kind: head.kind,
+                    hashes,
+                    payload,
+                    seconds,
+                    outcome,
+                });
             }
             ToSource::Differs(request) => {
                 let reply = with(state, move |state| {
@@ -152,8 +171,7 @@ async fn send_image(
             ToSource::Refetch(part) => {
                 let pages = refetch_set(line, phase, part, &offer).await?;
                 progress.note(&format!("{} pages are sent again", pages.len()));
-                encoded =
-                    send_pages(line, state, None, head.kind, pages, rate, progress).await?;
+                encoded = send_pages(line, state, None, head.kind, pages, rate, progress).await?;
                 payload += encoded.bytes();
             }
             _ => return Err(line.unexpected(phase, "no verdict on an image")),
@@ -179,7 +197,10 @@ async fn refetch_set(
             _ => return Err(line.unexpected(phase, "half a request for pages")),
         };
     };
-    Ok(PageSet::decode(&bytes, offer.pages()).map_err(malformed())?.iter().collect())
+    Ok(PageSet::decode(&bytes, offer.pages())
+        .map_err(malformed())?
+        .iter()
+        .collect())
 }
 
 async fn send_pages(
@@ -202,7 +223,10 @@ async fn send_pages(
         let mut sink = |chunk| sender.blocking_send(chunk).map_err(|_| Closed);
         state
             .with_pages(kind, |image| {
-                let image = Counted { image, bytes: &counter };
+                let image = Counted {
+                    image,
+                    bytes: &counter,
+                };
                 match &base {
                     Some(base) => base.with_pages(kind, |base| {
                         reconciler::encode_pages(&image, base, &pages, options, &mut sink)
@@ -242,14 +266,12 @@ impl ReadPages for Counted<'_> {
 }
 
 /// Sends a base file, as it is.
-pub(crate) async fn send_file(
-    line: &mut Line,
-    path: &Path,
-    progress: &dyn Progress,
-) -> Result<()> {
+pub(crate) async fn send_file(line: &mut Line, path: &Path, progress: &dyn Progress) -> Result<()> {
     let (sender, mut receiver) = mpsc::channel::<Vec<u8>>(QUEUE);
     let path = path.to_owned();
-    let total = std::fs::metadata(&path).map_err(Error::file("measure", &path))?.len();
+    let total = std::fs::metadata(&path)
+        .map_err(Error::file("measure", &path))?
+        .len();
     let reading = tokio::spawn(blocking(move || {
         use std::io::Read;
         let read = || -> std::io::Result<()> {

@@ -66,10 +66,15 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
         Err(error) => return Err(Error::file("open", path)(error)),
     };
     let mut text = Vec::new();
-    file.take(JSON_LIMIT).read_to_end(&mut text).map_err(Error::file("read", path))?;
+    file.take(JSON_LIMIT)
+        .read_to_end(&mut text)
+        .map_err(Error::file("read", path))?;
     serde_json::from_slice(&text)
         .map(Some)
-        .map_err(|error| Error::Damaged { path: path.to_owned(), reason: error.to_string() })
+        .map_err(|error| Error::Damaged {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })
 }
 
 /// Makes a folder that only this user can enter, with its parents.
@@ -130,7 +135,11 @@ pub(crate) fn copy_sparse(from: &Path, to: &Path) -> Result<File> {
         }
         Ok(target)
     };
-    copy().map_err(|source| Error::File { action: "copy an image to", path: to.to_owned(), source })
+    copy().map_err(|source| Error::File {
+        action: "copy an image to",
+        path: to.to_owned(),
+        source,
+    })
 }
 
 /// An exclusive lock on a file, held until dropped; it goes with the process that holds it.
@@ -195,6 +204,9 @@ mod tests {
         write_json(&path, &vec![1_u32, 2]).unwrap();
         assert_eq!(read_json::<Vec<u32>>(&path).unwrap(), Some(vec![1, 2]));
         fs::write(&path, "[1,").unwrap();
-        assert!(matches!(read_json::<Vec<u32>>(&path), Err(Error::Damaged { .. })));
+        assert!(matches!(
+            read_json::<Vec<u32>>(&path),
+            Err(Error::Damaged { .. })
+        ));
     }
 }

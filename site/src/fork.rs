@@ -60,10 +60,14 @@ impl Fork {
             true,
         );
         let what = |what: &str| format!("cannot {what} a fork of {}", vm.name());
-        let qemu = Vm::start(&launch).await.map_err(Error::host(what("start")))?;
+        let qemu = Vm::start(&launch)
+            .await
+            .map_err(Error::host(what("start")))?;
         let qemu = Arc::new(qemu);
         let begun = async {
-            qemu.load_device_state(&files.device).await.map_err(Error::host(what("restore")))?;
+            qemu.load_device_state(&files.device)
+                .await
+                .map_err(Error::host(what("restore")))?;
             let observer = Observer::connect(qemu.vnc_socket())
                 .await
                 .map_err(|source| Error::Screen { source })?;
@@ -97,14 +101,20 @@ impl Fork {
                     Ok(()) => replay.settle().await,
                     Err(error) => Err(error),
                 };
-                let outcome =
-                    outcome.map(|report| Played::Done(Box::new(report))).map_err(Error::Replay);
+                let outcome = outcome
+                    .map(|report| Played::Done(Box::new(report)))
+                    .map_err(Error::Replay);
                 if outbox.send(outcome).await.is_err() {
                     return;
                 }
             }
         });
-        Ok(Self { qemu, pieces, played, playing })
+        Ok(Self {
+            qemu,
+            pieces,
+            played,
+            playing,
+        })
     }
 
     /// Gives it the next piece of the log; then [`Self::played`] until that is done.
@@ -114,7 +124,10 @@ impl Fork {
 
     /// How the replay gets on.
     pub(crate) async fn played(&mut self) -> Result<Played> {
-        self.played.recv().await.unwrap_or_else(|| Err(Self::lost()))
+        self.played
+            .recv()
+            .await
+            .unwrap_or_else(|| Err(Self::lost()))
     }
 
     fn lost() -> Error {
@@ -142,6 +155,9 @@ impl Fork {
     /// Ends it at once.
     pub(crate) async fn kill(self) -> Result<()> {
         self.playing.abort();
-        self.qemu.kill().await.map_err(Error::host("cannot end a fork"))
+        self.qemu
+            .kill()
+            .await
+            .map_err(Error::host("cannot end a fork"))
     }
 }

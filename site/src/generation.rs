@@ -94,7 +94,10 @@ impl Manifest {
             hasher.update(&image.bytes.to_le_bytes());
             hasher.update(&image.root.0);
         }
-        GenerationId { number: self.generation, digest: *hasher.finalize().as_bytes() }
+        GenerationId {
+            number: self.generation,
+            digest: *hasher.finalize().as_bytes(),
+        }
     }
 }
 
@@ -175,7 +178,9 @@ impl GenerationFiles {
             paths.extend([self.disk(index), self.disk_tree(index)]);
         }
         for path in &paths {
-            File::open(path).and_then(|file| file.sync_all()).map_err(Error::file("sync", path))?;
+            File::open(path)
+                .and_then(|file| file.sync_all())
+                .map_err(Error::file("sync", path))?;
         }
         files::write_json(&self.manifest(), manifest)
     }
@@ -201,7 +206,10 @@ impl GenerationFiles {
 
     /// The tree of a disk, checked against the manifest.
     pub fn load_disk_tree(&self, manifest: &Manifest, index: usize) -> Result<ImageTree> {
-        load_tree(&self.disk_tree(index), manifest.disks.get(index).map(|disk| &disk.root))
+        load_tree(
+            &self.disk_tree(index),
+            manifest.disks.get(index).map(|disk| &disk.root),
+        )
     }
 
     /// The device state.
@@ -222,8 +230,9 @@ pub(crate) fn load_tree(path: &Path, root: Option<&Root>) -> Result<ImageTree> {
     File::open(path)
         .and_then(|file| file.take(TREE_LIMIT).read_to_end(&mut bytes))
         .map_err(Error::file("read", path))?;
-    let tree = ImageTree::decode(&bytes, reconciler::MAX_PAGES)
-        .map_err(Error::reconcile(format!("cannot read the hash tree {}", path.display())))?;
+    let tree = ImageTree::decode(&bytes, reconciler::MAX_PAGES).map_err(Error::reconcile(
+        format!("cannot read the hash tree {}", path.display()),
+    ))?;
     if root.is_some_and(|root| tree.root() != *root) {
         return Err(Error::Damaged {
             path: path.to_owned(),

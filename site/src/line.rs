@@ -40,7 +40,11 @@ impl Line {
         let identity = store.identity()?;
         let connection =
             transport::connect(&peer.addr, &identity, &peer.key, CONNECT_LIMIT).await?;
-        Ok(Self::over(connection, peer.clone(), CancellationToken::new()))
+        Ok(Self::over(
+            connection,
+            peer.clone(),
+            CancellationToken::new(),
+        ))
     }
 
     /// The next message; what the target refuses or fails at is an error.
@@ -48,10 +52,15 @@ impl Line {
         let message = self.receive(phase).await?;
         let site = || self.peer.name.to_string();
         match message {
-            ToSource::Refused(reason) => Err(Error::PeerRefused { site: site(), reason }),
-            ToSource::Failed { phase, reason } => {
-                Err(Error::PeerFailed { site: site(), phase, reason })
-            }
+            ToSource::Refused(reason) => Err(Error::PeerRefused {
+                site: site(),
+                reason,
+            }),
+            ToSource::Failed { phase, reason } => Err(Error::PeerFailed {
+                site: site(),
+                phase,
+                reason,
+            }),
             other => Ok(other),
         }
     }
@@ -60,7 +69,12 @@ impl Line {
 impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
     /// A conversation over an open connection; it ends when `stop` is cancelled.
     pub(crate) fn over(connection: Connection, peer: Peer, stop: CancellationToken) -> Self {
-        Self { connection, peer, stop, types: std::marker::PhantomData }
+        Self {
+            connection,
+            peer,
+            stop,
+            types: std::marker::PhantomData,
+        }
     }
 
     /// Who is at the other end.
@@ -99,7 +113,11 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
 
     /// An error for a message that has no place here.
     pub(crate) fn unexpected(&self, phase: Phase, what: impl Into<String>) -> Error {
-        Error::Protocol { site: self.peer.name.to_string(), phase, what: what.into() }
+        Error::Protocol {
+            site: self.peer.name.to_string(),
+            phase,
+            what: what.into(),
+        }
     }
 
     /// Ends the conversation; what can still go wrong then matters to nobody.
@@ -111,7 +129,10 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
 }
 
 fn wire(peer: &Peer, source: transport::WireError) -> Error {
-    Error::Line { site: peer.name.to_string(), source }
+    Error::Line {
+        site: peer.name.to_string(),
+        source,
+    }
 }
 
 fn stopping() -> Error {
@@ -150,7 +171,8 @@ impl LinkHistory {
         if bytes < Self::TELLING_BYTES || seconds <= 0.0 {
             return Ok(());
         }
-        self.rates.insert(Self::line_to(peer), bytes as f64 * 8.0 / seconds);
+        self.rates
+            .insert(Self::line_to(peer), bytes as f64 * 8.0 / seconds);
         files::write_json(&store.root().join("links.json"), &self)
     }
 }

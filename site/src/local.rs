@@ -45,7 +45,10 @@ impl Live {
 
     /// The top overlays, as paths.
     pub(crate) fn overlay_paths(&self, vm: &VmDir) -> Vec<PathBuf> {
-        self.overlays.iter().map(|name| vm.live_dir().join(name)).collect()
+        self.overlays
+            .iter()
+            .map(|name| vm.live_dir().join(name))
+            .collect()
     }
 }
 
@@ -80,7 +83,9 @@ pub async fn create_from(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
 
 /// Makes a VM that has not booted.
 pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
-    new.hardware.validate().map_err(Error::host(format!("the hardware of {}", vm.name())))?;
+    new.hardware
+        .validate()
+        .map_err(Error::host(format!("the hardware of {}", vm.name())))?;
     if vm.try_record()?.is_some() {
         return Err(Error::Refused(format!(
             "there is a VM {} already; take another name, or `replay-migrate vm delete` it",
@@ -92,7 +97,10 @@ pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
         None => None,
         Some((kernel, initrd, append)) => Some(BootFiles {
             kernel: store.import_file(kernel)?,
-            initrd: initrd.as_deref().map(|path| store.import_file(path)).transpose()?,
+            initrd: initrd
+                .as_deref()
+                .map(|path| store.import_file(path))
+                .transpose()?,
             append: append.clone(),
         }),
     };
@@ -105,7 +113,13 @@ pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
         ready_marker: new.ready_marker.clone(),
     };
     record.validate()?;
-    vm.create(&record, &Lease::Held { fence: 1, transfer: None })?;
+    vm.create(
+        &record,
+        &Lease::Held {
+            fence: 1,
+            transfer: None,
+        },
+    )?;
     Ok(record)
 }
 
@@ -149,7 +163,10 @@ pub struct VmStatus {
 pub async fn attach(vm: &VmDir) -> Result<Option<Vm>> {
     Vm::attach(&vm.runtime_dir("live")?)
         .await
-        .map_err(Error::host(format!("cannot reach the QEMU of {}", vm.name())))
+        .map_err(Error::host(format!(
+            "cannot reach the QEMU of {}",
+            vm.name()
+        )))
 }
 
 /// The running QEMU of a VM, or a refusal.
@@ -180,7 +197,11 @@ pub async fn status(vm: &VmDir) -> Result<VmStatus> {
         record,
         state,
         lease,
-        generations: vm.generations()?.iter().map(|manifest| manifest.generation).collect(),
+        generations: vm
+            .generations()?
+            .iter()
+            .map(|manifest| manifest.generation)
+            .collect(),
         base: Live::load(vm)?.and_then(|live| live.generation),
         pid: qemu.as_ref().map(Vm::pid),
         vnc: qemu.as_ref().map(|qemu| qemu.vnc_socket().to_owned()),
@@ -188,7 +209,9 @@ pub async fn status(vm: &VmDir) -> Result<VmStatus> {
 }
 
 pub(crate) async fn guest_status(vm: &VmDir, qemu: &Vm) -> Result<Status> {
-    qemu.status().await.map_err(Error::host(format!("cannot ask the QEMU of {}", vm.name())))
+    qemu.status()
+        .await
+        .map_err(Error::host(format!("cannot ask the QEMU of {}", vm.name())))
 }
 
 /// Fails unless this site may run the VM.
@@ -228,7 +251,9 @@ pub async fn start(vm: &VmDir, accelerator: Accelerator, paused: bool) -> Result
     };
     files::remove_dir(&runtime)?;
     files::make_dir(&runtime)?;
-    let hardware = restore.as_ref().map_or(&record.hardware, |manifest| &manifest.hardware);
+    let hardware = restore
+        .as_ref()
+        .map_or(&record.hardware, |manifest| &manifest.hardware);
     let ram = runtime.join("ram.img");
     if let Some(manifest) = &restore {
         files::copy_sparse(&vm.generation(manifest.generation).ram(), &ram)?;
@@ -243,15 +268,19 @@ pub async fn start(vm: &VmDir, accelerator: Accelerator, paused: bool) -> Result
         accelerator,
         restore.is_some(),
     );
-    let qemu = Vm::start(&launch).await.map_err(Error::host(format!("cannot start {}", vm.name())))?;
+    let qemu = Vm::start(&launch)
+        .await
+        .map_err(Error::host(format!("cannot start {}", vm.name())))?;
     let begun = async {
         if let Some(manifest) = &restore {
             let device = vm.generation(manifest.generation).load_device()?;
-            qemu.load_device_state(&device).await.map_err(Error::host(format!(
-                "cannot restore generation {} of {}",
-                manifest.generation,
-                vm.name()
-            )))?;
+            qemu.load_device_state(&device)
+                .await
+                .map_err(Error::host(format!(
+                    "cannot restore generation {} of {}",
+                    manifest.generation,
+                    vm.name()
+                )))?;
         }
         if !paused {
             resume_live(vm, &qemu).await?;
@@ -274,11 +303,16 @@ pub async fn resume_live(vm: &VmDir, qemu: &Vm) -> Result<()> {
         live.ran = true;
         live.store(vm)?;
     }
-    qemu.resume().await.map_err(Error::host(format!("cannot resume {}", vm.name())))
+    qemu.resume()
+        .await
+        .map_err(Error::host(format!("cannot resume {}", vm.name())))
 }
 
 /// How QEMU is started for a VM of this site, or for a fork of one.
-#[expect(clippy::too_many_arguments, reason = "each is a fact of its own; a struct would only rename Launch")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is a fact of its own; a struct would only rename Launch"
+)]
 pub(crate) fn launch(
     vm: &VmDir,
     record: &VmRecord,
@@ -308,17 +342,23 @@ pub(crate) fn launch(
 }
 
 /// Lays fresh overlays over a generation, or over the base images, as the VM's live disks.
-pub(crate) fn lay_overlays(
-    vm: &VmDir,
-    record: &VmRecord,
-    on: Option<&Manifest>,
-) -> Result<Live> {
+pub(crate) fn lay_overlays(vm: &VmDir, record: &VmRecord, on: Option<&Manifest>) -> Result<Live> {
     files::remove_dir(&vm.live_dir())?;
     files::make_dir(&vm.live_dir())?;
-    let mut live = Live { generation: on.map(|on| on.generation), overlays: Vec::new(), ran: false };
+    let mut live = Live {
+        generation: on.map(|on| on.generation),
+        overlays: Vec::new(),
+        ran: false,
+    };
     for index in 0..record.disks.len() {
         let name = format!("disk{index}.qcow2");
-        disks::overlay_on(vm, record, live.generation, index, &vm.live_dir().join(&name))?;
+        disks::overlay_on(
+            vm,
+            record,
+            live.generation,
+            index,
+            &vm.live_dir().join(&name),
+        )?;
         live.overlays.push(name);
     }
     live.store(vm)?;
@@ -408,23 +448,44 @@ async fn take_state(vm: &VmDir, qemu: &Vm, record: &VmRecord, live: &Live) -> Re
         disks::overlay_on(vm, record, Some(number), index, &vm.live_dir().join(&name))?;
         overlays.push(name);
     }
-    let now_live = Live { generation: Some(number), overlays, ran: false };
+    let now_live = Live {
+        generation: Some(number),
+        overlays,
+        ran: false,
+    };
     qemu.snapshot_disks(&now_live.overlay_paths(vm))
         .await
-        .map_err(Error::host(format!("cannot snapshot the disks of {}", vm.name())))?;
+        .map_err(Error::host(format!(
+            "cannot snapshot the disks of {}",
+            vm.name()
+        )))?;
     // From here on the new overlays are on top, whatever comes: note it before going on.
-    Live { generation: live.generation, ran: true, ..now_live.clone() }.store(vm)?;
+    Live {
+        generation: live.generation,
+        ran: true,
+        ..now_live.clone()
+    }
+    .store(vm)?;
     for old in live.overlay_paths(vm) {
         std::fs::remove_file(&old).map_err(Error::file("remove", &old))?;
     }
-    let device = qemu
-        .save_device_state()
-        .await
-        .map_err(Error::host(format!("cannot save the device state of {}", vm.name())))?;
+    let device = qemu.save_device_state().await.map_err(Error::host(format!(
+        "cannot save the device state of {}",
+        vm.name()
+    )))?;
     let (from, to) = (vm.runtime_dir("live")?.join("ram.img"), generation.ram());
     blocking(move || files::copy_sparse(&from, &to).map(drop)).await?;
-    Live { ran: false, ..now_live.clone() }.store(vm)?;
-    Ok(Taken { files: generation, number, live: now_live, device })
+    Live {
+        ran: false,
+        ..now_live.clone()
+    }
+    .store(vm)?;
+    Ok(Taken {
+        files: generation,
+        number,
+        live: now_live,
+        device,
+    })
 }
 
 async fn finish_generation(
@@ -435,7 +496,12 @@ async fn finish_generation(
 ) -> Result<Manifest> {
     let (vm, record, qemu) = (vm.clone(), record.clone(), qemu.to_owned());
     blocking(move || {
-        let Taken { files: generation, number, live, device } = taken;
+        let Taken {
+            files: generation,
+            number,
+            live,
+            device,
+        } = taken;
         debug_assert_eq!(live.generation, Some(number));
         let parent = vm.generations()?.pop().map(|manifest| manifest.generation);
         let device_path = generation.device();
@@ -446,7 +512,10 @@ async fn finish_generation(
         for index in 0..record.disks.len() {
             let image = DiskImage::open(&generation.disk(index))?;
             let tree = disks::tree_since(&vm, &record, parent, index, &image)?;
-            disk_infos.push(ImageInfo { bytes: image.bytes(), root: tree.root() });
+            disk_infos.push(ImageInfo {
+                bytes: image.bytes(),
+                root: tree.root(),
+            });
             disk_trees.push(tree);
         }
         generation.save_trees(&ram, &disk_trees)?;
@@ -459,7 +528,13 @@ async fn finish_generation(
             parent,
             record.hardware.clone(),
             qemu,
-            [ImageInfo { bytes: ram_bytes, root: ram.root() }, device_info(&device)?],
+            [
+                ImageInfo {
+                    bytes: ram_bytes,
+                    root: ram.root(),
+                },
+                device_info(&device)?,
+            ],
             disk_infos,
         );
         generation.publish(&manifest)?;
@@ -472,7 +547,10 @@ async fn finish_generation(
 pub(crate) fn device_info(device: &[u8]) -> Result<ImageInfo> {
     let tree = ImageTree::build(&SlicePages(device), &no_progress)
         .map_err(Error::reconcile("cannot hash the device state"))?;
-    Ok(ImageInfo { bytes: device.len() as u64, root: tree.root() })
+    Ok(ImageInfo {
+        bytes: device.len() as u64,
+        root: tree.root(),
+    })
 }
 
 /// The tree of an image that is a plain file.
@@ -488,7 +566,10 @@ pub(crate) fn next_generation(vm: &VmDir) -> Result<u64> {
     let mut highest = 0;
     for entry in std::fs::read_dir(&dir).map_err(Error::file("list", &dir))? {
         let entry = entry.map_err(Error::file("list", &dir))?;
-        let number = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok());
+        let number = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<u64>().ok());
         highest = highest.max(number.unwrap_or(0));
     }
     Ok(highest + 1)
@@ -499,9 +580,13 @@ pub async fn suspend(vm: &VmDir) -> Result<Manifest> {
     let _lock = vm.lock()?;
     require_lease(vm)?;
     let qemu = attach_running(vm).await?;
-    qemu.pause().await.map_err(Error::host(format!("cannot pause {}", vm.name())))?;
+    qemu.pause()
+        .await
+        .map_err(Error::host(format!("cannot pause {}", vm.name())))?;
     let manifest = checkpoint_locked(vm, &qemu, None).await?;
-    qemu.quit().await.map_err(Error::host(format!("cannot stop {}", vm.name())))?;
+    qemu.quit()
+        .await
+        .map_err(Error::host(format!("cannot stop {}", vm.name())))?;
     files::remove_dir(&vm.live_dir())?;
     files::remove_dir(&vm.runtime_dir("live")?)?;
     Ok(manifest)
@@ -511,7 +596,9 @@ pub async fn suspend(vm: &VmDir) -> Result<Manifest> {
 pub async fn discard(vm: &VmDir) -> Result<()> {
     let _lock = vm.lock()?;
     if let Some(qemu) = attach(vm).await? {
-        qemu.kill().await.map_err(Error::host(format!("cannot stop {}", vm.name())))?;
+        qemu.kill()
+            .await
+            .map_err(Error::host(format!("cannot stop {}", vm.name())))?;
     }
     files::remove_dir(&vm.live_dir())?;
     files::remove_dir(&vm.runtime_dir("live")?)
@@ -521,7 +608,9 @@ pub async fn discard(vm: &VmDir) -> Result<()> {
 pub async fn pause(vm: &VmDir) -> Result<()> {
     let _lock = vm.lock()?;
     let qemu = attach_running(vm).await?;
-    qemu.pause().await.map_err(Error::host(format!("cannot pause {}", vm.name())))
+    qemu.pause()
+        .await
+        .map_err(Error::host(format!("cannot pause {}", vm.name())))
 }
 
 /// Lets a paused guest run.
@@ -543,7 +632,9 @@ pub async fn delete(vm: &VmDir) -> Result<()> {
 pub(crate) async fn qemu_version() -> Result<String> {
     blocking(|| {
         let version = programs::version(&programs::qemu());
-        Ok(version.map_err(Error::host("cannot ask QEMU for its version"))?.to_string())
+        Ok(version
+            .map_err(Error::host("cannot ask QEMU for its version"))?
+            .to_string())
     })
     .await
 }

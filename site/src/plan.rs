@@ -6,8 +6,8 @@
 //! VM's own earlier migrations; a VM without any gets [`RESIDUAL_PRIOR`].
 
 use reconciler::{
-    EncodeOptions, Holdings, ImageTree, Offer, OfferOptions, PageIndex, Place, PlaceKind, ReadPages,
-    Salt, SlicePages,
+    EncodeOptions, Holdings, ImageTree, Offer, OfferOptions, PageIndex, Place, PlaceKind,
+    ReadPages, Salt, SlicePages,
 };
 use serde::{Deserialize, Serialize};
 use vm_host::RamMap;
@@ -62,8 +62,15 @@ impl Feasible {
             .take_while(|id| has_log(id.number))
             .copied()
             .collect();
-        let replayable = logged.iter().find(|id| welcome.common.contains(id)).copied();
-        Ok(Self { common, replayable, recorded: logged.first().copied() })
+        let replayable = logged
+            .iter()
+            .find(|id| welcome.common.contains(id))
+            .copied();
+        Ok(Self {
+            common,
+            replayable,
+            recorded: logged.first().copied(),
+        })
     }
 
     /// The generation that a strategy starts from at the target.
@@ -115,7 +122,9 @@ impl Estimates {
     /// The choice in a sentence.
     pub fn why(&self) -> String {
         let of = |strategy| self.strategies.iter().find(|e| e.strategy == strategy);
-        let Some(chosen) = of(self.choice) else { return String::new() };
+        let Some(chosen) = of(self.choice) else {
+            return String::new();
+        };
         let others: Vec<String> = self
             .strategies
             .iter()
@@ -161,12 +170,16 @@ pub(crate) async fn estimate(
             for (index, (image, tree)) in disks.iter().enumerate() {
                 let kind = ImageKind::Disk(index as u8);
                 let base_tree = base.tree(kind)?;
-                bytes += base
-                    .with_pages(kind, |pages| packed(image, tree, (&base_tree, pages), &[]))?;
+                bytes +=
+                    base.with_pages(kind, |pages| packed(image, tree, (&base_tree, pages), &[]))?;
             }
             let places: Vec<Place<'_>> = disks
                 .iter()
-                .map(|(image, tree)| Place { kind: PlaceKind::Disk, tree, reader: image })
+                .map(|(image, tree)| Place {
+                    kind: PlaceKind::Disk,
+                    tree,
+                    reader: image,
+                })
                 .collect();
             let base_tree = base.tree(ImageKind::Ram)?;
             bytes += base.with_pages(ImageKind::Ram, |pages| {
@@ -179,7 +192,9 @@ pub(crate) async fn estimate(
         let residual = History::load(&vm)?.residual;
         if let Some(base) = feasible.replayable {
             let records = recording::records_since(&vm, base.number)?;
-            let recorded = records.last().map_or(0.0, |last| last.at.micros as f64 / 1e6);
+            let recorded = records
+                .last()
+                .map_or(0.0, |last| last.at.micros as f64 / 1e6);
             let log = traces::encode_records(&records)
                 .map_err(Error::log("cannot pack the log"))?
                 .len() as f64;
@@ -211,7 +226,11 @@ pub(crate) async fn estimate(
             .iter()
             .min_by(|a, b| a.seconds_down.total_cmp(&b.seconds_down))
             .map_or(Strategy::Full, |least| least.strategy);
-        Ok(Estimates { bits_per_second: rate, strategies, choice })
+        Ok(Estimates {
+            bits_per_second: rate,
+            strategies,
+            choice,
+        })
     })
     .await
 }
@@ -225,9 +244,18 @@ fn packed(
     places: &[Place<'_>],
 ) -> Result<f64> {
     let failed = || Error::reconcile("cannot predict what an image takes");
-    let options = OfferOptions { salt: Salt([0; 32]), candidates: SEARCHED, force_bits: None };
+    let options = OfferOptions {
+        salt: Salt([0; 32]),
+        candidates: SEARCHED,
+        force_bits: None,
+    };
     let offer = Offer::new(tree, base.0, &options).map_err(failed())?;
-    let holdings = Holdings { base: base.0, base_reader: base.1, current: base.0, places };
+    let holdings = Holdings {
+        base: base.0,
+        base_reader: base.1,
+        current: base.0,
+        places,
+    };
     let resolution = reconciler::resolve(&offer, &holdings).map_err(failed())?;
     let answer = resolution.answer(&offer).map_err(failed())?;
     let lacking = offer.decode_answer(&answer).map_err(failed())?;
@@ -253,7 +281,9 @@ struct History {
 impl History {
     fn load(vm: &VmDir) -> Result<Self> {
         let path = vm.dir().join("history.json");
-        Ok(files::read_json(&path)?.unwrap_or(Self { residual: RESIDUAL_PRIOR }))
+        Ok(files::read_json(&path)?.unwrap_or(Self {
+            residual: RESIDUAL_PRIOR,
+        }))
     }
 }
 
@@ -274,6 +304,8 @@ pub(crate) fn note_outcome(vm: &VmDir, report: &MigrationReport) -> Result<()> {
     if all == 0 {
         return Ok(());
     }
-    let history = History { residual: left as f64 / all as f64 };
+    let history = History {
+        residual: left as f64 / all as f64,
+    };
     files::write_json(&vm.dir().join("history.json"), &history)
 }

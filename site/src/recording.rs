@@ -6,8 +6,8 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::Mutex;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use recorder::{Clock, Listen, RecordSink, SinkClosed};
@@ -97,7 +97,9 @@ struct SinceCheckpoint {
 impl Clock for SinceCheckpoint {
     fn now(&self) -> GuestTime {
         let since = self.clock.now().saturating_sub(self.origin);
-        GuestTime { micros: since.as_micros() as u64 }
+        GuestTime {
+            micros: since.as_micros() as u64,
+        }
     }
 
     fn is_running(&self) -> bool {
@@ -110,7 +112,9 @@ struct LogSink(mpsc::Sender<ToWriter>);
 
 impl RecordSink for LogSink {
     fn record(&mut self, record: Record) -> Result<(), SinkClosed> {
-        self.0.send(ToWriter::Record(record)).map_err(|_| SinkClosed)
+        self.0
+            .send(ToWriter::Record(record))
+            .map_err(|_| SinkClosed)
     }
 }
 
@@ -140,9 +144,8 @@ pub async fn record(
 ) -> Result<Recorded> {
     vm.record()?;
     local::require_lease(vm)?;
-    let _recording = FileLock::try_take(&vm.dir().join("record.lock"))?.ok_or_else(|| {
-        Error::Refused(format!("{} is being recorded already", vm.name()))
-    })?;
+    let _recording = FileLock::try_take(&vm.dir().join("record.lock"))?
+        .ok_or_else(|| Error::Refused(format!("{} is being recorded already", vm.name())))?;
     let qemu = local::attach_running(vm).await?;
     let listen = parse_listen(&options.listen)?;
     let what = |what: &str| format!("cannot {what} {}", vm.name());
@@ -194,20 +197,34 @@ pub async fn record(
         Err(panic) => std::panic::resume_unwind(panic),
     })
     .await?;
-    Ok(Recorded { generation: manifest.generation, log, log_bytes, records, ended })
+    Ok(Recorded {
+        generation: manifest.generation,
+        log,
+        log_bytes,
+        records,
+        ended,
+    })
 }
 
 /// A new log, or the one of this generation where recording went on before.
 fn open_log(vm: &VmDir, path: &Path, generation: u64) -> Result<LogWriter> {
     let key = vm.store().log_key()?;
     if path.exists() {
-        let (writer, _) = LogWriter::append_to(path, &key)
-            .map_err(Error::log(format!("cannot continue the log {}", path.display())))?;
+        let (writer, _) = LogWriter::append_to(path, &key).map_err(Error::log(format!(
+            "cannot continue the log {}",
+            path.display()
+        )))?;
         return Ok(writer);
     }
-    let id = LogId { vm: vm.record()?.id.0, generation, base_position: 0 };
-    LogWriter::create(path, &key, id)
-        .map_err(Error::log(format!("cannot begin the log {}", path.display())))
+    let id = LogId {
+        vm: vm.record()?.id.0,
+        generation,
+        base_position: 0,
+    };
+    LogWriter::create(path, &key, id).map_err(Error::log(format!(
+        "cannot begin the log {}",
+        path.display()
+    )))
 }
 
 /// The writer's thread: blocks are written as they age, and when somebody asks.
@@ -259,10 +276,7 @@ fn control_path(vm: &VmDir) -> Result<PathBuf> {
     Ok(vm.runtime_dir("live")?.join("record.sock"))
 }
 
-async fn serve_control(
-    listener: &UnixListener,
-    writer: &mpsc::Sender<ToWriter>,
-) -> Result<Ended> {
+async fn serve_control(listener: &UnixListener, writer: &mpsc::Sender<ToWriter>) -> Result<Ended> {
     loop {
         let (stream, _) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -284,13 +298,12 @@ async fn serve_control(
     }
 }
 
-async fn answer(
-    stream: UnixStream,
-    writer: &mpsc::Sender<ToWriter>,
-) -> io::Result<Option<Ended>> {
+async fn answer(stream: UnixStream, writer: &mpsc::Sender<ToWriter>) -> io::Result<Option<Ended>> {
     let mut stream = BufReader::new(stream);
     let mut line = String::new();
-    tokio::io::AsyncReadExt::take(&mut stream, 64).read_line(&mut line).await?;
+    tokio::io::AsyncReadExt::take(&mut stream, 64)
+        .read_line(&mut line)
+        .await?;
     let (answer, ended) = match line.trim() {
         "flush" => {
             let (sender, receiver) = oneshot::channel();
@@ -298,7 +311,10 @@ async fn answer(
             match receiver.await {
                 Ok(Ok(records)) => (Answer::Flushed(records), None),
                 Ok(Err(error)) => (Answer::Failed(error.chain()), None),
-                Err(_) => (Answer::Failed("the log can't be written any more".into()), None),
+                Err(_) => (
+                    Answer::Failed("the log can't be written any more".into()),
+                    None,
+                ),
             }
         }
         "stop" => (Answer::Stopping, Some(Ended::Moved)),
@@ -327,13 +343,20 @@ async fn ask(vm: &VmDir, request: &str) -> Result<Option<Answer>> {
     };
     let talk = async {
         let mut stream = BufReader::new(stream);
-        stream.get_mut().write_all(format!("{request}\n").as_bytes()).await?;
+        stream
+            .get_mut()
+            .write_all(format!("{request}\n").as_bytes())
+            .await?;
         let mut line = String::new();
-        tokio::io::AsyncReadExt::take(&mut stream, 4096).read_line(&mut line).await?;
+        tokio::io::AsyncReadExt::take(&mut stream, 4096)
+            .read_line(&mut line)
+            .await?;
         Ok(serde_json::from_str(&line)?)
     };
     match tokio::time::timeout(CONTROL_LIMIT, talk).await {
-        Ok(result) => result.map(Some).map_err(Error::file("talk to the recorder at", &path)),
+        Ok(result) => result
+            .map(Some)
+            .map_err(Error::file("talk to the recorder at", &path)),
         Err(_) => Err(Error::Refused(format!(
             "the recorder of {} does not answer; end its process, then try again",
             vm.name()
@@ -345,9 +368,10 @@ async fn ask(vm: &VmDir, request: &str) -> Result<Option<Answer>> {
 pub(crate) async fn flush(vm: &VmDir) -> Result<()> {
     match ask(vm, "flush").await? {
         None | Some(Answer::Flushed(_)) => Ok(()),
-        Some(Answer::Failed(reason)) => {
-            Err(Error::Refused(format!("the recorder of {} failed: {reason}", vm.name())))
-        }
+        Some(Answer::Failed(reason)) => Err(Error::Refused(format!(
+            "the recorder of {} failed: {reason}",
+            vm.name()
+        ))),
         Some(Answer::Stopping) => Err(Error::Refused(format!(
             "the recorder of {} is just stopping; try again",
             vm.name()
@@ -371,11 +395,16 @@ pub(crate) fn records_since(vm: &VmDir, from: u64) -> Result<Vec<Record>> {
         if manifest.generation < from || !path.exists() {
             continue;
         }
-        let log = Log::read(&path, &key)
-            .map_err(Error::log(format!("cannot read the log {}", path.display())))?;
+        let log = Log::read(&path, &key).map_err(Error::log(format!(
+            "cannot read the log {}",
+            path.display()
+        )))?;
         log.header
             .expect(&path, id.0, manifest.generation)
-            .map_err(Error::log(format!("{} is not what it should be", path.display())))?;
+            .map_err(Error::log(format!(
+                "{} is not what it should be",
+                path.display()
+            )))?;
         let offset = records.last().map_or(0, |last| last.at.micros);
         records.extend(log.records.into_iter().map(|mut record| {
             record.at.micros += offset;

@@ -50,7 +50,10 @@ pub async fn replay_and_discard(
             disks: work.disk_paths(),
             device: work.device().to_vec(),
         };
-        let options = Options { speed, ..Options::default() };
+        let options = Options {
+            speed,
+            ..Options::default()
+        };
         let mut fork = Fork::start(vm, &record, files, options).await?;
         let played = async {
             fork.play(log.records).await?;

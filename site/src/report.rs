@@ -193,7 +193,10 @@ impl<'a> PhaseClock<'a> {
             .iter()
             .map(|(phase, spent)| (phase.name().to_owned(), spent.as_secs_f64()))
             .collect();
-        seconds.insert("downtime".into(), self.downtime.unwrap_or_default().as_secs_f64());
+        seconds.insert(
+            "downtime".into(),
+            self.downtime.unwrap_or_default().as_secs_f64(),
+        );
         seconds.insert("total".into(), self.begun.elapsed().as_secs_f64());
         seconds
     }

@@ -20,7 +20,9 @@ use crate::peers::Peer;
 use crate::phase::Phase;
 use crate::plan::{self, Estimates, Feasible};
 use crate::progress::Progress;
-use crate::protocol::{CommitRequest, Hello, ImageKind, Plan, Purpose, ToSource, ToTarget, Welcome};
+use crate::protocol::{
+    CommitRequest, Hello, ImageKind, Plan, Purpose, ToSource, ToTarget, Welcome,
+};
 use crate::recording;
 use crate::report::{
     ByteReport, MigrationReport, PageReports, PhaseClock, ReplaySummary, Roots, Strategy,
@@ -95,9 +97,15 @@ pub async fn migrate(
     let phase = run.clock.phase();
     let error = match outcome {
         Some(Ok(report)) => {
-            return Ok(MigrationReport { seconds: run.clock.seconds(), ..report });
+            return Ok(MigrationReport {
+                seconds: run.clock.seconds(),
+                ..report
+            });
         }
-        Some(Err(error)) => Error::Phase { phase, source: Box::new(error) },
+        Some(Err(error)) => Error::Phase {
+            phase,
+            source: Box::new(error),
+        },
         None => Error::Interrupted(phase),
     };
     let resume = was_running && run.stopped;
@@ -134,7 +142,13 @@ pub async fn settle(vm: &VmDir) -> Result<()> {
 /// Asks the target of an offered VM whether it took it, and notes the answer: whether the VM is
 /// here.
 async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
-    let Lease::Offered { fence, transfer, to, to_name } = vm.lease()? else {
+    let Lease::Offered {
+        fence,
+        transfer,
+        to,
+        to_name,
+    } = vm.lease()?
+    else {
         return Ok(true);
     };
     let in_doubt = |source: Error| Error::InDoubt {
@@ -144,11 +158,21 @@ async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
     };
     let ask = async {
         let peer = vm.store().peers().by_key(&to)?.ok_or_else(|| {
-            Error::Refused(format!("{to_name} is no longer a trusted site; `site trust` it again"))
+            Error::Refused(format!(
+                "{to_name} is no longer a trusted site; `site trust` it again"
+            ))
         })?;
         let record = vm.record()?;
         let mut line = Line::connect(vm.store(), &peer).await?;
-        let hello = hello(vm, &record, Purpose::Settle(transfer), transfer, fence, 1, "")?;
+        let hello = hello(
+            vm,
+            &record,
+            Purpose::Settle(transfer),
+            transfer,
+            fence,
+            1,
+            "",
+        )?;
         line.send(ToTarget::Hello(Box::new(hello))).await?;
         match line.recv(Phase::Commit).await? {
             ToSource::Settled { taken } => Ok(taken),
@@ -157,14 +181,22 @@ async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
     };
     let taken = ask.await.map_err(in_doubt)?;
     if taken {
-        hand_over(vm, qemu, Lease::Elsewhere {
-            fence: fence + 1,
-            owner: to,
-            owner_name: to_name,
-        })
+        hand_over(
+            vm,
+            qemu,
+            Lease::Elsewhere {
+                fence: fence + 1,
+                owner: to,
+                owner_name: to_name,
+            },
+        )
         .await?;
     } else {
-        Lease::Held { fence, transfer: None }.store(&vm.lease_path())?;
+        Lease::Held {
+            fence,
+            transfer: None,
+        }
+        .store(&vm.lease_path())?;
     }
     Ok(!taken)
 }
@@ -174,7 +206,9 @@ async fn hand_over(vm: &VmDir, qemu: Option<&Vm>, lease: Lease) -> Result<()> {
     lease.store(&vm.lease_path())?;
     recording::moved(vm).await?;
     if let Some(qemu) = qemu {
-        qemu.quit().await.map_err(Error::host(format!("cannot end the QEMU of {}", vm.name())))?;
+        qemu.quit()
+            .await
+            .map_err(Error::host(format!("cannot end the QEMU of {}", vm.name())))?;
     }
     Ok(())
 }
@@ -200,21 +234,19 @@ fn hello(
 }
 
 /// The beginning that all purposes share: hello, welcome, how fast the line is.
-async fn begin(
-    line: &mut Line,
-    vm: &VmDir,
-    hello: Hello,
-) -> Result<(Welcome, f64)> {
+async fn begin(line: &mut Line, vm: &VmDir, hello: Hello) -> Result<(Welcome, f64)> {
     let ours = hello.generations.clone();
     line.send(ToTarget::Hello(Box::new(hello))).await?;
-    let welcome = match line.recv(Phase::Hello).await? {
-        ToSource::Welcome(welcome) => welcome,
-        _ => return Err(line.unexpected(Phase::Hello, "no welcome")),
+    let ToSource::Welcome(welcome) = line.recv(Phase::Hello).await? else {
+        return Err(line.unexpected(Phase::Hello, "no welcome"));
     };
     if let Some(strange) = welcome.common.iter().find(|theirs| !ours.contains(theirs)) {
         return Err(line.unexpected(
             Phase::Hello,
-            format!("it holds a generation {} that is not this site's", strange.number),
+            format!(
+                "it holds a generation {} that is not this site's",
+                strange.number
+            ),
         ));
     }
     // An empty probe gives the round trip, a full one the rate.
@@ -227,11 +259,17 @@ async fn begin(
             _ => return Err(line.unexpected(Phase::Hello, "no answer to a probe")),
         }
     }
-    let transfer = times[1].saturating_sub(times[0]).max(Duration::from_micros(10));
+    let transfer = times[1]
+        .saturating_sub(times[0])
+        .max(Duration::from_micros(10));
     let probed = (PROBE_BYTES * 8) as f64 / transfer.as_secs_f64();
     // Slow start makes a fast, long line look thin in so short a probe; what was once reached
     // over it counts as well.
-    let rate = probed.max(LinkHistory::load(vm.store())?.rate(line.peer()).unwrap_or(0.0));
+    let rate = probed.max(
+        LinkHistory::load(vm.store())?
+            .rate(line.peer())
+            .unwrap_or(0.0),
+    );
     tracing::info!(rtt = ?times[0], rate, "line measured");
     Ok((*welcome, rate))
 }
@@ -286,21 +324,23 @@ impl Migration<'_> {
 
         self.clock.enter(Phase::Plan);
         let feasible = Feasible::of(self.vm, &live, &welcome)?;
-        let strategy = match self.options.strategy {
-            Some(strategy) => strategy,
-            None => {
-                let estimates =
-                    plan::estimate(self.vm, self.record, &live, feasible.clone(), rate).await?;
-                self.progress.note(&estimates.why());
-                estimates.choice
-            }
+        let strategy = if let Some(strategy) = self.options.strategy {
+            strategy
+        } else {
+            let estimates =
+                plan::estimate(self.vm, self.record, &live, feasible.clone(), rate).await?;
+            self.progress.note(&estimates.why());
+            estimates.choice
         };
         let base = feasible.base_for(self.vm, strategy)?;
         line.send(ToTarget::Plan(Plan { strategy, base })).await?;
 
         self.clock.enter(Phase::Base);
-        let mut bytes = ByteReport::default();
-        bytes.base = self.ship_base(&mut line, &welcome, base, rate).await?;
+        let base_bytes = self.ship_base(&mut line, &welcome, base, rate).await?;
+        let mut bytes = ByteReport {
+            base: base_bytes,
+            ..ByteReport::default()
+        };
         let base_images = {
             let (vm, record) = (self.vm.clone(), self.record.clone());
             let number = base.map(|base| base.number);
@@ -322,11 +362,17 @@ impl Migration<'_> {
         self.stopped = true;
         self.clock.down();
         let what = |what: &str| format!("cannot {what} {}", self.vm.name());
-        self.qemu.pause().await.map_err(Error::host(what("pause")))?;
+        self.qemu
+            .pause()
+            .await
+            .map_err(Error::host(what("pause")))?;
         line.send(ToTarget::Freeze).await?;
         line.flush().await?;
-        let device =
-            self.qemu.save_device_state().await.map_err(Error::host(what("save the devices of")))?;
+        let device = self
+            .qemu
+            .save_device_state()
+            .await
+            .map_err(Error::host(what("save the devices of")))?;
         let state = {
             let (vm, record, live) = (self.vm.clone(), self.record.clone(), live.clone());
             let ram = self.vm.runtime_dir("live")?.join("ram.img");
@@ -338,9 +384,16 @@ impl Migration<'_> {
         };
 
         let clock = &mut self.clock;
-        let sent = exchange::send_images(&mut line, &state, &base_images, rate, &mut |phase| {
-            clock.enter(phase);
-        }, self.progress)
+        let sent = exchange::send_images(
+            &mut line,
+            &state,
+            &base_images,
+            rate,
+            &mut |phase| {
+                clock.enter(phase);
+            },
+            self.progress,
+        )
         .await?;
         account(&mut bytes, &sent);
 
@@ -361,13 +414,33 @@ impl Migration<'_> {
             infos,
             disks,
         );
-        Ok(Prepared { line, live, state, manifest, strategy, base, sent, bytes, verified, replay })
+        Ok(Prepared {
+            line,
+            live,
+            state,
+            manifest,
+            strategy,
+            base,
+            sent,
+            bytes,
+            verified,
+            replay,
+        })
     }
 
     /// The commit, and what comes after it.
     async fn complete(&mut self, prepared: Prepared) -> Result<MigrationReport> {
         let Prepared {
-            mut line, live, state, manifest, strategy, base, sent, mut bytes, verified, replay
+            mut line,
+            live,
+            state,
+            manifest,
+            strategy,
+            base,
+            sent,
+            mut bytes,
+            verified,
+            replay,
         } = prepared;
         self.clock.enter(Phase::Commit);
         self.commit(&mut line, &manifest).await?;
@@ -415,8 +488,16 @@ impl Migration<'_> {
         if let Some(base) = base
             && !welcome.common.contains(&base)
         {
-            ship_generation(line, self.vm, self.record, base.number, welcome, rate, self.progress)
-                .await?;
+            ship_generation(
+                line,
+                self.vm,
+                self.record,
+                base.number,
+                welcome,
+                rate,
+                self.progress,
+            )
+            .await?;
         }
         Ok(traffic.sent() - before)
     }
@@ -475,7 +556,10 @@ impl Migration<'_> {
             to_name: self.peer.name.to_string(),
         }
         .store(&self.vm.lease_path())?;
-        let request = CommitRequest { manifest: manifest.clone(), fence: self.fence + 1 };
+        let request = CommitRequest {
+            manifest: manifest.clone(),
+            fence: self.fence + 1,
+        };
         line.send(ToTarget::Commit(Box::new(request))).await?;
         match line.recv(Phase::Commit).await? {
             ToSource::Committed => Lease::Elsewhere {
@@ -527,9 +611,16 @@ async fn ship_generation(
     progress: &dyn Progress,
 ) -> Result<Vec<Sent>> {
     let manifest = vm.generation(number).load_manifest()?.ok_or_else(|| {
-        Error::Refused(format!("generation {number} of {} is not there any more", vm.name()))
+        Error::Refused(format!(
+            "generation {number} of {} is not there any more",
+            vm.name()
+        ))
     })?;
-    let common = welcome.common.iter().rfind(|id| id.number < number).map(|id| id.number);
+    let common = welcome
+        .common
+        .iter()
+        .rfind(|id| id.number < number)
+        .map(|id| id.number);
     let (state, base) = {
         let (vm, record, manifest) = (vm.clone(), record.clone(), manifest.clone());
         local::blocking(move || {
@@ -540,7 +631,11 @@ async fn ship_generation(
         })
         .await?
     };
-    line.send(ToTarget::Generation { manifest: Box::new(manifest), base: common }).await?;
+    line.send(ToTarget::Generation {
+        manifest: Box::new(manifest),
+        base: common,
+    })
+    .await?;
     let sent = exchange::send_images(line, &state, &base, rate, &mut |_| {}, progress).await?;
     line.send(ToTarget::Publish).await?;
     match line.recv(Phase::Base).await? {
@@ -608,8 +703,15 @@ pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Se
     let traffic = line.traffic();
     let fence = vm.lease()?.fence();
     let next = newest.generation + 1;
-    let hello =
-        hello(vm, &record, Purpose::Seed, Id::random()?, fence, next, &newest.qemu)?;
+    let hello = hello(
+        vm,
+        &record,
+        Purpose::Seed,
+        Id::random()?,
+        fence,
+        next,
+        &newest.qemu,
+    )?;
     let (welcome, rate) = begin(&mut line, vm, hello).await?;
     progress.phase(Phase::Base);
     ship_files(&mut line, vm, &record, &welcome, progress).await?;
@@ -640,8 +742,15 @@ pub async fn dry_run(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result
     progress.phase(Phase::Hello);
     let mut line = Line::connect(vm.store(), peer).await?;
     let next = local::next_generation(vm)?;
-    let hello =
-        hello(vm, &record, Purpose::Estimate, Id::random()?, fence, next, &local::qemu_version().await?)?;
+    let hello = hello(
+        vm,
+        &record,
+        Purpose::Estimate,
+        Id::random()?,
+        fence,
+        next,
+        &local::qemu_version().await?,
+    )?;
     let (welcome, rate) = begin(&mut line, vm, hello).await?;
     line.close().await;
     progress.phase(Phase::Plan);

@@ -49,7 +49,13 @@ impl State {
             },
         );
         let device_tree = tree_of(&SlicePages(&device), "the device state")?;
-        Ok(Self { ram_tree: ram_tree?, ram, disks: disks?, device, device_tree })
+        Ok(Self {
+            ram_tree: ram_tree?,
+            ram,
+            disks: disks?,
+            device,
+            device_tree,
+        })
     }
 
     /// The state of a generation.
@@ -58,7 +64,10 @@ impl State {
         let device = files.load_device()?;
         let disks = (0..manifest.disks.len())
             .map(|index| {
-                Ok((DiskImage::open(&files.disk(index))?, files.load_disk_tree(manifest, index)?))
+                Ok((
+                    DiskImage::open(&files.disk(index))?,
+                    files.load_disk_tree(manifest, index)?,
+                ))
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
@@ -72,12 +81,19 @@ impl State {
 
     /// The images in the order in which they are reconciled.
     pub(crate) fn heads(&self) -> Vec<ImageHead> {
-        let disks = self.disks.iter().enumerate().map(|(index, (image, _))| ImageHead {
-            // `VmRecord::DISKS` is far below 256.
-            kind: ImageKind::Disk(index as u8),
-            bytes: image.bytes(),
-        });
-        let head = |kind, bytes: usize| ImageHead { kind, bytes: bytes as u64 };
+        let disks = self
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, (image, _))| ImageHead {
+                // `VmRecord::DISKS` is far below 256.
+                kind: ImageKind::Disk(index as u8),
+                bytes: image.bytes(),
+            });
+        let head = |kind, bytes: usize| ImageHead {
+            kind,
+            bytes: bytes as u64,
+        };
         std::iter::once(head(ImageKind::Device, self.device.len()))
             .chain(disks)
             .chain([head(ImageKind::Ram, self.ram.len())])
@@ -113,13 +129,19 @@ impl State {
 
     /// Size and root of RAM and device state, and of each disk.
     pub(crate) fn infos(&self) -> ([ImageInfo; 2], Vec<ImageInfo>) {
-        let info = |bytes, tree: &ImageTree| ImageInfo { bytes, root: tree.root() };
+        let info = |bytes, tree: &ImageTree| ImageInfo {
+            bytes,
+            root: tree.root(),
+        };
         (
             [
                 info(self.ram.len() as u64, &self.ram_tree),
                 info(self.device.len() as u64, &self.device_tree),
             ],
-            self.disks.iter().map(|(image, tree)| info(image.bytes(), tree)).collect(),
+            self.disks
+                .iter()
+                .map(|(image, tree)| info(image.bytes(), tree))
+                .collect(),
         )
     }
 
@@ -159,11 +181,17 @@ impl Base {
         };
         let files = vm.generation(number);
         let manifest = files.load_manifest()?.ok_or_else(|| {
-            Error::Refused(format!("generation {number} of {} is not there any more", vm.name()))
+            Error::Refused(format!(
+                "generation {number} of {} is not there any more",
+                vm.name()
+            ))
         })?;
         let disks = (0..manifest.disks.len())
             .map(|index| {
-                Ok((DiskImage::open(&files.disk(index))?, files.load_disk_tree(&manifest, index)?))
+                Ok((
+                    DiskImage::open(&files.disk(index))?,
+                    files.load_disk_tree(&manifest, index)?,
+                ))
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
@@ -193,7 +221,7 @@ impl Base {
             ImageKind::Device => look(Some(&SlicePages(&self.device))),
             ImageKind::Disk(index) => look(Some(&self.disks[usize::from(index)].0)),
             ImageKind::Ram => match &self.ram {
-                Some(ram) => look(Some(&SlicePages(&ram))),
+                Some(ram) => look(Some(&SlicePages(ram))),
                 None => look(None),
             },
         }
@@ -211,7 +239,11 @@ impl Base {
 
     /// How many pages a target can search at most: the base and a replayed copy of it.
     pub(crate) fn candidates(&self) -> u64 {
-        let disks: u64 = self.disks.iter().map(|(_, tree)| tree.content_pages()).sum();
+        let disks: u64 = self
+            .disks
+            .iter()
+            .map(|(_, tree)| tree.content_pages())
+            .sum();
         2 * (disks + self.ram_tree.pages() + pages_for(self.device.len() as u64))
     }
 }

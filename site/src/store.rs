@@ -102,7 +102,11 @@ impl Store {
 
     /// The VM of this name, whether or not it exists.
     pub fn vm(&self, name: &VmName) -> VmDir {
-        VmDir { dir: self.root.join("vms").join(name.as_str()), name: name.clone(), store: self.clone() }
+        VmDir {
+            dir: self.root.join("vms").join(name.as_str()),
+            name: name.clone(),
+            store: self.clone(),
+        }
     }
 
     /// All VMs, sorted by name.
@@ -111,7 +115,10 @@ impl Store {
         let mut vms = Vec::new();
         for entry in fs::read_dir(&dir).map_err(Error::file("list", &dir))? {
             let entry = entry.map_err(Error::file("list", &dir))?;
-            let name = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let name = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
             if let Some(name) = name {
                 let vm = self.vm(&name);
                 if vm.record_path().exists() {
@@ -163,7 +170,9 @@ impl Store {
     /// Names a file in `images/` by its content; it is moved, made read-only and durable.
     pub(crate) fn adopt(&self, file: &Path) -> Result<BaseFile> {
         let mut hasher = blake3::Hasher::new();
-        hasher.update_mmap_rayon(file).map_err(Error::file("read", file))?;
+        hasher
+            .update_mmap_rayon(file)
+            .map_err(Error::file("read", file))?;
         let hash = FileHash(*hasher.finalize().as_bytes());
         let bytes = fs::metadata(file).map_err(Error::file("read", file))?.len();
         let path = self.base_path(hash);
@@ -199,9 +208,10 @@ impl Store {
 /// A raw image that nobody may write needs no copy: a hard link will do.
 fn link_if_unchanging(image: &Path, to: &Path) -> Result<bool> {
     let metadata = fs::metadata(image).map_err(Error::file("open the disk image", image))?;
-    let raw = vm_host::disk::format_of(image)
-        .map_err(Error::host(format!("cannot read the disk image {}", image.display())))?
-        == "raw";
+    let raw = vm_host::disk::format_of(image).map_err(Error::host(format!(
+        "cannot read the disk image {}",
+        image.display()
+    )))? == "raw";
     let unchanging = metadata.is_file()
         && metadata.mode() & 0o222 == 0
         && metadata.uid() == rustix::process::getuid().as_raw();
@@ -303,7 +313,10 @@ impl VmDir {
         let mut generations = Vec::new();
         for entry in entries {
             let entry = entry.map_err(Error::file("list", &dir))?;
-            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let number = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
             if let Some(number) = number
                 && let Some(manifest) = self.generation(number).load_manifest()?
             {
@@ -357,7 +370,10 @@ impl VmDir {
 /// The folder that holds all runtime directories of this user.
 pub fn runtime_base() -> Result<PathBuf> {
     let uid = rustix::process::getuid().as_raw();
-    let candidates = [Some(PathBuf::from("/dev/shm")), std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)];
+    let candidates = [
+        Some(PathBuf::from("/dev/shm")),
+        std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from),
+    ];
     let parent = candidates
         .into_iter()
         .flatten()

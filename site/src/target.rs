@@ -13,16 +13,17 @@ use crate::lease::Lease;
 use crate::line::TargetLine;
 use crate::local::{self, blocking};
 use crate::phase::Phase;
-use crate::protocol::{
-    CommitRequest, Hello, Plan, Purpose, ToSource, ToTarget, Welcome,
-};
+use crate::protocol::{CommitRequest, Hello, Plan, Purpose, ToSource, ToTarget, Welcome};
 use crate::report::{ReplaySummary, Strategy};
 use crate::store::{Store, VmDir};
 use crate::vm::{BaseFile, Id, VmRecord};
 use crate::work::{Received, Work};
 
 /// The most records a log segment may hold, and bytes before it is unpacked.
-const LOG_LIMITS: traces::Limits = traces::Limits { records: 8 << 20, bytes: 32 << 20 };
+const LOG_LIMITS: traces::Limits = traces::Limits {
+    records: 8 << 20,
+    bytes: 32 << 20,
+};
 
 /// Bytes of a log segment as sent.
 const LOG_BYTES: u64 = 64 << 20;
@@ -65,9 +66,18 @@ pub(crate) async fn converse(store: &Store, mut line: TargetLine) {
     if let Err(error) = cleaned {
         tracing::error!(vm = %name, error = error.chain(), "could not clean up");
     }
-    if let Err(Ended { error, line: Some(mut line) }) = outcome {
+    if let Err(Ended {
+        error,
+        line: Some(mut line),
+    }) = outcome
+    {
         let reason = error.chain();
-        let _ = line.send(ToSource::Failed { phase: session.phase, reason }).await;
+        let _ = line
+            .send(ToSource::Failed {
+                phase: session.phase,
+                reason,
+            })
+            .await;
         line.close().await;
     }
 }
@@ -150,12 +160,18 @@ impl Session {
 
     async fn welcome(&self) -> Result<Welcome> {
         let mine: Vec<_> = match self.vm.try_record()? {
-            Some(record) if record.id == self.hello.vm.id => {
-                self.vm.generations()?.iter().map(crate::generation::Manifest::identity).collect()
-            }
+            Some(record) if record.id == self.hello.vm.id => self
+                .vm
+                .generations()?
+                .iter()
+                .map(crate::generation::Manifest::identity)
+                .collect(),
             _ => Vec::new(),
         };
-        let common = mine.into_iter().filter(|id| self.hello.generations.contains(id)).collect();
+        let common = mine
+            .into_iter()
+            .filter(|id| self.hello.generations.contains(id))
+            .collect();
         let lacks = self
             .hello
             .vm
@@ -164,7 +180,11 @@ impl Session {
             .filter(|file| self.store.base_file(file.hash).is_none())
             .map(|file| file.hash)
             .collect();
-        Ok(Welcome { common, lacks, qemu: local::qemu_version().await? })
+        Ok(Welcome {
+            common,
+            lacks,
+            qemu: local::qemu_version().await?,
+        })
     }
 
     /// The conversation after hello. The line is taken out where the images are received.
@@ -175,17 +195,22 @@ impl Session {
                     self.settle(open, transfer).await
                 } else {
                     match self.welcome().await {
-                        Ok(welcome) => match open.send(ToSource::Welcome(Box::new(welcome))).await {
-                            Ok(()) => self.dialogue(line).await,
-                            Err(error) => Err(error),
-                        },
+                        Ok(welcome) => {
+                            match open.send(ToSource::Welcome(Box::new(welcome))).await {
+                                Ok(()) => self.dialogue(line).await,
+                                Err(error) => Err(error),
+                            }
+                        }
                         Err(error) => Err(error),
                     }
                 }
             }
             None => Ok(()),
         };
-        outcome.map_err(|error| Ended { error, line: line.take() })
+        outcome.map_err(|error| Ended {
+            error,
+            line: line.take(),
+        })
     }
 
     async fn dialogue(&mut self, slot: &mut Option<TargetLine>) -> Result<()> {
@@ -194,13 +219,16 @@ impl Session {
         let mut shipping: Option<crate::generation::Manifest> = None;
         let mut plan: Option<Plan> = None;
         loop {
-            let Some(line) = slot.as_mut() else { return Ok(()) };
+            let Some(line) = slot.as_mut() else {
+                return Ok(());
+            };
             let message = match line.receive(self.phase).await {
                 Ok(message) => message,
                 // Seeds and questions end when the source has nothing more to say.
-                Err(Error::Line { source: crate::transport::WireError::Closed, .. })
-                    if self.hello.purpose != Purpose::Migrate || self.committed =>
-                {
+                Err(Error::Line {
+                    source: crate::transport::WireError::Closed,
+                    ..
+                }) if self.hello.purpose != Purpose::Migrate || self.committed => {
                     return Ok(());
                 }
                 Err(error) => return Err(error),
@@ -253,7 +281,9 @@ impl Session {
                     self.phase = Phase::Base;
                 }
                 ToTarget::Prepare => {
-                    let Some(plan) = plan else { return Err(self.out_of_place("prepare")) };
+                    let Some(plan) = plan else {
+                        return Err(self.out_of_place("prepare"));
+                    };
                     let base = self.base_of(&plan)?;
                     work = Some(self.prepare(base).await?);
                 }
@@ -320,7 +350,9 @@ impl Session {
 
     /// The generation that a plan rests on, checked against what is here.
     fn base_of(&self, plan: &Plan) -> Result<Option<u64>> {
-        let Some(base) = plan.base else { return Ok(None) };
+        let Some(base) = plan.base else {
+            return Ok(None);
+        };
         let here = self.vm.generation(base.number).load_manifest()?;
         if here.is_none_or(|here| here.identity() != base) {
             return Err(Error::Refused(format!(
@@ -335,7 +367,10 @@ impl Session {
     async fn prepare(&self, base: Option<u64>) -> Result<Work> {
         for file in self.hello.vm.base_files() {
             if self.store.base_file(file.hash).is_none() {
-                return Err(Error::Refused(format!("the base file {} is not here", file.hash)));
+                return Err(Error::Refused(format!(
+                    "the base file {} is not here",
+                    file.hash
+                )));
             }
         }
         Work::prepare(&self.vm, &self.hello.vm, self.hello.transfer, base).await
@@ -347,7 +382,13 @@ impl Session {
             disks: work.disk_paths(),
             device: work.device().to_vec(),
         };
-        Fork::start(&self.vm, &self.hello.vm, files, replayer::Options::default()).await
+        Fork::start(
+            &self.vm,
+            &self.hello.vm,
+            files,
+            replayer::Options::default(),
+        )
+        .await
     }
 
     /// Replays one piece of the log, and tells the source how it gets on.
@@ -392,12 +433,18 @@ impl Session {
         {
             return Err(self.out_of_place("a commit of another state"));
         }
-        if is_void(&self.vm, hello.transfer)? {
-            return Err(Error::Refused("this hand-over was given up meanwhile".into()));
+        if is_void(&self.vm, hello.transfer) {
+            return Err(Error::Refused(
+                "this hand-over was given up meanwhile".into(),
+            ));
         }
         let kept = work.keep(received, manifest).await?;
         self.note_vm()?;
-        Lease::Held { fence, transfer: Some(self.hello.transfer) }.store(&self.vm.lease_path())?;
+        Lease::Held {
+            fence,
+            transfer: Some(self.hello.transfer),
+        }
+        .store(&self.vm.lease_path())?;
         self.committed = true;
         tracing::info!(vm = %self.vm.name(), generation = kept.manifest.generation, "taken over");
         Ok(kept)
@@ -435,10 +482,18 @@ impl Session {
             Accelerator::Auto,
             true,
         );
-        let what = || format!("cannot go on with {}; `vm start` tries again", self.vm.name());
+        let what = || {
+            format!(
+                "cannot go on with {}; `vm start` tries again",
+                self.vm.name()
+            )
+        };
         let qemu = Vm::start(&launch).await.map_err(Error::host(what()))?;
         let device = kept.generation.load_device()?;
-        let loaded = qemu.load_device_state(&device).await.map_err(Error::host(what()));
+        let loaded = qemu
+            .load_device_state(&device)
+            .await
+            .map_err(Error::host(what()));
         let resumed = match loaded {
             Ok(()) if paused => Ok(()),
             Ok(()) => local::resume_live(&self.vm, &qemu).await,
@@ -454,12 +509,16 @@ impl Session {
     /// Answers whether a hand-over took place; if it did not, it never will.
     async fn settle(&mut self, line: &mut TargetLine, transfer: Id) -> Result<()> {
         self.phase = Phase::Commit;
-        let known = self.vm.try_record()?.is_some_and(|record| record.id == self.hello.vm.id);
+        let known = self
+            .vm
+            .try_record()?
+            .is_some_and(|record| record.id == self.hello.vm.id);
         let taken = known
             && match self.vm.lease()? {
-                Lease::Held { transfer: Some(by), fence } => {
-                    by == transfer || fence > self.hello.fence
-                }
+                Lease::Held {
+                    transfer: Some(by),
+                    fence,
+                } => by == transfer || fence > self.hello.fence,
                 // It was taken, and handed on since.
                 lease => lease.fence() > self.hello.fence,
             };
@@ -490,10 +549,13 @@ impl Session {
 pub(crate) async fn clean_leftovers(vm: &VmDir) -> Result<()> {
     let runtime = vm.runtime_dir("incoming")?;
     if runtime.exists() {
-        if let Some(qemu) =
-            Vm::attach(&runtime).await.map_err(Error::host("cannot reach a fork left behind"))?
+        if let Some(qemu) = Vm::attach(&runtime)
+            .await
+            .map_err(Error::host("cannot reach a fork left behind"))?
         {
-            qemu.kill().await.map_err(Error::host("cannot end a fork left behind"))?;
+            qemu.kill()
+                .await
+                .map_err(Error::host("cannot end a fork left behind"))?;
         }
         files::remove_dir(&runtime)?;
     }
@@ -508,8 +570,12 @@ fn void(vm: &VmDir, transfer: Id) -> Result<()> {
     files::write_atomic(&dir.join(transfer.to_string()), b"")
 }
 
-fn is_void(vm: &VmDir, transfer: Id) -> Result<bool> {
-    Ok(vm.store().root().join("void").join(transfer.to_string()).exists())
+fn is_void(vm: &VmDir, transfer: Id) -> bool {
+    vm.store()
+        .root()
+        .join("void")
+        .join(transfer.to_string())
+        .exists()
 }
 
 /// What this host must have for the VM, checked before anything is sent.
@@ -620,7 +686,9 @@ async fn receive_file(
             _ => return Err(line.unexpected(Phase::Base, "half a file")),
         }
     }
-    out.flush().and_then(|()| out.into_inner().finish()).map_err(Error::file("write", &path))?;
+    out.flush()
+        .and_then(|()| out.into_inner().finish())
+        .map_err(Error::file("write", &path))?;
     let store = store.clone();
     let kept = blocking(move || {
         let kept = store.adopt(&path)?;
@@ -644,7 +712,11 @@ struct SparseWriter {
 
 impl SparseWriter {
     fn new(file: std::fs::File, length: u64) -> Self {
-        Self { file, at: 0, length }
+        Self {
+            file,
+            at: 0,
+            length,
+        }
     }
 
     fn finish(self) -> std::io::Result<()> {
@@ -657,7 +729,9 @@ impl std::io::Write for SparseWriter {
         use std::os::unix::fs::FileExt;
         // Never more than was announced, however much a small stream unpacks to.
         if self.at + buf.len() as u64 > self.length {
-            return Err(std::io::Error::other("there is more of it than was announced"));
+            return Err(std::io::Error::other(
+                "there is more of it than was announced",
+            ));
         }
         let page = 4096 - (self.at % 4096) as usize;
         let count = page.min(buf.len());

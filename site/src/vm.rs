@@ -98,7 +98,9 @@ impl TryFrom<String> for Id {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        decode_hex(&text).map(Self).ok_or_else(|| "an id is 32 hexadecimal digits".into())
+        decode_hex(&text)
+            .map(Self)
+            .ok_or_else(|| "an id is 32 hexadecimal digits".into())
     }
 }
 
@@ -129,7 +131,9 @@ impl TryFrom<String> for FileHash {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        decode_hex(&text).map(Self).ok_or_else(|| "a hash is 64 hexadecimal digits".into())
+        decode_hex(&text)
+            .map(Self)
+            .ok_or_else(|| "a hash is 64 hexadecimal digits".into())
     }
 }
 
@@ -191,7 +195,10 @@ impl VmRecord {
 
     /// All base files, each once.
     pub fn base_files(&self) -> Vec<BaseFile> {
-        let boot = self.boot.iter().flat_map(|boot| std::iter::once(boot.kernel).chain(boot.initrd));
+        let boot = self
+            .boot
+            .iter()
+            .flat_map(|boot| std::iter::once(boot.kernel).chain(boot.initrd));
         let mut files: Vec<BaseFile> = Vec::new();
         for file in self.disks.iter().copied().chain(boot) {
             if !files.contains(&file) {
@@ -203,7 +210,9 @@ impl VmRecord {
 
     /// Checks a record that came from a peer.
     pub fn validate(&self) -> Result<()> {
-        self.hardware.validate().map_err(Error::host(format!("the hardware of {}", self.name)))?;
+        self.hardware
+            .validate()
+            .map_err(Error::host(format!("the hardware of {}", self.name)))?;
         if self.disks.is_empty() || self.disks.len() > Self::DISKS {
             return Err(Error::Refused(format!(
                 "{} has {} disks; 1 to {} are possible",
@@ -213,7 +222,12 @@ impl VmRecord {
             )));
         }
         let append = self.boot.as_ref().map_or(0, |boot| boot.append.len());
-        if append > 2048 || self.ready_marker.as_ref().is_some_and(|marker| marker.len() > 256) {
+        if append > 2048
+            || self
+                .ready_marker
+                .as_ref()
+                .is_some_and(|marker| marker.len() > 256)
+        {
             return Err(Error::Refused(format!(
                 "{} has a kernel command line or readiness marker that is too long",
                 self.name
@@ -229,7 +243,17 @@ mod tests {
 
     #[test]
     fn names_can_not_leave_the_folder() {
-        for bad in ["", ".", "..", "a/b", "-x", ".x", "a b", "é", &"x".repeat(65)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "-x",
+            ".x",
+            "a b",
+            "é",
+            &"x".repeat(65),
+        ] {
             assert!(bad.parse::<VmName>().is_err(), "{bad:?}");
         }
         for good in ["desk", "Desk-1.old_2", "7", &"x".repeat(64)] {

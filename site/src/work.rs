@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use reconciler::{
     Applier, ApplyOptions, BlobAssembler, Descent, Holdings, Image, ImageTree, Offer, Place,
-    PlaceKind, SlicePages, SlicePagesMut, Verification, Verified, blob_parts,
-    no_progress, pages_for,
+    PlaceKind, SlicePages, SlicePagesMut, Verification, Verified, blob_parts, no_progress,
+    pages_for,
 };
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -83,15 +83,12 @@ impl Work {
                 replayed: None,
                 laying: None,
             };
-            match base_number {
-                Some(number) => {
-                    files::copy_sparse(&work.vm.generation(number).ram(), &work.ram_path())?;
-                }
-                None => {
-                    let bytes = work.record.hardware.memory_bytes();
-                    RamMapMut::create(&work.ram_path(), bytes)
-                        .map_err(Error::host("cannot make room for the guest's RAM"))?;
-                }
+            if let Some(number) = base_number {
+                files::copy_sparse(&work.vm.generation(number).ram(), &work.ram_path())?;
+            } else {
+                let bytes = work.record.hardware.memory_bytes();
+                RamMapMut::create(&work.ram_path(), bytes)
+                    .map_err(Error::host("cannot make room for the guest's RAM"))?;
             }
             for index in 0..work.record.disks.len() {
                 let overlay = work.disk_path(index);
@@ -110,16 +107,17 @@ impl Work {
     /// that differ from the base are left to write while the user waits.
     fn lay_ram(&self) -> JoinHandle<Result<()>> {
         let kept = self.kept_ram();
-        let from = self.base_number.map(|number| self.vm.generation(number).ram());
+        let from = self
+            .base_number
+            .map(|number| self.vm.generation(number).ram());
         let bytes = self.record.hardware.memory_bytes();
         tokio::spawn(blocking(move || {
-            let file = match from {
-                Some(from) => files::copy_sparse(&from, &kept)?,
-                None => {
-                    let file = File::create(&kept).map_err(Error::file("create", &kept))?;
-                    file.set_len(bytes).map_err(Error::file("size", &kept))?;
-                    file
-                }
+            let file = if let Some(from) = from {
+                files::copy_sparse(&from, &kept)?
+            } else {
+                let file = File::create(&kept).map_err(Error::file("create", &kept))?;
+                file.set_len(bytes).map_err(Error::file("size", &kept))?;
+                file
             };
             file.sync_all().map_err(Error::file("write", &kept))
         }))
@@ -141,7 +139,9 @@ impl Work {
 
     /// The overlays of all disks.
     pub(crate) fn disk_paths(&self) -> Vec<PathBuf> {
-        (0..self.record.disks.len()).map(|index| self.disk_path(index)).collect()
+        (0..self.record.disks.len())
+            .map(|index| self.disk_path(index))
+            .collect()
     }
 
     /// The folder for sockets and RAM.
@@ -196,7 +196,11 @@ impl Work {
             let mut trees = Vec::new();
             let runtime = Handle::current();
             for (head, offer) in &offers {
-                let mut talk = Talk { line: &mut line, runtime: &runtime, phase: head.kind.phase() };
+                let mut talk = Talk {
+                    line: &mut line,
+                    runtime: &runtime,
+                    phase: head.kind.phase(),
+                };
                 trees.push(self.receive_image(&mut talk, *head, offer, &trees)?);
             }
             let mut trees = trees.into_iter();
@@ -204,7 +208,15 @@ impl Work {
             let (Some(device), Some(ram)) = (device, ram) else {
                 return Err(line.unexpected(Phase::Ram, "no images"));
             };
-            Ok((self, line, Received { ram, disks: trees.collect(), device }))
+            Ok((
+                self,
+                line,
+                Received {
+                    ram,
+                    disks: trees.collect(),
+                    device,
+                },
+            ))
         })
         .await
     }
@@ -216,9 +228,15 @@ impl Work {
                 "a device state of {device} bytes is larger than any QEMU writes"
             )));
         }
-        let mut heads = vec![ImageHead { kind: ImageKind::Device, bytes: device }];
+        let mut heads = vec![ImageHead {
+            kind: ImageKind::Device,
+            bytes: device,
+        }];
         for (index, (image, _)) in self.base.disks().iter().enumerate() {
-            heads.push(ImageHead { kind: ImageKind::Disk(index as u8), bytes: image.bytes() });
+            heads.push(ImageHead {
+                kind: ImageKind::Disk(index as u8),
+                bytes: image.bytes(),
+            });
         }
         heads.push(ImageHead {
             kind: ImageKind::Ram,
@@ -244,7 +262,11 @@ impl Work {
                 let current = tree_of(&SlicePages(&self.device), "the device state")?;
                 let places: Vec<_> = base_pages
                     .iter()
-                    .map(|reader| Place { kind: PlaceKind::Base, tree: &base_tree, reader: *reader })
+                    .map(|reader| Place {
+                        kind: PlaceKind::Base,
+                        tree: &base_tree,
+                        reader: *reader,
+                    })
                     .collect();
                 let holdings = Holdings {
                     base: &base_tree,
@@ -275,7 +297,14 @@ impl Work {
                     reader: &ram_pages,
                 }];
                 if let Some(reader) = base_pages {
-                    places.insert(0, Place { kind: PlaceKind::Base, tree: &base_tree, reader });
+                    places.insert(
+                        0,
+                        Place {
+                            kind: PlaceKind::Base,
+                            tree: &base_tree,
+                            reader,
+                        },
+                    );
                 }
                 let holdings = Holdings {
                     base: &base_tree,
@@ -299,11 +328,19 @@ impl Work {
                     .collect::<Result<Vec<_>>>()?;
                 let mut places = Vec::new();
                 if let Some(reader) = base_pages {
-                    places.push(Place { kind: PlaceKind::Base, tree: &base_tree, reader });
+                    places.push(Place {
+                        kind: PlaceKind::Base,
+                        tree: &base_tree,
+                        reader,
+                    });
                 }
                 // The trees before: device state, then the disks as they are now.
                 for (image, tree) in disks.iter().zip(done.iter().skip(1)) {
-                    places.push(Place { kind: PlaceKind::Disk, tree, reader: image });
+                    places.push(Place {
+                        kind: PlaceKind::Disk,
+                        tree,
+                        reader: image,
+                    });
                 }
                 let holdings = Holdings {
                     base: &base_tree,
@@ -325,14 +362,20 @@ impl Work {
             }
         }
         blocking(move || {
-            let manifest = Manifest { parent: self.base_number, ..manifest };
+            let manifest = Manifest {
+                parent: self.base_number,
+                ..manifest
+            };
             let mine = [
                 (&manifest.ram, &received.ram),
                 (&manifest.device, &received.device),
             ];
             let disks = manifest.disks.iter().zip(&received.disks);
             let same = manifest.disks.len() == received.disks.len()
-                && mine.into_iter().chain(disks).all(|(said, tree)| said.root == tree.root());
+                && mine
+                    .into_iter()
+                    .chain(disks)
+                    .all(|(said, tree)| said.root == tree.root());
             if !same {
                 return Err(Error::Refused(
                     "the manifest does not describe the images that were sent".into(),
@@ -359,7 +402,11 @@ impl Work {
             std::fs::rename(&from, &to).map_err(Error::file("move into place", &to))?;
             generation.save_trees(&received.ram, &received.disks)?;
             generation.publish(&manifest)?;
-            Ok(Kept { ram: self.ram_path(), generation, manifest })
+            Ok(Kept {
+                ram: self.ram_path(),
+                generation,
+                manifest,
+            })
         })
         .await
     }
@@ -372,13 +419,16 @@ impl Work {
         let changed = tree.differing(&self.base.tree(ImageKind::Ram)?);
         let ram = vm_host::RamMap::open(&self.ram_path())
             .map_err(Error::host("cannot read the guest's RAM"))?;
-        let file =
-            File::options().write(true).open(&kept).map_err(Error::file("open", &kept))?;
+        let file = File::options()
+            .write(true)
+            .open(&kept)
+            .map_err(Error::file("open", &kept))?;
         for run in changed.runs() {
             let at = |page: u64| page as usize * reconciler::PAGE_SIZE;
             // The tree is of this RAM, so that its pages lie within.
             let pages = ram.get(at(run.start)..at(run.end)).unwrap_or_default();
-            file.write_all_at(pages, at(run.start) as u64).map_err(Error::file("write", &kept))?;
+            file.write_all_at(pages, at(run.start) as u64)
+                .map_err(Error::file("write", &kept))?;
         }
         Ok(())
     }
@@ -400,9 +450,8 @@ async fn receive_offer(line: &mut TargetLine, head: ImageHead) -> Result<Offer> 
     let malformed = || Error::reconcile("an offer is malformed");
     let mut assembler = BlobAssembler::new(Offer::max_encoded_len(pages));
     loop {
-        let part = match line.receive(phase).await? {
-            ToTarget::Offer(part) => part,
-            _ => return Err(line.unexpected(phase, "no offer")),
+        let ToTarget::Offer(part) = line.receive(phase).await? else {
+            return Err(line.unexpected(phase, "no offer"));
         };
         if let Some(bytes) = assembler.push(&part).map_err(malformed())? {
             let offer = Offer::decode(&bytes, pages).map_err(malformed())?;
@@ -465,14 +514,18 @@ fn exchange(
     let failed = |what: &'static str| Error::reconcile(what);
     let resolution =
         reconciler::resolve(offer, holdings).map_err(failed("cannot resolve an offer"))?;
-    let answer = resolution.answer(offer).map_err(failed("cannot answer an offer"))?;
+    let answer = resolution
+        .answer(offer)
+        .map_err(failed("cannot answer an offer"))?;
     for part in blob_parts(&answer) {
         talk.send(ToSource::Lacks(part))?;
     }
     let mut applier = Applier::new(offer, resolution, holdings, image, ApplyOptions::default())
         .map_err(failed("cannot begin to build an image"))?;
     talk.pages(|chunk| applier.push(chunk))?;
-    let applied = applier.finish().map_err(failed("an image is not complete"))?;
+    let applied = applier
+        .finish()
+        .map_err(failed("an image is not complete"))?;
     let mut verification = match before {
         Some(before) => applied.verify_touched(image.reader(), before),
         None => applied.verify(image.reader(), &no_progress),
@@ -487,20 +540,24 @@ fn exchange(
         let mut descent = Descent::new(&mismatch);
         while let Some(request) = descent.next_request() {
             talk.send(ToSource::Differs(request))?;
-            let reply = match talk.receive()? {
-                ToTarget::Nodes(reply) => reply,
-                _ => return Err(talk.line.unexpected(talk.phase, "no hashes")),
+            let ToTarget::Nodes(reply) = talk.receive()? else {
+                return Err(talk.line.unexpected(talk.phase, "no hashes"));
             };
-            descent.take(&reply).map_err(failed("the hashes received are not the source's"))?;
+            descent
+                .take(&reply)
+                .map_err(failed("the hashes received are not the source's"))?;
         }
         let differing = descent.into_differing();
         for part in blob_parts(&differing.encode()) {
             talk.send(ToSource::Refetch(part))?;
         }
-        let mut repairer =
-            mismatch.repair(image, &differing).map_err(failed("cannot repair an image"))?;
+        let mut repairer = mismatch
+            .repair(image, &differing)
+            .map_err(failed("cannot repair an image"))?;
         talk.pages(|chunk| repairer.push(chunk))?;
-        let (applied, tree) = repairer.finish().map_err(failed("a repair is not complete"))?;
+        let (applied, tree) = repairer
+            .finish()
+            .map_err(failed("a repair is not complete"))?;
         verification = applied
             .verify_touched(image.reader(), &tree)
             .map_err(failed("cannot verify an image"))?;
@@ -539,7 +596,11 @@ fn tell(talk: &mut Talk<'_>, verified: Verified) -> Result<ImageTree> {
         (from.to_owned(), *count)
     }));
     pages.retain(|(_, count)| *count > 0);
-    let outcome = ImageOutcome { root: tree.root(), pages, refetched: counts.refetched };
+    let outcome = ImageOutcome {
+        root: tree.root(),
+        pages,
+        refetched: counts.refetched,
+    };
     talk.send(ToSource::Verified(outcome))?;
     Ok(tree)
 }

@@ -20,7 +20,10 @@ pub(crate) fn run(site: &Path, output: &Output) -> anyhow::Result<()> {
                 Outcome::Warn => "warning",
                 Outcome::Fail => "FAILED",
             };
-            let row = vec![format!("{outcome:7}  {:12}", check.name), check.detail.clone()];
+            let row = vec![
+                format!("{outcome:7}  {:12}", check.name),
+                check.detail.clone(),
+            ];
             text.push_str(&table(&[row]));
             if let Some(remedy) = &check.remedy {
                 text.push_str(&format!("         {remedy}\n"));

@@ -13,7 +13,10 @@ use crate::output::Output;
 
 pub(crate) async fn run(command: GuestCommand, output: &Output) -> anyhow::Result<()> {
     let GuestCommand::Build { out, no_boot } = command;
-    let options = BuildOptions { out, cache: guest::default_cache()? };
+    let options = BuildOptions {
+        out,
+        cache: guest::default_cache()?,
+    };
     let image = tokio::task::block_in_place(|| {
         guest::build(&options, |progress| match progress {
             Progress::Cached => output.say("the guest was built before"),
@@ -41,7 +44,11 @@ pub(crate) fn from_folder(dir: &Path) -> anyhow::Result<NewVm> {
 fn new_vm(image: &GuestImage) -> anyhow::Result<NewVm> {
     Ok(NewVm {
         disk: image.disk.clone(),
-        boot: Some((image.kernel.clone(), Some(image.initrd.clone()), image.append.clone())),
+        boot: Some((
+            image.kernel.clone(),
+            Some(image.initrd.clone()),
+            image.append.clone(),
+        )),
         hardware: Hardware {
             memory_mib: image.memory_mib,
             screen_width: image.screen.width,

@@ -19,7 +19,11 @@ pub(crate) fn run(store: &Store, command: LogCommand, output: &Output) -> anyhow
         LogCommand::Export { log, unmask } => {
             let vm = vm_of(store, &log.name)?;
             let read = Log::read(&path_of(&vm, &log)?, &store.log_key()?)?;
-            let masking = if unmask { Masking::Plain } else { Masking::Masked };
+            let masking = if unmask {
+                Masking::Plain
+            } else {
+                Masking::Masked
+            };
             let mut out = std::io::stdout().lock();
             traces::export_json_lines(&mut out, Some(&read.header), &read.records, masking)?;
             Ok(())
@@ -39,8 +43,10 @@ fn list(vm: &VmDir, output: &Output) -> anyhow::Result<()> {
         let length = std::fs::metadata(&path)
             .with_context(|| format!("cannot measure {}", path.display()))?
             .len();
-        values.push(json!({ "generation": generation, "log": path, "bytes": length,
-            "created": header.created }));
+        values.push(
+            json!({ "generation": generation, "log": path, "bytes": length,
+            "created": header.created }),
+        );
         rows.push(vec![
             format!("generation {generation}"),
             bytes(length),
@@ -80,16 +86,20 @@ fn redact(
     output: &Output,
 ) -> anyhow::Result<()> {
     let path = path_of(vm, file)?;
-    let micros = |time: Duration| GuestTime { micros: time.as_micros() as u64 };
+    let micros = |time: Duration| GuestTime {
+        micros: time.as_micros() as u64,
+    };
     let fresh = path.with_extension("redacting");
     // What an interrupted attempt left is worth nothing.
     let _ = std::fs::remove_file(&fresh);
     let redaction = traces::redact(&path, &fresh, &store.log_key()?, micros(from)..micros(to))?;
-    std::fs::rename(&fresh, &path)
-        .with_context(|| format!("cannot replace {}", path.display()))?;
+    std::fs::rename(&fresh, &path).with_context(|| format!("cannot replace {}", path.display()))?;
     let result = json!({ "removed": redaction.removed, "kept": redaction.kept, "log": path });
     output.result(&result, |_| {
-        format!("{} records taken out, {} kept", redaction.removed, redaction.kept)
+        format!(
+            "{} records taken out, {} kept",
+            redaction.removed, redaction.kept
+        )
     })
 }
 

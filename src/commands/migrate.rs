@@ -1,8 +1,8 @@
 //! `replay-migrate migrate`
 
+use site::plan::Estimates;
 use site::report::{MigrationReport, Strategy};
 use site::source::{self, MigrateOptions};
-use site::plan::Estimates;
 use site::{Phase, Store};
 use tokio_util::sync::CancellationToken;
 

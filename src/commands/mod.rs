@@ -35,9 +35,11 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
         Command::Site(command) => site::run(&store()?, command, output),
         Command::Vm(command) => vm::run(&store()?, command, output).await,
         Command::Checkpoint { name } => checkpoint::run(&vm_of(&store()?, &name)?, output).await,
-        Command::Record { name, listen, evdev } => {
-            record::run(&vm_of(&store()?, &name)?, &listen, evdev, output).await
-        }
+        Command::Record {
+            name,
+            listen,
+            evdev,
+        } => record::run(&vm_of(&store()?, &name)?, &listen, evdev, output).await,
         Command::Seed { name, to } => seed::run(&store()?, &name, &to, output).await,
         Command::Migrate(args) => migrate::run(&store()?, &args, output).await,
         Command::Replay { name, log, speed } => {
@@ -64,8 +66,14 @@ fn default_site() -> anyhow::Result<PathBuf> {
 
 /// `$XDG_DATA_HOME`, or its default under the home directory.
 fn data_home() -> anyhow::Result<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     set("XDG_DATA_HOME")
         .or_else(|| set("HOME").map(|home| home.join(".local/share")))
-        .context("neither XDG_DATA_HOME nor HOME is set; say where this site's state is: --site DIR")
+        .context(
+            "neither XDG_DATA_HOME nor HOME is set; say where this site's state is: --site DIR",
+        )
 }

@@ -15,7 +15,10 @@ pub(crate) async fn run(
     output: &Output,
 ) -> anyhow::Result<()> {
     source::settle(vm).await?;
-    let options = RecordOptions { listen: listen.to_owned(), evdev };
+    let options = RecordOptions {
+        listen: listen.to_owned(),
+        evdev,
+    };
     let mut shown = Ok(());
     let begun = |recording: &recording::Recording| {
         shown = output.result(recording, |recording| {
@@ -33,6 +36,10 @@ pub(crate) async fn run(
             Ended::Moved => "the VM has moved",
             Ended::VmEnded => "the VM has ended",
         };
-        format!("{why}; {} records in {} of log", recorded.records, bytes(recorded.log_bytes))
+        format!(
+            "{why}; {} records in {} of log",
+            recorded.records,
+            bytes(recorded.log_bytes)
+        )
     })
 }

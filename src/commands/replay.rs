@@ -6,12 +6,7 @@ use site::{VmDir, replaying};
 
 use crate::output::Output;
 
-pub(crate) async fn run(
-    vm: &VmDir,
-    log: &Path,
-    speed: f64,
-    output: &Output,
-) -> anyhow::Result<()> {
+pub(crate) async fn run(vm: &VmDir, log: &Path, speed: f64, output: &Output) -> anyhow::Result<()> {
     let progress = output.progress();
     let summary = replaying::replay_and_discard(vm, log, speed, progress.as_ref()).await?;
     drop(progress);
@@ -24,7 +19,11 @@ pub(crate) async fn run(
             summary.recorded_seconds,
             summary.matched,
             summary.missed,
-            if summary.came_to_rest { "came" } else { "did not come" }
+            if summary.came_to_rest {
+                "came"
+            } else {
+                "did not come"
+            }
         )
     })
 }

@@ -7,7 +7,10 @@ use crate::output::Output;
 
 pub(crate) async fn run(store: &Store, listen: &str, output: &Output) -> anyhow::Result<()> {
     let agent = agent::Agent::bind(store, listen).await?;
-    let (address, key) = (agent.local_addr().to_string(), store.identity()?.key().to_string());
+    let (address, key) = (
+        agent.local_addr().to_string(),
+        store.identity()?.key().to_string(),
+    );
     output.result(&json!({ "listening": address, "key": key }), |_| {
         format!("listening on {address}; the key of this site is {key}")
     })?;

@@ -25,7 +25,10 @@ pub(crate) fn run(store: &Store, command: SiteCommand, output: &Output) -> anyho
                     peer.name
                 )));
             }
-            let replaced = store.peers().trust(peer.clone()).map_err(site::Error::from)?;
+            let replaced = store
+                .peers()
+                .trust(peer.clone())
+                .map_err(site::Error::from)?;
             output.result(&peer, |peer| match replaced {
                 None => format!("{} is trusted", peer.name),
                 Some(_) => format!("{} is trusted, with what was said now", peer.name),
@@ -37,7 +40,11 @@ pub(crate) fn run(store: &Store, command: SiteCommand, output: &Output) -> anyho
                 let rows: Vec<_> = peers
                     .iter()
                     .map(|peer| {
-                        vec![peer.name.to_string(), peer.addr.to_string(), peer.key.to_string()]
+                        vec![
+                            peer.name.to_string(),
+                            peer.addr.to_string(),
+                            peer.key.to_string(),
+                        ]
                     })
                     .collect();
                 table(&rows)

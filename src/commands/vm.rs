@@ -19,7 +19,12 @@ pub(crate) async fn run(store: &Store, command: VmCommand, output: &Output) -> a
     let name = |name: &str| vm_of(store, name);
     match command {
         VmCommand::Create(args) => create(&name(&args.name)?, &args, output).await,
-        VmCommand::Start { name: vm, paused, wait, accel } => {
+        VmCommand::Start {
+            name: vm,
+            paused,
+            wait,
+            accel,
+        } => {
             let vm = name(&vm)?;
             let qemu = local::start(&vm, accelerator(accel), paused).await?;
             if wait && !paused {
@@ -63,17 +68,23 @@ pub(crate) async fn run(store: &Store, command: VmCommand, output: &Output) -> a
             let vm = name(&vm)?;
             let qemu = local::attach_running(&vm).await?;
             let image = qemu.screenshot().await?;
-            image.save(&out).with_context(|| format!("cannot write {}", out.display()))?;
+            image
+                .save(&out)
+                .with_context(|| format!("cannot write {}", out.display()))?;
             let (width, height) = image.dimensions();
-            output.result(&json!({ "file": out, "width": width, "height": height }), |_| {
-                format!("{width} x {height} pixels in {}", out.display())
-            })
+            output.result(
+                &json!({ "file": out, "width": width, "height": height }),
+                |_| format!("{width} x {height} pixels in {}", out.display()),
+            )
         }
         VmCommand::Delete { name: vm, yes } => {
             let vm = name(&vm)?;
             let record = vm.record()?;
             if !yes && !confirmed(&format!("Remove {} with all its generations?", record.name))? {
-                bail!(site::Error::Refused(format!("{} was not removed", record.name)));
+                bail!(site::Error::Refused(format!(
+                    "{} was not removed",
+                    record.name
+                )));
             }
             local::delete(&vm).await?;
             output.result(&json!({ "deleted": record.name }), |_| {
@@ -95,7 +106,11 @@ async fn create(vm: &VmDir, args: &CreateArgs, output: &Output) -> anyhow::Resul
         NewVm {
             disk: args.disk.clone(),
             boot: args.kernel.clone().map(|kernel| {
-                (kernel, args.initrd.clone(), args.append.clone().unwrap_or_default())
+                (
+                    kernel,
+                    args.initrd.clone(),
+                    args.append.clone().unwrap_or_default(),
+                )
             }),
             hardware: Hardware::new(programs::default_machine(&programs::qemu())?),
             ready_marker: None,
@@ -126,7 +141,10 @@ fn row(status: &VmStatus) -> Vec<String> {
         (VmState::Paused, _) => "paused".into(),
         _ => "stopped".into(),
     };
-    let generation = status.generations.last().map_or("none".into(), u64::to_string);
+    let generation = status
+        .generations
+        .last()
+        .map_or("none".into(), u64::to_string);
     vec![
         status.record.name.to_string(),
         state,
