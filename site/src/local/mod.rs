@@ -4,20 +4,27 @@
 //! its overlays rest on; its RAM and sockets lie in the runtime directory. Nothing here runs a VM
 //! whose lease is not held.
 
+mod checkpoint;
+mod create;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use reconciler::{ImageTree, SlicePages, no_progress};
 use serde::{Deserialize, Serialize};
-use vm_host::{Accelerator, Boot, Hardware, Launch, Network, RamMap, Status, Vm, programs};
+use vm_host::{Accelerator, Boot, Hardware, Launch, Network, Status, Vm, programs};
 
-use crate::disks::{self, DiskImage};
+use crate::disks::{self};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::generation::{GenerationFiles, ImageInfo, Manifest};
+use crate::generation::Manifest;
 use crate::lease::Lease;
 use crate::store::VmDir;
-use crate::vm::{BootFiles, Id, VmRecord};
+use crate::vm::VmRecord;
+
+pub use checkpoint::{checkpoint, suspend};
+pub(crate) use checkpoint::{checkpoint_locked, next_generation};
+pub(crate) use create::create;
+pub use create::{NewVm, create_from};
 
 /// What the overlays of a VM's last run rest on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,77 +57,6 @@ impl Live {
             .map(|name| vm.live_dir().join(name))
             .collect()
     }
-}
-
-/// What to make a VM from.
-#[derive(Clone, Debug)]
-pub struct NewVm {
-    /// The disk image, of any format that qemu-img reads; it is copied, unless nobody may write
-    /// to it.
-    pub disk: PathBuf,
-    /// Direct kernel boot: kernel, initial RAM disk, command line.
-    pub boot: Option<(PathBuf, Option<PathBuf>, String)>,
-    /// What QEMU emulates.
-    pub hardware: Hardware,
-    /// The line that the guest writes to its serial port once its desktop is up.
-    pub ready_marker: Option<String>,
-    /// The cache of booted guests, see [`crate::booted`]: a VM that is in it need not boot.
-    pub booted: Option<PathBuf>,
-}
-
-/// Makes a VM; it does not run yet. One that is in the cache of booted guests begins with a
-/// generation.
-pub async fn create_from(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
-    let record = {
-        let (vm, new) = (vm.clone(), new.clone());
-        blocking(move || create(&vm, &new)).await?
-    };
-    if let Some(cache) = &new.booted {
-        crate::booted::adopt(vm, &record, cache).await?;
-    }
-    Ok(record)
-}
-
-/// Makes a VM that has not booted.
-pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
-    new.hardware
-        .validate()
-        .map_err(Error::host(format!("the hardware of {}", vm.name())))?;
-    if vm.try_record()?.is_some() {
-        return Err(Error::Refused(format!(
-            "there is a VM {} already; take another name, or `replay-migrate vm delete` it",
-            vm.name()
-        )));
-    }
-    let store = vm.store();
-    let boot = match &new.boot {
-        None => None,
-        Some((kernel, initrd, append)) => Some(BootFiles {
-            kernel: store.import_file(kernel)?,
-            initrd: initrd
-                .as_deref()
-                .map(|path| store.import_file(path))
-                .transpose()?,
-            append: append.clone(),
-        }),
-    };
-    let record = VmRecord {
-        id: Id::random()?,
-        name: vm.name().clone(),
-        hardware: new.hardware.clone(),
-        disks: vec![store.import_disk(&new.disk)?],
-        boot,
-        ready_marker: new.ready_marker.clone(),
-    };
-    record.validate()?;
-    vm.create(
-        &record,
-        &Lease::Held {
-            fence: 1,
-            transfer: None,
-        },
-    )?;
-    Ok(record)
 }
 
 /// What a VM does at this site.
@@ -313,6 +249,7 @@ pub async fn resume_live(vm: &VmDir, qemu: &Vm) -> Result<()> {
     clippy::too_many_arguments,
     reason = "each is a fact of its own; a struct would only rename Launch"
 )]
+
 pub(crate) fn launch(
     vm: &VmDir,
     record: &VmRecord,
@@ -377,219 +314,6 @@ pub async fn wait_until_ready(vm: &VmDir, qemu: &Vm, limit: Duration) -> Result<
     qemu.wait_for_serial(marker, limit)
         .await
         .map_err(Error::host(format!("{} did not become ready", vm.name())))
-}
-
-/// Makes a new generation of a running or paused VM; it goes on as it was.
-///
-/// Where the guest has not run since the last generation, that one is the answer.
-pub async fn checkpoint(vm: &VmDir) -> Result<Manifest> {
-    let _lock = vm.lock()?;
-    require_lease(vm)?;
-    let qemu = attach_running(vm).await?;
-    checkpoint_locked(vm, &qemu, None).await
-}
-
-/// As [`checkpoint`], with the lock held; `at_checkpoint` runs while the guest stands still.
-pub(crate) async fn checkpoint_locked(
-    vm: &VmDir,
-    qemu: &Vm,
-    at_checkpoint: Option<&(dyn Fn() + Sync)>,
-) -> Result<Manifest> {
-    let record = vm.record()?;
-    let live = Live::load(vm)?.ok_or_else(|| Error::Damaged {
-        path: vm.live_dir(),
-        reason: "the VM runs, but what its disks rest on is not noted".into(),
-    })?;
-    let was_running = guest_status(vm, qemu).await? == Status::Running;
-    if !was_running
-        && !live.ran
-        && let Some(number) = live.generation
-        && let Some(manifest) = vm.generation(number).load_manifest()?
-    {
-        if let Some(notify) = at_checkpoint {
-            notify();
-        }
-        return Ok(manifest);
-    }
-    let what = |what: &str| format!("cannot {what} {}", vm.name());
-    qemu.pause().await.map_err(Error::host(what("pause")))?;
-    let taken = take_state(vm, qemu, &record, &live).await;
-    if taken.is_ok()
-        && let Some(notify) = at_checkpoint
-    {
-        notify();
-    }
-    if was_running {
-        // Whatever happened above, the user's desktop goes on.
-        resume_live(vm, qemu).await?;
-    }
-    let taken = taken?;
-    finish_generation(vm, &record, taken, &qemu_version().await?).await
-}
-
-/// What was copied while the guest stood still.
-struct Taken {
-    files: GenerationFiles,
-    number: u64,
-    live: Live,
-    device: Vec<u8>,
-}
-
-async fn take_state(vm: &VmDir, qemu: &Vm, record: &VmRecord, live: &Live) -> Result<Taken> {
-    let number = next_generation(vm)?;
-    let generation = vm.generation(number);
-    files::make_dir(generation.dir())?;
-    // The top overlays become the generation's disks. A link keeps QEMU's name for them valid.
-    let mut overlays = Vec::new();
-    for (index, old) in live.overlay_paths(vm).iter().enumerate() {
-        let kept = generation.disk(index);
-        std::fs::hard_link(old, &kept).map_err(Error::file("link", &kept))?;
-        let name = format!("disk{index}-{number}.qcow2");
-        disks::overlay_on(vm, record, Some(number), index, &vm.live_dir().join(&name))?;
-        overlays.push(name);
-    }
-    let now_live = Live {
-        generation: Some(number),
-        overlays,
-        ran: false,
-    };
-    qemu.snapshot_disks(&now_live.overlay_paths(vm))
-        .await
-        .map_err(Error::host(format!(
-            "cannot snapshot the disks of {}",
-            vm.name()
-        )))?;
-    // From here on the new overlays are on top, whatever comes: note it before going on.
-    Live {
-        generation: live.generation,
-        ran: true,
-        ..now_live.clone()
-    }
-    .store(vm)?;
-    for old in live.overlay_paths(vm) {
-        std::fs::remove_file(&old).map_err(Error::file("remove", &old))?;
-    }
-    let device = qemu.save_device_state().await.map_err(Error::host(format!(
-        "cannot save the device state of {}",
-        vm.name()
-    )))?;
-    let (from, to) = (vm.runtime_dir("live")?.join("ram.img"), generation.ram());
-    blocking(move || files::copy_sparse(&from, &to).map(drop)).await?;
-    Live {
-        ran: false,
-        ..now_live.clone()
-    }
-    .store(vm)?;
-    Ok(Taken {
-        files: generation,
-        number,
-        live: now_live,
-        device,
-    })
-}
-
-async fn finish_generation(
-    vm: &VmDir,
-    record: &VmRecord,
-    taken: Taken,
-    qemu: &str,
-) -> Result<Manifest> {
-    let (vm, record, qemu) = (vm.clone(), record.clone(), qemu.to_owned());
-    blocking(move || {
-        let Taken {
-            files: generation,
-            number,
-            live,
-            device,
-        } = taken;
-        debug_assert_eq!(live.generation, Some(number));
-        let parent = vm.generations()?.pop().map(|manifest| manifest.generation);
-        let device_path = generation.device();
-        std::fs::write(&device_path, &device).map_err(Error::file("write", &device_path))?;
-        let ram = tree_of_file(&generation.ram())?;
-        let mut disk_trees = Vec::new();
-        let mut disk_infos = Vec::new();
-        for index in 0..record.disks.len() {
-            let image = DiskImage::open(&generation.disk(index))?;
-            let tree = disks::tree_since(&vm, &record, parent, index, &image)?;
-            disk_infos.push(ImageInfo {
-                bytes: image.bytes(),
-                root: tree.root(),
-            });
-            disk_trees.push(tree);
-        }
-        generation.save_trees(&ram, &disk_trees)?;
-        let ram_bytes = std::fs::metadata(generation.ram())
-            .map_err(Error::file("measure", &generation.ram()))?
-            .len();
-        let manifest = Manifest::new(
-            record.id,
-            number,
-            parent,
-            record.hardware.clone(),
-            qemu,
-            [
-                ImageInfo {
-                    bytes: ram_bytes,
-                    root: ram.root(),
-                },
-                device_info(&device)?,
-            ],
-            disk_infos,
-        );
-        generation.publish(&manifest)?;
-        Ok(manifest)
-    })
-    .await
-}
-
-/// Size and root of a device state.
-pub(crate) fn device_info(device: &[u8]) -> Result<ImageInfo> {
-    let tree = ImageTree::build(&SlicePages(device), &no_progress)
-        .map_err(Error::reconcile("cannot hash the device state"))?;
-    Ok(ImageInfo {
-        bytes: device.len() as u64,
-        root: tree.root(),
-    })
-}
-
-/// The tree of an image that is a plain file.
-pub(crate) fn tree_of_file(path: &Path) -> Result<ImageTree> {
-    let map = RamMap::open(path).map_err(Error::host(format!("cannot read {}", path.display())))?;
-    ImageTree::build(&SlicePages(&map), &no_progress)
-        .map_err(Error::reconcile(format!("cannot hash {}", path.display())))
-}
-
-/// The number that the next generation gets; folders without a manifest count too.
-pub(crate) fn next_generation(vm: &VmDir) -> Result<u64> {
-    let dir = vm.dir().join("generations");
-    let mut highest = 0;
-    for entry in std::fs::read_dir(&dir).map_err(Error::file("list", &dir))? {
-        let entry = entry.map_err(Error::file("list", &dir))?;
-        let number = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<u64>().ok());
-        highest = highest.max(number.unwrap_or(0));
-    }
-    Ok(highest + 1)
-}
-
-/// Stops a VM so that `start` goes on where it was: a checkpoint, then QEMU quits.
-pub async fn suspend(vm: &VmDir) -> Result<Manifest> {
-    let _lock = vm.lock()?;
-    require_lease(vm)?;
-    let qemu = attach_running(vm).await?;
-    qemu.pause()
-        .await
-        .map_err(Error::host(format!("cannot pause {}", vm.name())))?;
-    let manifest = checkpoint_locked(vm, &qemu, None).await?;
-    qemu.quit()
-        .await
-        .map_err(Error::host(format!("cannot stop {}", vm.name())))?;
-    files::remove_dir(&vm.live_dir())?;
-    files::remove_dir(&vm.runtime_dir("live")?)?;
-    Ok(manifest)
 }
 
 /// Ends QEMU and forgets what the guest did since its last generation.

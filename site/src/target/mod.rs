@@ -3,33 +3,27 @@
 //! Until Commit the target holds a working folder and perhaps a fork of the VM, and nothing
 //! else: when a conversation ends early, in whatever way, both go.
 
+mod check;
+mod commit;
+mod receive;
+
 use traces::Record;
-use vm_host::{Accelerator, Network, Vm, probe, programs};
+use vm_host::Vm;
 
 use crate::error::{Error, Result};
 use crate::files::{self, FileLock};
 use crate::fork::{Fork, ForkFiles, Played};
 use crate::lease::Lease;
 use crate::line::TargetLine;
-use crate::local::{self, blocking};
+use crate::local::{self};
 use crate::phase::Phase;
-use crate::protocol::{CommitRequest, Hello, Plan, Purpose, ToSource, ToTarget, Welcome};
+use crate::protocol::{Hello, Plan, Purpose, ToSource, ToTarget, Welcome};
 use crate::report::{ReplaySummary, Strategy};
 use crate::store::{Store, VmDir};
-use crate::vm::{BaseFile, Id, VmRecord};
 use crate::work::{Received, Work};
 
-/// The most records a log segment may hold, and bytes before it is unpacked.
-const LOG_LIMITS: traces::Limits = traces::Limits {
-    records: 8 << 20,
-    bytes: 32 << 20,
-};
-
-/// Bytes of a log segment as sent.
-const LOG_BYTES: u64 = 64 << 20;
-
-/// Room that must stay free beside a VM's own needs.
-const MARGIN: u64 = 64 << 20;
+use check::check_host;
+use receive::{receive_file, receive_log};
 
 /// Talks with one peer until it is done.
 pub(crate) async fn converse(store: &Store, mut line: TargetLine) {
@@ -417,118 +411,6 @@ impl Session {
         }
     }
 
-    /// Takes the VM over. When this returns, it is this site's for good.
-    async fn commit(
-        &mut self,
-        work: Work,
-        received: Received,
-        request: CommitRequest,
-    ) -> Result<crate::work::Kept> {
-        let CommitRequest { manifest, fence } = request;
-        let hello = &self.hello;
-        if manifest.vm != hello.vm.id
-            || manifest.generation != hello.next
-            || manifest.hardware != hello.vm.hardware
-            || fence != hello.fence + 1
-        {
-            return Err(self.out_of_place("a commit of another state"));
-        }
-        if is_void(&self.vm, hello.transfer) {
-            return Err(Error::Refused(
-                "this hand-over was given up meanwhile".into(),
-            ));
-        }
-        let kept = work.keep(received, manifest).await?;
-        self.note_vm()?;
-        Lease::Held {
-            fence,
-            transfer: Some(self.hello.transfer),
-        }
-        .store(&self.vm.lease_path())?;
-        self.committed = true;
-        tracing::info!(vm = %self.vm.name(), generation = kept.manifest.generation, "taken over");
-        Ok(kept)
-    }
-
-    /// Writes down what the VM is, if it is new here.
-    fn note_vm(&self) -> Result<()> {
-        if self.vm.try_record()?.is_none() {
-            let lease = Lease::Elsewhere {
-                fence: self.hello.fence,
-                owner: self.peer.key,
-                owner_name: self.peer.name.to_string(),
-            };
-            self.vm.create(&self.hello.vm, &lease)?;
-        }
-        Ok(())
-    }
-
-    /// Starts the VM on the images that were received.
-    async fn resume(&self, kept: crate::work::Kept, paused: bool) -> Result<()> {
-        let record = &self.hello.vm;
-        let live = local::lay_overlays(&self.vm, record, Some(&kept.manifest))?;
-        let runtime = self.vm.runtime_dir("live")?;
-        files::remove_dir(&runtime)?;
-        files::make_dir(&runtime)?;
-        let ram = runtime.join("ram.img");
-        std::fs::rename(&kept.ram, &ram).map_err(Error::file("move into place", &ram))?;
-        let launch = local::launch(
-            &self.vm,
-            record,
-            &record.hardware,
-            &runtime,
-            live.overlay_paths(&self.vm),
-            Network::Connected,
-            Accelerator::Auto,
-            true,
-        );
-        let what = || {
-            format!(
-                "cannot go on with {}; `vm start` tries again",
-                self.vm.name()
-            )
-        };
-        let qemu = Vm::start(&launch).await.map_err(Error::host(what()))?;
-        let device = kept.generation.load_device()?;
-        let loaded = qemu
-            .load_device_state(&device)
-            .await
-            .map_err(Error::host(what()));
-        let resumed = match loaded {
-            Ok(()) if paused => Ok(()),
-            Ok(()) => local::resume_live(&self.vm, &qemu).await,
-            Err(error) => Err(error),
-        };
-        if resumed.is_err() {
-            let _ = qemu.kill().await;
-            files::remove_dir(&self.vm.live_dir())?;
-        }
-        resumed
-    }
-
-    /// Answers whether a hand-over took place; if it did not, it never will.
-    async fn settle(&mut self, line: &mut TargetLine, transfer: Id) -> Result<()> {
-        self.phase = Phase::Commit;
-        let known = self
-            .vm
-            .try_record()?
-            .is_some_and(|record| record.id == self.hello.vm.id);
-        let taken = known
-            && match self.vm.lease()? {
-                Lease::Held {
-                    transfer: Some(by),
-                    fence,
-                } => by == transfer || fence > self.hello.fence,
-                // It was taken, and handed on since.
-                lease => lease.fence() > self.hello.fence,
-            };
-        if !taken {
-            void(&self.vm, transfer)?;
-        }
-        line.send(ToSource::Settled { taken }).await?;
-        line.flush().await
-    }
-
     /// Leaves nothing of a conversation but what it committed.
     async fn clean(&mut self) -> Result<()> {
         if let Some(fork) = self.fork.take() {
@@ -560,189 +442,4 @@ pub(crate) async fn clean_leftovers(vm: &VmDir) -> Result<()> {
         files::remove_dir(&runtime)?;
     }
     files::remove_dir(&vm.incoming())
-}
-
-/// A hand-over that the source gave up must not be committed later, by a conversation that is
-/// still open here.
-fn void(vm: &VmDir, transfer: Id) -> Result<()> {
-    let dir = vm.store().root().join("void");
-    files::make_dir(&dir)?;
-    files::write_atomic(&dir.join(transfer.to_string()), b"")
-}
-
-fn is_void(vm: &VmDir, transfer: Id) -> bool {
-    vm.store()
-        .root()
-        .join("void")
-        .join(transfer.to_string())
-        .exists()
-}
-
-/// What this host must have for the VM, checked before anything is sent.
-async fn check_host(store: &Store, hello: &Hello) -> Result<()> {
-    let machine = hello.vm.hardware.machine.clone();
-    let machines = blocking(|| {
-        programs::machine_types(&programs::qemu())
-            .map_err(Error::host("cannot ask QEMU for its machine types"))
-    })
-    .await?;
-    if !machines.iter().any(|known| known.name == machine) {
-        let newest = machines.first().map_or("none", |known| known.name.as_str());
-        return Err(Error::Refused(format!(
-            "the QEMU here has no machine type {machine}; its newest is {newest}. Install a newer \
-             QEMU here (the source's is {})",
-            hello.qemu
-        )));
-    }
-    // The VM's RAM twice: the generation that arrives lies on disk, what runs on tmpfs.
-    let memory = hello.vm.hardware.memory_bytes();
-    let runtime = store.vm(&hello.vm.name).runtime_dir("incoming")?;
-    let shared = runtime.parent().unwrap_or(&runtime);
-    let free = free_space(shared)?;
-    if free < memory + MARGIN {
-        return Err(Error::Refused(format!(
-            "{} needs {} MiB for its memory, and {} has {} MiB free",
-            hello.vm.name,
-            memory >> 20,
-            shared.display(),
-            free >> 20
-        )));
-    }
-    let available = probe::free_memory().map_err(Error::host("cannot measure memory"))?;
-    if available < memory + MARGIN {
-        return Err(Error::Refused(format!(
-            "{} needs {} MiB of memory, and this host has {} MiB available",
-            hello.vm.name,
-            memory >> 20,
-            available >> 20
-        )));
-    }
-    let lacking: u64 = hello
-        .vm
-        .base_files()
-        .iter()
-        .filter(|file| store.base_file(file.hash).is_none())
-        .map(|file| file.bytes)
-        .sum();
-    let free = free_space(store.root())?;
-    if free < memory + lacking + MARGIN {
-        return Err(Error::Refused(format!(
-            "{} needs {} MiB on the disk with {}, and there are {} MiB free",
-            hello.vm.name,
-            (memory + lacking + MARGIN) >> 20,
-            store.root().display(),
-            free >> 20
-        )));
-    }
-    Ok(())
-}
-
-fn free_space(dir: &std::path::Path) -> Result<u64> {
-    probe::free_space(dir).map_err(Error::host("cannot measure free space"))
-}
-
-async fn receive_log(line: &mut TargetLine, first: reconciler::BlobPart) -> Result<Vec<Record>> {
-    let malformed = || Error::reconcile("the log sent is malformed");
-    let mut assembler = reconciler::BlobAssembler::new(LOG_BYTES);
-    let mut part = first;
-    let bytes = loop {
-        if let Some(bytes) = assembler.push(&part).map_err(malformed())? {
-            break bytes;
-        }
-        part = match line.receive(Phase::Log).await? {
-            ToTarget::Log(part) => part,
-            _ => return Err(line.unexpected(Phase::Log, "half a log")),
-        };
-    };
-    traces::decode_records(&bytes, LOG_LIMITS).map_err(Error::log("the log sent is malformed"))
-}
-
-/// Receives a base file; it is kept only if its content has the announced hash.
-async fn receive_file(
-    store: &Store,
-    line: &mut TargetLine,
-    vm: &VmRecord,
-    file: BaseFile,
-) -> Result<()> {
-    use std::io::Write;
-    if !vm.base_files().contains(&file) {
-        return Err(line.unexpected(Phase::Base, "a file that the VM does not need"));
-    }
-    let images = store.root().join("images");
-    let partial = tempfile::Builder::new()
-        .prefix(".receive-")
-        .tempdir_in(&images)
-        .map_err(Error::file("write to", &images))?;
-    let path = partial.path().join("file");
-    let out = std::fs::File::create(&path).map_err(Error::file("create", &path))?;
-    let mut out = zstd::stream::write::Decoder::new(SparseWriter::new(out, file.bytes))
-        .map_err(Error::file("write", &path))?;
-    loop {
-        match line.receive(Phase::Base).await? {
-            ToTarget::Data(chunk) => {
-                out.write_all(&chunk).map_err(Error::file("write", &path))?;
-            }
-            ToTarget::DataEnd => break,
-            _ => return Err(line.unexpected(Phase::Base, "half a file")),
-        }
-    }
-    out.flush()
-        .and_then(|()| out.into_inner().finish())
-        .map_err(Error::file("write", &path))?;
-    let store = store.clone();
-    let kept = blocking(move || {
-        let kept = store.adopt(&path)?;
-        drop(partial);
-        Ok(kept)
-    })
-    .await?;
-    if kept == file {
-        Ok(())
-    } else {
-        Err(line.unexpected(Phase::Base, "a file with another content than announced"))
-    }
-}
-
-/// Writes a file of a known length and leaves holes for zeros.
-struct SparseWriter {
-    file: std::fs::File,
-    at: u64,
-    length: u64,
-}
-
-impl SparseWriter {
-    fn new(file: std::fs::File, length: u64) -> Self {
-        Self {
-            file,
-            at: 0,
-            length,
-        }
-    }
-
-    fn finish(self) -> std::io::Result<()> {
-        self.file.set_len(self.at)
-    }
-}
-
-impl std::io::Write for SparseWriter {
-    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
-        use std::os::unix::fs::FileExt;
-        // Never more than was announced, however much a small stream unpacks to.
-        if self.at + buf.len() as u64 > self.length {
-            return Err(std::io::Error::other(
-                "there is more of it than was announced",
-            ));
-        }
-        let page = 4096 - (self.at % 4096) as usize;
-        let count = page.min(buf.len());
-        if buf[..count].iter().any(|byte| *byte != 0) {
-            self.file.write_all_at(&buf[..count], self.at)?;
-        }
-        self.at += count as u64;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }

@@ -4,8 +4,11 @@
 //! ran. The one moment at which that can't be known is between asking for the commit and hearing
 //! that it was done; [`settle`] clears that up.
 
+mod hand_over;
+mod opening;
+mod seed;
+
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 use vm_host::{Status, Vm};
@@ -18,11 +21,9 @@ use crate::line::{Line, LinkHistory};
 use crate::local::{self, Live};
 use crate::peers::Peer;
 use crate::phase::Phase;
-use crate::plan::{self, Estimates, Feasible};
+use crate::plan::{self, Feasible};
 use crate::progress::Progress;
-use crate::protocol::{
-    CommitRequest, Hello, ImageKind, Plan, Purpose, ToSource, ToTarget, Welcome,
-};
+use crate::protocol::{CommitRequest, ImageKind, Plan, Purpose, ToSource, ToTarget, Welcome};
 use crate::recording;
 use crate::report::{
     ByteReport, MigrationReport, PageReports, PhaseClock, ReplaySummary, Roots, Strategy,
@@ -32,8 +33,12 @@ use crate::store::VmDir;
 use crate::transport::Traffic;
 use crate::vm::{Id, VmRecord};
 
-/// Bytes that time the line: enough to see a thin one, few beside what follows.
-const PROBE_BYTES: usize = 32 << 10;
+use hand_over::{ask_target, keep};
+use opening::{begin, hello, live};
+use seed::{ship_files, ship_generation};
+
+pub use hand_over::settle;
+pub use seed::{SeedReport, dry_run, seed};
 
 /// The tail of the log that is typed while the target replays is replayed too, so often.
 const TAIL_ROUNDS: usize = 3;
@@ -124,154 +129,6 @@ async fn undo(vm: &VmDir, qemu: &Vm, resume: bool) -> Result<()> {
         local::resume_live(vm, qemu).await?;
     }
     Ok(())
-}
-
-/// Finds out who owns a VM whose hand-over was cut off, if that is not known.
-///
-/// # Errors
-/// [`Error::InDoubt`] if the target can't be asked now.
-pub async fn settle(vm: &VmDir) -> Result<()> {
-    if vm.try_record()?.is_some() && matches!(vm.lease()?, Lease::Offered { .. }) {
-        let _lock = vm.lock()?;
-        let qemu = local::attach(vm).await?;
-        ask_target(vm, qemu.as_ref()).await?;
-    }
-    Ok(())
-}
-
-/// Asks the target of an offered VM whether it took it, and notes the answer: whether the VM is
-/// here.
-async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
-    let Lease::Offered {
-        fence,
-        transfer,
-        to,
-        to_name,
-    } = vm.lease()?
-    else {
-        return Ok(true);
-    };
-    let in_doubt = |source: Error| Error::InDoubt {
-        vm: vm.name().to_string(),
-        site: to_name.clone(),
-        source: Some(Box::new(source)),
-    };
-    let ask = async {
-        let peer = vm.store().peers().by_key(&to)?.ok_or_else(|| {
-            Error::Refused(format!(
-                "{to_name} is no longer a trusted site; `site trust` it again"
-            ))
-        })?;
-        let record = vm.record()?;
-        let mut line = Line::connect(vm.store(), &peer).await?;
-        let hello = hello(
-            vm,
-            &record,
-            Purpose::Settle(transfer),
-            transfer,
-            fence,
-            1,
-            "",
-        )?;
-        line.send(ToTarget::Hello(Box::new(hello))).await?;
-        match line.recv(Phase::Commit).await? {
-            ToSource::Settled { taken } => Ok(taken),
-            _ => Err(line.unexpected(Phase::Commit, "no answer to the question who owns the VM")),
-        }
-    };
-    let taken = ask.await.map_err(in_doubt)?;
-    if taken {
-        hand_over(
-            vm,
-            qemu,
-            Lease::Elsewhere {
-                fence: fence + 1,
-                owner: to,
-                owner_name: to_name,
-            },
-        )
-        .await?;
-    } else {
-        Lease::Held {
-            fence,
-            transfer: None,
-        }
-        .store(&vm.lease_path())?;
-    }
-    Ok(!taken)
-}
-
-/// Lets go of a VM that another site has: its QEMU ends, never to run this state again.
-async fn hand_over(vm: &VmDir, qemu: Option<&Vm>, lease: Lease) -> Result<()> {
-    lease.store(&vm.lease_path())?;
-    recording::moved(vm).await?;
-    if let Some(qemu) = qemu {
-        qemu.quit()
-            .await
-            .map_err(Error::host(format!("cannot end the QEMU of {}", vm.name())))?;
-    }
-    Ok(())
-}
-
-fn hello(
-    vm: &VmDir,
-    record: &VmRecord,
-    purpose: Purpose,
-    transfer: Id,
-    fence: u64,
-    next: u64,
-    qemu: &str,
-) -> Result<Hello> {
-    Ok(Hello {
-        purpose,
-        vm: record.clone(),
-        transfer,
-        fence,
-        generations: vm.generations()?.iter().map(Manifest::identity).collect(),
-        next,
-        qemu: qemu.to_owned(),
-    })
-}
-
-/// The beginning that all purposes share: hello, welcome, how fast the line is.
-async fn begin(line: &mut Line, vm: &VmDir, hello: Hello) -> Result<(Welcome, f64)> {
-    let ours = hello.generations.clone();
-    line.send(ToTarget::Hello(Box::new(hello))).await?;
-    let ToSource::Welcome(welcome) = line.recv(Phase::Hello).await? else {
-        return Err(line.unexpected(Phase::Hello, "no welcome"));
-    };
-    if let Some(strange) = welcome.common.iter().find(|theirs| !ours.contains(theirs)) {
-        return Err(line.unexpected(
-            Phase::Hello,
-            format!(
-                "it holds a generation {} that is not this site's",
-                strange.number
-            ),
-        ));
-    }
-    // An empty probe gives the round trip, a full one the rate.
-    let mut times = [Duration::ZERO; 2];
-    for (time, size) in times.iter_mut().zip([0, PROBE_BYTES]) {
-        let begun = Instant::now();
-        line.send(ToTarget::Probe(vec![0; size])).await?;
-        match line.recv(Phase::Hello).await? {
-            ToSource::Probed => *time = begun.elapsed(),
-            _ => return Err(line.unexpected(Phase::Hello, "no answer to a probe")),
-        }
-    }
-    let transfer = times[1]
-        .saturating_sub(times[0])
-        .max(Duration::from_micros(10));
-    let probed = (PROBE_BYTES * 8) as f64 / transfer.as_secs_f64();
-    // Slow start makes a fast, long line look thin in so short a probe; what was once reached
-    // over it counts as well.
-    let rate = probed.max(
-        LinkHistory::load(vm.store())?
-            .rate(line.peer())
-            .unwrap_or(0.0),
-    );
-    tracing::info!(rtt = ?times[0], rate, "line measured");
-    Ok((*welcome, rate))
 }
 
 struct Migration<'a> {
@@ -571,192 +428,6 @@ impl Migration<'_> {
             _ => Err(line.unexpected(Phase::Commit, "no word that it took the VM")),
         }
     }
-}
-
-fn live(vm: &VmDir) -> Result<Live> {
-    Live::load(vm)?.ok_or_else(|| Error::Damaged {
-        path: vm.live_dir(),
-        reason: "the VM runs, but what its disks rest on is not noted".into(),
-    })
-}
-
-async fn ship_files(
-    line: &mut Line,
-    vm: &VmDir,
-    record: &VmRecord,
-    welcome: &Welcome,
-    progress: &dyn Progress,
-) -> Result<()> {
-    for file in record.base_files() {
-        if welcome.lacks.contains(&file.hash) {
-            progress.note(&format!(
-                "{} lacks the base file {}; sending it",
-                line.peer().name,
-                file.hash
-            ));
-            line.send(ToTarget::File(file)).await?;
-            exchange::send_file(line, &vm.store().base_path(file.hash), progress).await?;
-        }
-    }
-    Ok(())
-}
-
-async fn ship_generation(
-    line: &mut Line,
-    vm: &VmDir,
-    record: &VmRecord,
-    number: u64,
-    welcome: &Welcome,
-    rate: f64,
-    progress: &dyn Progress,
-) -> Result<Vec<Sent>> {
-    let manifest = vm.generation(number).load_manifest()?.ok_or_else(|| {
-        Error::Refused(format!(
-            "generation {number} of {} is not there any more",
-            vm.name()
-        ))
-    })?;
-    let common = welcome
-        .common
-        .iter()
-        .rfind(|id| id.number < number)
-        .map(|id| id.number);
-    let (state, base) = {
-        let (vm, record, manifest) = (vm.clone(), record.clone(), manifest.clone());
-        local::blocking(move || {
-            Ok((
-                Arc::new(State::of_generation(&vm, &manifest)?),
-                Arc::new(Base::load(&vm, &record, common)?),
-            ))
-        })
-        .await?
-    };
-    line.send(ToTarget::Generation {
-        manifest: Box::new(manifest),
-        base: common,
-    })
-    .await?;
-    let sent = exchange::send_images(line, &state, &base, rate, &mut |_| {}, progress).await?;
-    line.send(ToTarget::Publish).await?;
-    match line.recv(Phase::Base).await? {
-        ToSource::Published => Ok(sent),
-        _ => Err(line.unexpected(Phase::Base, "no word that it kept the generation")),
-    }
-}
-
-/// After the hand-over: what stood still here becomes the stale copy of the next return.
-async fn keep(
-    vm: &VmDir,
-    qemu: &Vm,
-    live: &Live,
-    state: Arc<State>,
-    manifest: Manifest,
-) -> Result<()> {
-    hand_over(vm, Some(qemu), vm.lease()?).await?;
-    let (vm, live) = (vm.clone(), live.clone());
-    local::blocking(move || {
-        let files = vm.generation(manifest.generation);
-        crate::files::make_dir(files.dir())?;
-        for (index, overlay) in live.overlay_paths(&vm).iter().enumerate() {
-            let kept = files.disk(index);
-            std::fs::hard_link(overlay, &kept).map_err(Error::file("link", &kept))?;
-        }
-        let ram = vm.runtime_dir("live")?.join("ram.img");
-        crate::files::copy_sparse(&ram, &files.ram())?;
-        let device = files.device();
-        std::fs::write(&device, state.device()).map_err(Error::file("write", &device))?;
-        files.save_trees(state.tree(ImageKind::Ram), &state.disk_trees())?;
-        files.publish(&manifest)?;
-        crate::files::remove_dir(&vm.live_dir())?;
-        crate::files::remove_dir(&vm.runtime_dir("live")?)
-    })
-    .await
-}
-
-/// What seeding a site took.
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct SeedReport {
-    /// The generation that the site has now.
-    pub generation: u64,
-    /// The generation that both had before.
-    pub generation_from: Option<u64>,
-    /// What crossed the socket.
-    pub bytes: ByteReport,
-    /// Seconds in all.
-    pub seconds: f64,
-}
-
-/// Ships the newest generation of a VM to another site.
-pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<SeedReport> {
-    let begun = Instant::now();
-    settle(vm).await?;
-    let record = vm.record()?;
-    let _lock = vm.lock()?;
-    let newest = vm.generations()?.pop().ok_or_else(|| {
-        Error::Refused(format!(
-            "{0} has no generation yet; make one with `replay-migrate checkpoint {0}` or `record {0}`",
-            vm.name()
-        ))
-    })?;
-    progress.phase(Phase::Hello);
-    let mut line = Line::connect(vm.store(), peer).await?;
-    let traffic = line.traffic();
-    let fence = vm.lease()?.fence();
-    let next = newest.generation + 1;
-    let hello = hello(
-        vm,
-        &record,
-        Purpose::Seed,
-        Id::random()?,
-        fence,
-        next,
-        &newest.qemu,
-    )?;
-    let (welcome, rate) = begin(&mut line, vm, hello).await?;
-    progress.phase(Phase::Base);
-    ship_files(&mut line, vm, &record, &welcome, progress).await?;
-    let mut bytes = ByteReport::default();
-    if !welcome.common.contains(&newest.identity()) {
-        let number = newest.generation;
-        let sent =
-            ship_generation(&mut line, vm, &record, number, &welcome, rate, progress).await?;
-        account(&mut bytes, &sent);
-        LinkHistory::load(vm.store())?.note(vm.store(), peer, &sent)?;
-    }
-    finish_traffic(&mut bytes, &traffic);
-    line.close().await;
-    Ok(SeedReport {
-        generation: newest.generation,
-        generation_from: welcome.common.last().map(|id| id.number),
-        bytes,
-        seconds: begun.elapsed().as_secs_f64(),
-    })
-}
-
-/// Predicts what each strategy would cost, and changes nothing.
-pub async fn dry_run(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Estimates> {
-    settle(vm).await?;
-    let record = vm.record()?;
-    let fence = local::require_lease(vm)?;
-    local::attach_running(vm).await?;
-    progress.phase(Phase::Hello);
-    let mut line = Line::connect(vm.store(), peer).await?;
-    let next = local::next_generation(vm)?;
-    let hello = hello(
-        vm,
-        &record,
-        Purpose::Estimate,
-        Id::random()?,
-        fence,
-        next,
-        &local::qemu_version().await?,
-    )?;
-    let (welcome, rate) = begin(&mut line, vm, hello).await?;
-    line.close().await;
-    progress.phase(Phase::Plan);
-    let live = live(vm)?;
-    let feasible = Feasible::of(vm, &live, &welcome)?;
-    plan::estimate(vm, &record, &live, feasible, rate).await
 }
 
 fn account(bytes: &mut ByteReport, sent: &[Sent]) {

@@ -1,16 +1,14 @@
 //! The target's working copy of a state while it arrives: RAM, overlays and device state in
 //! folders of their own, which become a generation when all is verified, or go without a trace.
 
+mod exchange;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use reconciler::{
-    Applier, ApplyOptions, BlobAssembler, Descent, Holdings, Image, ImageTree, Offer, Place,
-    PlaceKind, SlicePages, SlicePagesMut, Verification, Verified, blob_parts, no_progress,
-    pages_for,
-};
+use reconciler::{Holdings, ImageTree, Offer, Place, PlaceKind, SlicePages, SlicePagesMut};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use vm_host::RamMapMut;
@@ -22,16 +20,15 @@ use crate::generation::{GenerationFiles, Manifest};
 use crate::line::TargetLine;
 use crate::local::blocking;
 use crate::phase::Phase;
-use crate::protocol::{ImageHead, ImageKind, ImageOutcome, ToSource, ToTarget};
+use crate::protocol::{ImageHead, ImageKind, ToTarget};
 use crate::state::{Base, tree_of};
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
 
+use exchange::{Talk, exchange, receive_offer};
+
 /// A device state is never larger: it holds the video memory and what the devices buffer.
 const DEVICE_LIMIT: u64 = 1 << 30;
-
-/// A repair that does not end the matter is tried no more often.
-const REPAIRS: usize = 3;
 
 /// A state in the making.
 pub(crate) struct Work {
@@ -442,165 +439,4 @@ pub(crate) struct Kept {
     pub generation: GenerationFiles,
     /// Its manifest.
     pub manifest: Manifest,
-}
-
-async fn receive_offer(line: &mut TargetLine, head: ImageHead) -> Result<Offer> {
-    let phase = head.kind.phase();
-    let pages = pages_for(head.bytes);
-    let malformed = || Error::reconcile("an offer is malformed");
-    let mut assembler = BlobAssembler::new(Offer::max_encoded_len(pages));
-    loop {
-        let ToTarget::Offer(part) = line.receive(phase).await? else {
-            return Err(line.unexpected(phase, "no offer"));
-        };
-        if let Some(bytes) = assembler.push(&part).map_err(malformed())? {
-            let offer = Offer::decode(&bytes, pages).map_err(malformed())?;
-            return if offer.pages() == pages {
-                Ok(offer)
-            } else {
-                Err(line.unexpected(phase, "an offer of another size"))
-            };
-        }
-    }
-}
-
-/// The line, for code that works on images and may block.
-struct Talk<'a> {
-    line: &'a mut TargetLine,
-    runtime: &'a Handle,
-    phase: Phase,
-}
-
-impl Talk<'_> {
-    fn send(&mut self, message: ToSource) -> Result<()> {
-        self.runtime.block_on(async {
-            self.line.send(message).await?;
-            self.line.flush().await
-        })
-    }
-
-    fn receive(&mut self) -> Result<ToTarget> {
-        self.runtime.block_on(self.line.receive(self.phase))
-    }
-
-    /// Hands pages to `take` until there are no more.
-    fn pages(
-        &mut self,
-        mut take: impl FnMut(&reconciler::PageChunk) -> Result<(), reconciler::Error>,
-    ) -> Result<()> {
-        loop {
-            match self.receive()? {
-                ToTarget::Pages(chunk) => {
-                    take(&chunk).map_err(Error::reconcile("cannot apply the pages received"))?;
-                }
-                ToTarget::PagesEnd => return Ok(()),
-                _ => return Err(self.line.unexpected(self.phase, "no pages")),
-            }
-        }
-    }
-}
-
-/// Answers an offer, applies what comes, verifies, and repairs until the roots are equal.
-///
-/// With `before`, only pages that were written are hashed again: for disks, which nobody else
-/// can have changed since `before` was computed.
-fn exchange(
-    talk: &mut Talk<'_>,
-    offer: &Offer,
-    holdings: &Holdings<'_>,
-    image: &mut dyn Image,
-    before: Option<&ImageTree>,
-) -> Result<ImageTree> {
-    let failed = |what: &'static str| Error::reconcile(what);
-    let resolution =
-        reconciler::resolve(offer, holdings).map_err(failed("cannot resolve an offer"))?;
-    let answer = resolution
-        .answer(offer)
-        .map_err(failed("cannot answer an offer"))?;
-    for part in blob_parts(&answer) {
-        talk.send(ToSource::Lacks(part))?;
-    }
-    let mut applier = Applier::new(offer, resolution, holdings, image, ApplyOptions::default())
-        .map_err(failed("cannot begin to build an image"))?;
-    talk.pages(|chunk| applier.push(chunk))?;
-    let applied = applier
-        .finish()
-        .map_err(failed("an image is not complete"))?;
-    let mut verification = match before {
-        Some(before) => applied.verify_touched(image.reader(), before),
-        None => applied.verify(image.reader(), &no_progress),
-    }
-    .map_err(failed("cannot verify an image"))?;
-    for _ in 0..REPAIRS {
-        let mismatch = match verification {
-            Verification::Verified(verified) => return tell(talk, verified),
-            Verification::Mismatch(mismatch) => mismatch,
-        };
-        tracing::warn!(phase = %talk.phase, "an image differs from the source's; repairing it");
-        let mut descent = Descent::new(&mismatch);
-        while let Some(request) = descent.next_request() {
-            talk.send(ToSource::Differs(request))?;
-            let ToTarget::Nodes(reply) = talk.receive()? else {
-                return Err(talk.line.unexpected(talk.phase, "no hashes"));
-            };
-            descent
-                .take(&reply)
-                .map_err(failed("the hashes received are not the source's"))?;
-        }
-        let differing = descent.into_differing();
-        for part in blob_parts(&differing.encode()) {
-            talk.send(ToSource::Refetch(part))?;
-        }
-        let mut repairer = mismatch
-            .repair(image, &differing)
-            .map_err(failed("cannot repair an image"))?;
-        talk.pages(|chunk| repairer.push(chunk))?;
-        let (applied, tree) = repairer
-            .finish()
-            .map_err(failed("a repair is not complete"))?;
-        verification = applied
-            .verify_touched(image.reader(), &tree)
-            .map_err(failed("cannot verify an image"))?;
-    }
-    match verification {
-        Verification::Verified(verified) => tell(talk, verified),
-        Verification::Mismatch(_) => Err(Error::Refused(format!(
-            "an image still differs from the source's after {REPAIRS} repairs: this host's memory \
-             or disk may be failing"
-        ))),
-    }
-}
-
-fn tell(talk: &mut Talk<'_>, verified: Verified) -> Result<ImageTree> {
-    let (tree, counts) = verified.into_parts();
-    let mut pages: Vec<(String, u64)> = [
-        ("zero", counts.zero),
-        ("same", counts.same),
-        ("repeated", counts.repeated),
-        ("literal", counts.literal),
-        ("delta", counts.delta),
-        ("reverted", counts.reverted),
-        ("refetched", counts.refetched),
-    ]
-    .into_iter()
-    .map(|(name, count)| (name.to_owned(), count))
-    .collect();
-    pages.extend(counts.moved.iter().map(|(place, count)| {
-        let from = match place {
-            PlaceKind::Replayed => "moved_from_replayed",
-            PlaceKind::Base => "moved_from_base",
-            PlaceKind::Disk => "moved_from_disk",
-            PlaceKind::OtherImage => "moved_from_other_image",
-            PlaceKind::Store => "moved_from_store",
-        };
-        (from.to_owned(), *count)
-    }));
-    pages.retain(|(_, count)| *count > 0);
-    let outcome = ImageOutcome {
-        root: tree.root(),
-        pages,
-        refetched: counts.refetched,
-    };
-    talk.send(ToSource::Verified(outcome))?;
-    Ok(tree)
 }

@@ -1,0 +1,229 @@
+//! Making a generation of a VM while the guest stands still for a moment.
+
+use std::path::Path;
+
+use reconciler::{ImageTree, SlicePages, no_progress};
+use vm_host::{RamMap, Status, Vm};
+
+use super::{
+    Live, attach_running, blocking, guest_status, qemu_version, require_lease, resume_live,
+};
+use crate::disks::{self, DiskImage};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::generation::{GenerationFiles, ImageInfo, Manifest};
+use crate::store::VmDir;
+use crate::vm::VmRecord;
+
+/// Makes a new generation of a running or paused VM; it goes on as it was.
+///
+/// Where the guest has not run since the last generation, that one is the answer.
+pub async fn checkpoint(vm: &VmDir) -> Result<Manifest> {
+    let _lock = vm.lock()?;
+    require_lease(vm)?;
+    let qemu = attach_running(vm).await?;
+    checkpoint_locked(vm, &qemu, None).await
+}
+
+/// As [`checkpoint`], with the lock held; `at_checkpoint` runs while the guest stands still.
+pub(crate) async fn checkpoint_locked(
+    vm: &VmDir,
+    qemu: &Vm,
+    at_checkpoint: Option<&(dyn Fn() + Sync)>,
+) -> Result<Manifest> {
+    let record = vm.record()?;
+    let live = Live::load(vm)?.ok_or_else(|| Error::Damaged {
+        path: vm.live_dir(),
+        reason: "the VM runs, but what its disks rest on is not noted".into(),
+    })?;
+    let was_running = guest_status(vm, qemu).await? == Status::Running;
+    if !was_running
+        && !live.ran
+        && let Some(number) = live.generation
+        && let Some(manifest) = vm.generation(number).load_manifest()?
+    {
+        if let Some(notify) = at_checkpoint {
+            notify();
+        }
+        return Ok(manifest);
+    }
+    let what = |what: &str| format!("cannot {what} {}", vm.name());
+    qemu.pause().await.map_err(Error::host(what("pause")))?;
+    let taken = take_state(vm, qemu, &record, &live).await;
+    if taken.is_ok()
+        && let Some(notify) = at_checkpoint
+    {
+        notify();
+    }
+    if was_running {
+        // Whatever happened above, the user's desktop goes on.
+        resume_live(vm, qemu).await?;
+    }
+    let taken = taken?;
+    finish_generation(vm, &record, taken, &qemu_version().await?).await
+}
+
+/// What was copied while the guest stood still.
+struct Taken {
+    files: GenerationFiles,
+    number: u64,
+    live: Live,
+    device: Vec<u8>,
+}
+
+async fn take_state(vm: &VmDir, qemu: &Vm, record: &VmRecord, live: &Live) -> Result<Taken> {
+    let number = next_generation(vm)?;
+    let generation = vm.generation(number);
+    files::make_dir(generation.dir())?;
+    // The top overlays become the generation's disks. A link keeps QEMU's name for them valid.
+    let mut overlays = Vec::new();
+    for (index, old) in live.overlay_paths(vm).iter().enumerate() {
+        let kept = generation.disk(index);
+        std::fs::hard_link(old, &kept).map_err(Error::file("link", &kept))?;
+        let name = format!("disk{index}-{number}.qcow2");
+        disks::overlay_on(vm, record, Some(number), index, &vm.live_dir().join(&name))?;
+        overlays.push(name);
+    }
+    let now_live = Live {
+        generation: Some(number),
+        overlays,
+        ran: false,
+    };
+    qemu.snapshot_disks(&now_live.overlay_paths(vm))
+        .await
+        .map_err(Error::host(format!(
+            "cannot snapshot the disks of {}",
+            vm.name()
+        )))?;
+    // From here on the new overlays are on top, whatever comes: note it before going on.
+    Live {
+        generation: live.generation,
+        ran: true,
+        ..now_live.clone()
+    }
+    .store(vm)?;
+    for old in live.overlay_paths(vm) {
+        std::fs::remove_file(&old).map_err(Error::file("remove", &old))?;
+    }
+    let device = qemu.save_device_state().await.map_err(Error::host(format!(
+        "cannot save the device state of {}",
+        vm.name()
+    )))?;
+    let (from, to) = (vm.runtime_dir("live")?.join("ram.img"), generation.ram());
+    blocking(move || files::copy_sparse(&from, &to).map(drop)).await?;
+    Live {
+        ran: false,
+        ..now_live.clone()
+    }
+    .store(vm)?;
+    Ok(Taken {
+        files: generation,
+        number,
+        live: now_live,
+        device,
+    })
+}
+
+async fn finish_generation(
+    vm: &VmDir,
+    record: &VmRecord,
+    taken: Taken,
+    qemu: &str,
+) -> Result<Manifest> {
+    let (vm, record, qemu) = (vm.clone(), record.clone(), qemu.to_owned());
+    blocking(move || {
+        let Taken {
+            files: generation,
+            number,
+            live,
+            device,
+        } = taken;
+        debug_assert_eq!(live.generation, Some(number));
+        let parent = vm.generations()?.pop().map(|manifest| manifest.generation);
+        let device_path = generation.device();
+        std::fs::write(&device_path, &device).map_err(Error::file("write", &device_path))?;
+        let ram = tree_of_file(&generation.ram())?;
+        let mut disk_trees = Vec::new();
+        let mut disk_infos = Vec::new();
+        for index in 0..record.disks.len() {
+            let image = DiskImage::open(&generation.disk(index))?;
+            let tree = disks::tree_since(&vm, &record, parent, index, &image)?;
+            disk_infos.push(ImageInfo {
+                bytes: image.bytes(),
+                root: tree.root(),
+            });
+            disk_trees.push(tree);
+        }
+        generation.save_trees(&ram, &disk_trees)?;
+        let ram_bytes = std::fs::metadata(generation.ram())
+            .map_err(Error::file("measure", &generation.ram()))?
+            .len();
+        let manifest = Manifest::new(
+            record.id,
+            number,
+            parent,
+            record.hardware.clone(),
+            qemu,
+            [
+                ImageInfo {
+                    bytes: ram_bytes,
+                    root: ram.root(),
+                },
+                device_info(&device)?,
+            ],
+            disk_infos,
+        );
+        generation.publish(&manifest)?;
+        Ok(manifest)
+    })
+    .await
+}
+
+/// Size and root of a device state.
+pub(crate) fn device_info(device: &[u8]) -> Result<ImageInfo> {
+    let tree = ImageTree::build(&SlicePages(device), &no_progress)
+        .map_err(Error::reconcile("cannot hash the device state"))?;
+    Ok(ImageInfo {
+        bytes: device.len() as u64,
+        root: tree.root(),
+    })
+}
+
+/// The tree of an image that is a plain file.
+pub(crate) fn tree_of_file(path: &Path) -> Result<ImageTree> {
+    let map = RamMap::open(path).map_err(Error::host(format!("cannot read {}", path.display())))?;
+    ImageTree::build(&SlicePages(&map), &no_progress)
+        .map_err(Error::reconcile(format!("cannot hash {}", path.display())))
+}
+
+/// The number that the next generation gets; folders without a manifest count too.
+pub(crate) fn next_generation(vm: &VmDir) -> Result<u64> {
+    let dir = vm.dir().join("generations");
+    let mut highest = 0;
+    for entry in std::fs::read_dir(&dir).map_err(Error::file("list", &dir))? {
+        let entry = entry.map_err(Error::file("list", &dir))?;
+        let number = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<u64>().ok());
+        highest = highest.max(number.unwrap_or(0));
+    }
+    Ok(highest + 1)
+}
+
+/// Stops a VM so that `start` goes on where it was: a checkpoint, then QEMU quits.
+pub async fn suspend(vm: &VmDir) -> Result<Manifest> {
+    let _lock = vm.lock()?;
+    require_lease(vm)?;
+    let qemu = attach_running(vm).await?;
+    qemu.pause()
+        .await
+        .map_err(Error::host(format!("cannot pause {}", vm.name())))?;
+    let manifest = checkpoint_locked(vm, &qemu, None).await?;
+    qemu.quit()
+        .await
+        .map_err(Error::host(format!("cannot stop {}", vm.name())))?;
+    files::remove_dir(&vm.live_dir())?;
+    files::remove_dir(&vm.runtime_dir("live")?)?;
+    Ok(manifest)
+}
