@@ -56,7 +56,6 @@ pub(crate) const FILES: &[RecipeFile] = &[
     recipe_file!("etc/initramfs-tools/modules", executable: false),
     recipe_file!("etc/systemd/system/desktop-ready.service", executable: false),
     recipe_file!("etc/systemd/system/desktop.service", executable: false),
-    recipe_file!("home/user/.config/abiword/profile", executable: false),
     recipe_file!("home/user/.config/gtk-3.0/settings.ini", executable: false),
     recipe_file!("home/user/.gtkrc-2.0", executable: false),
     recipe_file!("usr/local/lib/desktop/announce-ready", executable: true),
