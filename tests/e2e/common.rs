@@ -1,0 +1,119 @@
+//! Sites with a guest, ready to be tested.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use testkit::robot::Robot;
+use testkit::session::{SHORT, Session};
+use testkit::site::{Difference, Recorder, Site, compare_disks, compare_files, newest_generation};
+use tokio::sync::{OnceCell, Semaphore, SemaphorePermit};
+
+/// The VM of every test.
+pub(crate) const VM: &str = "desk";
+/// Building the guest and booting it once.
+const GUEST_LIMIT: Duration = Duration::from_secs(1800);
+/// What only has to end does so within this.
+pub(crate) const SOON: Duration = Duration::from_secs(30);
+/// Cleaning up after a conversation that was cut off takes a moment.
+const CLEAN_LIMIT: Duration = Duration::from_secs(30);
+
+/// Two guests at once are what two processors carry.
+static GUESTS: Semaphore = Semaphore::const_new(2);
+static GUEST: OnceCell<String> = OnceCell::const_new();
+
+pub(crate) fn program() -> PathBuf {
+    env!("CARGO_BIN_EXE_replay-migrate").into()
+}
+
+/// Sites of a test. The sites go before their folder does.
+pub(crate) struct World {
+    pub(crate) a: Site,
+    pub(crate) b: Site,
+    pub(crate) dir: TempDir,
+    _turn: SemaphorePermit<'static>,
+}
+
+/// The folder of the guest, built and booted once for all.
+pub(crate) async fn guest() -> &'static str {
+    let build = async {
+        let dir = tempfile::tempdir().unwrap();
+        let site = Site::new(program(), "builder", dir.path());
+        let built = site.spawn(&["guest", "build"]).unwrap().finish(GUEST_LIMIT).await.unwrap();
+        let built: serde_json::Value = built.success().unwrap().last().unwrap();
+        built["dir"].as_str().unwrap().to_owned()
+    };
+    GUEST.get_or_init(|| build).await
+}
+
+impl World {
+    /// Sites A and B, which have the guest's read-only files and no VM.
+    pub(crate) async fn new() -> Self {
+        let turn = GUESTS.acquire().await.unwrap();
+        let guest = guest().await;
+        let dir = tempfile::tempdir().unwrap();
+        let site = |name: &str| Site::new(program(), name, dir.path().join(name));
+        let world = Self { a: site("a"), b: site("b"), dir, _turn: turn };
+        world.b.json(&["vm", "create", "images", "--disk", guest]).await.unwrap();
+        world.b.json(&["vm", "delete", "images", "--yes"]).await.unwrap();
+        world
+    }
+
+    /// As [`Self::new`], with both agents up, and the VM running at A.
+    pub(crate) async fn with_vm() -> Self {
+        let mut world = Self::new().await;
+        testkit::site::introduce(&mut world.a, &mut world.b).await.unwrap();
+        start_vm(&world.a).await;
+        world
+    }
+}
+
+/// Makes and starts the VM.
+pub(crate) async fn start_vm(site: &Site) {
+    site.json(&["vm", "create", VM, "--disk", guest().await]).await.unwrap();
+    site.json(&["vm", "start", VM]).await.unwrap();
+    assert_eq!(site.state(VM).await.unwrap(), "running");
+}
+
+/// A user works for a quarter of a minute through the recorder.
+pub(crate) async fn work(recorder: &Recorder) {
+    let session: Session = SHORT.parse().unwrap();
+    let mut robot = Robot::connect(&recorder.vnc).await.unwrap();
+    session.play(&mut robot, None, |_, _| {}).await.unwrap();
+}
+
+/// The newest generations of both sites are the same, byte by byte.
+pub(crate) fn assert_same_images(one: &Site, other: &Site) {
+    let (number, left) = newest_generation(one.dir(), VM).unwrap();
+    let (other_number, right) = newest_generation(other.dir(), VM).unwrap();
+    assert_eq!(number, other_number);
+    for file in ["ram.img", "device.bin"] {
+        let difference = compare_files(&left.join(file), &right.join(file)).unwrap();
+        assert_eq!(difference, Difference::None, "{file}");
+    }
+    let difference = compare_disks(&left.join("disk0.qcow2"), &right.join("disk0.qcow2")).unwrap();
+    assert_eq!(difference, Difference::None, "disk");
+}
+
+/// QEMUs that have a file of this folder open, by their command lines.
+pub(crate) fn qemus_on(dir: &Path) -> usize {
+    let dir = dir.to_string_lossy().into_owned();
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    processes
+        .filter_map(|process| std::fs::read(process.path().join("cmdline")).ok())
+        .filter(|words| {
+            let words = String::from_utf8_lossy(words);
+            words.split('\0').next().is_some_and(|program| program.contains("qemu-system"))
+                && words.contains(&dir)
+        })
+        .count()
+}
+
+/// Waits until a condition of the outside world holds.
+pub(crate) async fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let end = Instant::now() + CLEAN_LIMIT;
+    while !holds() {
+        assert!(Instant::now() < end, "after {} s still not: {what}", CLEAN_LIMIT.as_secs());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}

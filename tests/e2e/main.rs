@@ -1,0 +1,11 @@
+//! Through the command line, with real guests: what a person would see.
+//!
+//! All share one guest from the cache, booted once. Each has sites of its own in a temporary
+//! folder, and leaves no process behind, also when it fails.
+
+mod bad_input;
+mod common;
+mod help;
+mod interrupt;
+mod roam;
+mod state;
