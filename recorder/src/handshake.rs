@@ -202,8 +202,17 @@ async fn read_reason<S: AsyncRead + Unpin>(qemu: &mut S) -> Result<String, Hands
 }
 
 /// Starts the session with QEMU, shared with all other viewers.
+///
+/// QEMU takes a viewer's pointer for a relative one until it has named its encodings (`absolute`
+/// in `ui/vnc.c`), and would move the guest's pointer by the differences. So the one that every
+/// viewer has is named for it; QEMU sends nothing in return, and forgets it at the viewer's own.
 pub(crate) async fn join_shared<S: AsyncWrite + Unpin>(qemu: &mut S) -> Result<(), HandshakeError> {
-    qemu.write_all(&[1]).await.map_err(HandshakeError::Upstream)
+    const CLIENT_INIT: [u8; 1] = [1];
+    const SET_ENCODINGS_RAW: [u8; 8] = [2, 0, 0, 1, 0, 0, 0, 0];
+    let opening = [&CLIENT_INIT[..], &SET_ENCODINGS_RAW].concat();
+    qemu.write_all(&opening)
+        .await
+        .map_err(HandshakeError::Upstream)
 }
 
 #[cfg(test)]

@@ -117,6 +117,8 @@ struct Inner {
     closed: bool,
     /// Keys and buttons that the log says are down, and that the guest therefore holds down.
     logged_down: BTreeSet<u16>,
+    /// The same, when recording was paused.
+    held_at_pause: BTreeSet<u16>,
     stats: Statistics,
     scratch: Vec<Event>,
 }
@@ -137,6 +139,7 @@ impl Journal {
             paused: false,
             closed: false,
             logged_down: BTreeSet::new(),
+            held_at_pause: BTreeSet::new(),
             stats: Statistics::default(),
             scratch: Vec::new(),
         };
@@ -216,7 +219,9 @@ impl Journal {
             return None;
         }
         let pointer = inner.devices.pointer();
-        let aim = inner.plan.aim(events, pointer, Instant::now())?;
+        let aim = inner.plan.aim(events, pointer, Instant::now());
+        // Waiting for the screen in replay would make a held key repeat.
+        let aim = aim.filter(|_| inner.logged_down.iter().all(|c| MODIFIERS.contains(c)))?;
         self.capture(aim)
     }
 
@@ -252,6 +257,8 @@ impl Journal {
         if !inner.paused {
             inner.put(Event::Gap);
             inner.paused = true;
+            // For the log, a gap releases everything.
+            inner.held_at_pause = std::mem::take(&mut inner.logged_down);
         }
     }
 
@@ -261,10 +268,10 @@ impl Journal {
             return;
         }
         inner.paused = false;
-        // What the log believes to be down and isn't, and where the pointer has gone.
+        // What has been held all the time, and where the pointer has gone.
         let down = inner.devices.down();
-        let released: Vec<u16> = inner.logged_down.difference(&down).copied().collect();
-        let mut events: Vec<Event> = released.into_iter().map(|c| edge(c, false)).collect();
+        let held = std::mem::take(&mut inner.held_at_pause);
+        let mut events: Vec<Event> = held.intersection(&down).map(|c| edge(*c, true)).collect();
         events.extend(
             inner
                 .devices
@@ -340,6 +347,9 @@ impl Drop for Seat {
 const KEY_DELAY_MICROS: u64 = 10_000;
 /// Keys and buttons share Linux's numbering; buttons begin at `BTN_MISC`.
 const FIRST_BUTTON: u16 = 0x100;
+
+/// Shift, Ctrl, Alt, AltGr and the logo keys, which do nothing by being held.
+const MODIFIERS: [u16; 8] = [29, 42, 54, 56, 97, 100, 125, 126];
 
 fn edge(code: u16, down: bool) -> Event {
     if code >= FIRST_BUTTON {

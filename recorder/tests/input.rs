@@ -220,13 +220,21 @@ async fn what_a_leaving_viewer_holds_is_released_in_the_guest_and_in_the_log() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pause_leaves_a_gap_and_nothing_pressed() {
+async fn a_pause_leaves_a_gap_and_holds_what_is_held() {
     let qemu = Qemu::start();
     let (recorder, log, listen) = record(&qemu).await;
     let mut viewer = RawViewer::connect(&listen).await;
     viewer.key(u32::from(b'a'), true).await;
     log.until(|e| e.iter().any(|e| matches!(e, Event::Key { .. })))
         .await;
+    viewer.key(0xffe1, true).await;
+    log.until(|e| {
+        e.contains(&Event::Key {
+            code: 42,
+            down: true,
+        })
+    })
+    .await;
     recorder.pause();
     recorder.pause();
     viewer.key(u32::from(b'a'), false).await;
@@ -234,7 +242,7 @@ async fn a_pause_leaves_a_gap_and_nothing_pressed() {
     viewer.point(3, 4, 0).await;
     // Input still reaches the guest.
     qemu.trace_until(|t| t.contains("qcode b, down 1")).await;
-    while recorder.statistics().forwarded < 4 {
+    while recorder.statistics().forwarded < 5 {
         tokio::task::yield_now().await;
     }
     recorder.resume();
@@ -260,8 +268,8 @@ async fn a_pause_leaves_a_gap_and_nothing_pressed() {
         [
             Event::Gap,
             Event::Key {
-                code: 30,
-                down: false
+                code: 42,
+                down: true
             },
             Event::Pointer { x: 3, y: 4 },
             Event::Key {
@@ -359,6 +367,8 @@ async fn a_device_of_this_machine_reaches_guest_and_log() {
         .await;
     let trace = qemu.trace();
     assert!(trace.contains("button wheel-down, down 1"), "{trace}");
+    assert!(trace.contains("input_event_abs"), "{trace}");
+    assert!(!trace.contains("input_event_rel"), "{trace}");
     recorder.shutdown().await.unwrap();
     let mut edges = log.edges();
     assert!(log.events().contains(&Event::Wheel {
@@ -368,4 +378,36 @@ async fn a_device_of_this_machine_reaches_guest_and_log() {
     let rest: BTreeSet<_> = edges.split_off(4).into_iter().collect();
     assert_eq!(edges, [(30, true), (0x111, true), (30, false), (42, true)]);
     assert_eq!(rest, [(42, false), (0x111, false)].into());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_pointer_is_where_the_log_says_even_for_a_viewer_of_few_words() {
+    let qemu = Qemu::start();
+    let (recorder, log, listen) = record(&qemu).await;
+    // Past the change to text mode, which positions are scaled by.
+    log.until(|e| {
+        e.contains(&Event::Screen {
+            width: 720,
+            height: 400,
+        })
+    })
+    .await;
+    let mut viewer = RawViewer::connect(&listen).await;
+    for (x, y) in [(0, 0), (360, 100), (719, 399), (5000, 5000)] {
+        viewer.point(x, y, 0).await;
+    }
+    let scaled = |value: u32, size: u32| value * 0x7fff / size;
+    let last = format!("axis y, value {:#x}", scaled(399, 400));
+    let trace = qemu
+        .trace_until(|t| t.lines().any(|l| l.ends_with(&last)))
+        .await;
+    assert!(trace.contains(&format!("axis x, value {:#x}", scaled(360, 720))));
+    recorder.flush().unwrap();
+    let pointers = log.events().into_iter().filter_map(|e| match e {
+        Event::Pointer { x, y } => Some((x, y)),
+        _ => None,
+    });
+    let pointers: Vec<_> = pointers.collect();
+    // What lies beyond the screen is its edge.
+    assert_eq!(pointers, [(0, 0), (360, 100), (719, 399)]);
 }

@@ -25,7 +25,20 @@ impl Qemu {
     pub fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let child = Command::new(vm_host::programs::qemu())
-            .args(["-nodefaults", "-machine", "q35,accel=tcg", "-m", "64"])
+            // Without PS/2 the only pointer is the tablet, as if the guest had a driver for it.
+            .args([
+                "-nodefaults",
+                "-machine",
+                "q35,accel=tcg,i8042=off",
+                "-m",
+                "64",
+            ])
+            .args([
+                "-device",
+                "virtio-keyboard-pci",
+                "-device",
+                "virtio-tablet-pci",
+            ])
             .args(["-vga", "std", "-display", "none", "-monitor", "none"])
             .args(["-vnc", &format!("unix:{}/vnc", dir.path().display())])
             .args(["-trace", "input_event_*", "-trace", "vnc_key_event_*"])
