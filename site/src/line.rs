@@ -47,9 +47,41 @@ impl Line {
         ))
     }
 
+    /// Queues a message. If the line has failed because the target gave up, its reason counts.
+    pub(crate) async fn send(&mut self, message: ToTarget) -> Result<()> {
+        match self.put(message).await {
+            Err(error) => Err(self.reason(error).await),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Hands all that is queued to the kernel; errors as [`Self::send`]'s.
+    pub(crate) async fn flush(&mut self) -> Result<()> {
+        match self.push().await {
+            Err(error) => Err(self.reason(error).await),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// What the target said before it hung up, if it said why.
+    async fn reason(&mut self, error: Error) -> Error {
+        // Bounded: what was said before the end is here already, or will never come.
+        const LIMIT: Duration = Duration::from_secs(1);
+        while let Ok(Ok(message)) = tokio::time::timeout(LIMIT, self.receive(Phase::Ram)).await {
+            if let Err(said) = self.refusal(message) {
+                return said;
+            }
+        }
+        error
+    }
+
     /// The next message; what the target refuses or fails at is an error.
     pub(crate) async fn recv(&mut self, phase: Phase) -> Result<ToSource> {
         let message = self.receive(phase).await?;
+        self.refusal(message)
+    }
+
+    fn refusal(&self, message: ToSource) -> Result<ToSource> {
         let site = || self.peer.name.to_string();
         match message {
             ToSource::Refused(reason) => Err(Error::PeerRefused {
@@ -63,6 +95,18 @@ impl Line {
             }),
             other => Ok(other),
         }
+    }
+}
+
+impl TargetLine {
+    /// Queues a message.
+    pub(crate) async fn send(&mut self, message: ToSource) -> Result<()> {
+        self.put(message).await
+    }
+
+    /// Hands all that is queued to the kernel.
+    pub(crate) async fn flush(&mut self) -> Result<()> {
+        self.push().await
     }
 }
 
@@ -87,16 +131,14 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
         self.connection.traffic()
     }
 
-    /// Queues a message.
-    pub(crate) async fn send(&mut self, message: Out) -> Result<()> {
+    async fn put(&mut self, message: Out) -> Result<()> {
         tokio::select! {
             sent = self.connection.send(&message) => Ok(sent.map_err(|e| wire(&self.peer, e))?),
             () = self.stop.cancelled() => Err(stopping()),
         }
     }
 
-    /// Hands all that is queued to the kernel.
-    pub(crate) async fn flush(&mut self) -> Result<()> {
+    async fn push(&mut self) -> Result<()> {
         tokio::select! {
             sent = self.connection.flush() => Ok(sent.map_err(|e| wire(&self.peer, e))?),
             () = self.stop.cancelled() => Err(stopping()),

@@ -88,6 +88,19 @@ fn parse_listen(text: &str) -> Result<Listen> {
     })
 }
 
+/// A port that is taken is told before the checkpoint, which would be for nothing.
+fn require_free(listen: &Listen) -> Result<()> {
+    let Listen::Tcp(addr) = listen else {
+        return Ok(());
+    };
+    std::net::TcpListener::bind(addr).map(drop).map_err(|error| {
+        Error::Refused(format!(
+            "cannot listen for viewers at {addr}: {error}; stop what uses it, or choose another \
+             address with --listen"
+        ))
+    })
+}
+
 /// Guest time since the checkpoint that the log rests on.
 struct SinceCheckpoint {
     clock: GuestClock,
@@ -148,6 +161,7 @@ pub async fn record(
         .ok_or_else(|| Error::Refused(format!("{} is being recorded already", vm.name())))?;
     let qemu = local::attach_running(vm).await?;
     let listen = parse_listen(&options.listen)?;
+    require_free(&listen)?;
     let what = |what: &str| format!("cannot {what} {}", vm.name());
     let clock = GuestClock::follow(qemu.clock_qmp_socket(), Duration::ZERO)
         .await

@@ -31,7 +31,9 @@ pub async fn replay_and_discard(
                 .expect(log, record.id.0, read.header.id.generation)
                 .map_err(Error::log("this log can't be replayed here"))?;
             Ok(read)
-        })?;
+        })
+        // Nothing has been touched yet.
+        .map_err(|error| Error::Refused(error.chain()))?;
     let number = log.header.id.generation;
     if vm.generation(number).load_manifest()?.is_none() {
         return Err(Error::Refused(format!(

@@ -22,6 +22,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use reconciler::{FilePages, ImageTree};
 use serde::{Deserialize, Serialize};
@@ -292,6 +293,23 @@ impl VmDir {
                 self.name
             ))
         })
+    }
+
+    /// As [`Self::lock`], but waits a little: a conversation that was just cut off is still
+    /// clearing away what it held.
+    pub(crate) async fn lock_soon(&self) -> Result<FileLock> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        // A file lock can be awaited by a thread only, and that thread could not be called off.
+        const STEP: Duration = Duration::from_millis(50);
+        let begun = Instant::now();
+        loop {
+            match self.lock() {
+                Err(Error::Refused(_)) if begun.elapsed() < PATIENCE => {
+                    tokio::time::sleep(STEP).await;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     pub(crate) fn generation_dir(&self, number: u64) -> PathBuf {

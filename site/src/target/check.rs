@@ -49,19 +49,19 @@ pub(super) async fn check_host(store: &Store, hello: &Hello) -> Result<()> {
             available >> 20
         )));
     }
-    let lacking: u64 = hello
+    let lacking = hello
         .vm
         .base_files()
         .iter()
         .filter(|file| store.base_file(file.hash).is_none())
-        .map(|file| file.bytes)
-        .sum();
+        .fold(0, |sum: u64, file| sum.saturating_add(file.bytes));
     let free = free_space(store.root())?;
-    if free < memory + lacking + MARGIN {
+    let needed = memory.saturating_add(lacking).saturating_add(MARGIN);
+    if free < needed {
         return Err(Error::Refused(format!(
             "{} needs {} MiB on the disk with {}, and there are {} MiB free",
             hello.vm.name,
-            (memory + lacking + MARGIN) >> 20,
+            needed >> 20,
             store.root().display(),
             free >> 20
         )));

@@ -29,7 +29,7 @@ impl Session {
         if manifest.vm != hello.vm.id
             || manifest.generation != hello.next
             || manifest.hardware != hello.vm.hardware
-            || fence != hello.fence + 1
+            || Some(fence) != hello.fence.checked_add(1)
         {
             return Err(self.out_of_place("a commit of another state"));
         }

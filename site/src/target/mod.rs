@@ -147,7 +147,7 @@ impl Session {
         }
         check_host(store, &hello).await?;
         files::make_dir(&vm.incoming())?;
-        let lock = vm.lock()?;
+        let lock = vm.lock_soon().await?;
         clean_leftovers(&vm).await?;
         Ok(session(Some(lock)))
     }
@@ -399,7 +399,15 @@ impl Session {
         };
         fork.play(records).await?;
         loop {
-            match fork.played().await? {
+            let played = tokio::select! {
+                played = fork.played() => played?,
+                // The source has nothing to say now: this is how it is noticed that it went away.
+                said = line.receive(Phase::Replay) => {
+                    said?;
+                    return Err(self.out_of_place("a message during the replay"));
+                }
+            };
+            match played {
                 Played::Progress(progress) => {
                     let done = progress.played.as_millis() as u64;
                     let total = progress.of_recorded.as_millis() as u64;
