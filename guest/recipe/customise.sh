@@ -33,6 +33,9 @@ printf '127.0.0.1 localhost desktop\n::1 localhost\n' >/etc/hosts
 echo "deb http://deb.debian.org/debian bookworm main" >/etc/apt/sources.list
 rm -f /etc/apt/sources.list.d/* /etc/apt/apt.conf.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/99mmdebstrap
 echo "/dev/vda / ext4 errors=remount-ro 0 1" >/etc/fstab
+# mmdebstrap does this too, but only after the disk is made.
+apt-get clean
+find /var/lib/apt/lists -type f -delete
 # Random otherwise; a fixed one keeps two builds of one recipe alike.
 echo 5265706c61794d696772617465000001 >/etc/machine-id
 

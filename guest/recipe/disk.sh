@@ -6,12 +6,15 @@
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
 view="$1.view"
-trap 'umount "$view" || true; rmdir "$view"' EXIT
+trap 'umount -R "$view" || true; rmdir "$view"' EXIT
 
-# The new system without what is mounted in it (proc, sys, dev): the guest mounts its own.
+# The new system without what is mounted in it (proc, sys, dev): the guest mounts its own. What mmdebstrap keeps in
+# tmp is covered, not removed: should its configuration for apt vanish, apt would go on with that of this host.
 mkdir "$view"
 mount --bind "$1" "$view"
-rm -rf "$view"/run/* "$view"/tmp/*
+mount -t tmpfs -o mode=755 tmpfs "$view/dev"
+mount -t tmpfs -o mode=755 tmpfs "$view/run"
+mount -t tmpfs -o mode=1777 tmpfs "$view/tmp"
 
 features=none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg
 features=$features,sparse_super,large_file,huge_file,dir_nlink,extra_isize,metadata_csum

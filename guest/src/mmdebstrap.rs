@@ -89,6 +89,9 @@ fn command(dir: &Path, sources: &Sources) -> Command {
             "--architectures=amd64",
             "--format=null",
         ])
+        // The unpacked system is thrown away, so it needs no tidying once the disk is made of it, and nothing of it
+        // needs to be durable.
+        .args(["--skip=cleanup/apt", "--dpkgopt=force-unsafe-io"])
         .arg(format!(
             "--include={}",
             recipe::packages().collect::<Vec<_>>().join(",")
