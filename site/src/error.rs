@@ -175,6 +175,11 @@ impl Error {
             | Self::Connect(_)
             | Self::Listen(_)
             | Self::Peers(_)
+            // Programs are looked for before they are needed.
+            | Self::Host {
+                source: vm_host::Error::MissingProgram { .. },
+                ..
+            }
             | Self::Phase {
                 phase: Phase::Hello | Phase::Plan,
                 ..

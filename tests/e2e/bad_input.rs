@@ -144,7 +144,7 @@ async fn logs_that_do_not_fit_are_refused() {
     assert!(matches!(outcome.code, Some(0 | 3)), "{}", outcome.stderr);
 
     a.json(&["vm", "create", "other", "--disk", crate::common::guest().await]).await.unwrap();
-    refused(a, &["replay", "other", "--log", &log], &["another VM"]).await;
+    refused(a, &["replay", "other", "--log", &log], &["give this VM's own log"]).await;
     // The log of a generation that is gone.
     let number: u64 = Path::new(&log).file_stem().unwrap().to_str().unwrap().parse().unwrap();
     let generations = a.dir().join("vms").join(VM).join("generations");
