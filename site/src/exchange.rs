@@ -14,6 +14,7 @@ use reconciler::{
     PageChunk, PageIndex, PageSet, ReadPages, Salt, blob_parts,
 };
 use tokio::sync::mpsc;
+use vm_host::RamMap;
 
 use crate::error::{Error, Result};
 use crate::line::Line;
@@ -58,6 +59,7 @@ pub(crate) async fn send_images(
     line: &mut Line,
     state: &Arc<State>,
     base: &Arc<Base>,
+    twin: Option<&Arc<RamMap>>,
     rate: f64,
     enter: &mut (dyn FnMut(Phase) + Send),
     progress: &dyn Progress,
@@ -105,7 +107,7 @@ pub(crate) async fn send_images(
     for offered in offers {
         let phase = offered.head.kind.phase();
         enter(phase);
-        sent.push(send_image(line, state, base, offered, rate, progress).await?);
+        sent.push(send_image(line, state, base, twin, offered, rate, progress).await?);
     }
     Ok(sent)
 }
@@ -114,6 +116,7 @@ async fn send_image(
     line: &mut Line,
     state: &Arc<State>,
     base: &Arc<Base>,
+    twin: Option<&Arc<RamMap>>,
     offered: Offered,
     rate: f64,
     progress: &dyn Progress,

@@ -46,7 +46,7 @@ pub async fn replay_and_discard(
     target::clean_leftovers(vm).await?;
     let outcome = async {
         progress.phase(Phase::Replay);
-        let work = Work::prepare(vm, &record, Id::random()?, Some(number)).await?;
+        let work = Work::prepare_fork(vm, &record, Id::random()?, Some(number)).await?;
         let files = ForkFiles {
             runtime: work.runtime().to_owned(),
             disks: work.disk_paths(),

@@ -7,6 +7,7 @@
 mod hand_over;
 mod opening;
 mod seed;
+mod twin;
 
 use std::sync::Arc;
 
@@ -30,12 +31,14 @@ use crate::report::{
 };
 use crate::state::{Base, State};
 use crate::store::VmDir;
+use crate::target::clean_leftovers;
 use crate::transport::Traffic;
 use crate::vm::{Id, VmRecord};
 
 use hand_over::{ask_target, keep};
 use opening::{begin, hello, live};
 use seed::{ship_files, ship_generation};
+use twin::Twin;
 
 pub use hand_over::settle;
 pub use seed::{SeedReport, dry_run, seed};
@@ -68,6 +71,7 @@ pub async fn migrate(
     let _lock = vm.lock()?;
     let fence = local::require_lease(vm)?;
     let qemu = local::attach_running(vm).await?;
+    clean_leftovers(vm).await?;
     let was_running = local::guest_status(vm, &qemu).await? == Status::Running;
     let mut run = Migration {
         vm,
@@ -82,6 +86,7 @@ pub async fn migrate(
         transfer: Id::random()?,
         clock: PhaseClock::start(progress),
         stopped: false,
+        twin: None,
     };
     // Up to the commit, the user can stop it; the commit itself takes a round trip and is seen
     // through.
@@ -114,7 +119,12 @@ pub async fn migrate(
         None => Error::Interrupted(phase),
     };
     let resume = was_running && run.stopped;
+    let twin = run.twin.take();
     undo(vm, &qemu, resume).await?;
+    if let Some(twin) = twin {
+        twin.kill().await;
+    }
+    clean_leftovers(vm).await?;
     Err(error)
 }
 
@@ -145,6 +155,8 @@ struct Migration<'a> {
     clock: PhaseClock<'a>,
     /// Whether this migration has paused the guest.
     stopped: bool,
+    /// The replay at this site, beside the target's.
+    twin: Option<Twin>,
 }
 
 /// All that is sent and verified, before anything is decided.
@@ -210,6 +222,8 @@ impl Migration<'_> {
         if strategy == Strategy::Replay
             && let Some(base) = base
         {
+            let twin = Twin::start(self.vm, self.record, self.transfer, base.number).await;
+            self.twin = without_twin(twin).flatten();
             let (summary, log) = self.replay(&mut line, base).await?;
             replay = Some(summary);
             bytes.log = log;
@@ -219,6 +233,7 @@ impl Migration<'_> {
         self.stopped = true;
         self.clock.down();
         let what = |what: &str| format!("cannot {what} {}", self.vm.name());
+        let twin = self.twin.take().map(|twin| tokio::spawn(twin.stop()));
         self.qemu
             .pause()
             .await
@@ -240,11 +255,23 @@ impl Migration<'_> {
             Arc::new(local::blocking(work).await?)
         };
 
+        let twin = match twin {
+            Some(stopping) => match stopping.await {
+                Ok(Ok(ram)) => Some(Arc::new(ram)),
+                Ok(Err(error)) => {
+                    tracing::warn!(error = error.chain(), "going on without the twin");
+                    None
+                }
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            },
+            None => None,
+        };
         let clock = &mut self.clock;
         let sent = exchange::send_images(
             &mut line,
             &state,
             &base_images,
+            twin.as_ref(),
             rate,
             &mut |phase| {
                 clock.enter(phase);
@@ -324,6 +351,7 @@ impl Migration<'_> {
             replay,
         };
         plan::note_outcome(self.vm, &report)?;
+        clean_leftovers(self.vm).await?;
         if let Err(error) = keep(self.vm, self.qemu, &live, state, manifest).await {
             // The VM is at the target already; only the stale copy here is missing.
             tracing::warn!(error = error.chain(), "no stale copy was kept here");
@@ -387,6 +415,11 @@ impl Migration<'_> {
             }
             line.flush().await?;
             self.clock.enter(Phase::Replay);
+            if let Some(twin) = self.twin.as_mut()
+                && without_twin(twin.play(new.to_vec()).await).is_none()
+            {
+                self.drop_twin().await;
+            }
             let summary = loop {
                 match line.recv(Phase::Replay).await? {
                     ToSource::Replaying { done, total } => {
@@ -398,9 +431,20 @@ impl Migration<'_> {
             };
             // A report is of all pieces so far.
             total = Some(summary);
+            if let Some(twin) = self.twin.as_mut()
+                && without_twin(twin.settle().await).is_none()
+            {
+                self.drop_twin().await;
+            }
         }
         // The first round always replays, if only an empty log.
         Ok((total.unwrap_or_default(), log_bytes))
+    }
+
+    async fn drop_twin(&mut self) {
+        if let Some(twin) = self.twin.take() {
+            twin.kill().await;
+        }
     }
 
     /// The step that decides. From the moment the lease is offered until the answer, this site
@@ -428,6 +472,13 @@ impl Migration<'_> {
             _ => Err(line.unexpected(Phase::Commit, "no word that it took the VM")),
         }
     }
+}
+
+/// A twin that fails is done without.
+fn without_twin<T>(outcome: Result<T>) -> Option<T> {
+    outcome
+        .map_err(|error| tracing::warn!(error = error.chain(), "going on without a twin"))
+        .ok()
 }
 
 fn account(bytes: &mut ByteReport, sent: &[Sent]) {

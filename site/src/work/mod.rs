@@ -53,8 +53,22 @@ pub(crate) struct Received {
 }
 
 impl Work {
-    /// Makes a working copy of a generation, or of the bare base images. `runtime` is for RAM.
+    /// Makes a working copy of a generation, or of the bare base images, that is to become a
+    /// generation of its own.
     pub(crate) async fn prepare(
+        vm: &VmDir,
+        record: &VmRecord,
+        transfer: Id,
+        base_number: Option<u64>,
+    ) -> Result<Self> {
+        let mut work = Self::prepare_fork(vm, record, transfer, base_number).await?;
+        work.laying = Some(work.lay_ram());
+        Ok(work)
+    }
+
+    /// Makes a working copy of a generation, or of the bare base images, that will be thrown
+    /// away.
+    pub(crate) async fn prepare_fork(
         vm: &VmDir,
         record: &VmRecord,
         transfer: Id,
@@ -94,10 +108,6 @@ impl Work {
             Ok(work)
         })
         .await
-        .map(|mut work: Self| {
-            work.laying = Some(work.lay_ram());
-            work
-        })
     }
 
     /// Lays the base's RAM down on the disk, durable: once the new RAM is known, only the pages

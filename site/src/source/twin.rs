@@ -1,0 +1,96 @@
+//! The twin: the source's own replay.
+//!
+//! The target's replayed copy differs from the VM in addresses and times, scattered over
+//! thousands of pages, and the source can't see that copy. But it can replay its log on a copy of
+//! its own: where that differs from the VM, in words, is where the target's most likely differs
+//! too. Those words are sent for the target to lay over its pages, each page checked by its hash.
+//!
+//! A twin is a help and never a condition: where the host has no room for it, or it fails, pages
+//! are sent as without.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use replayer::Options;
+use traces::Record;
+use vm_host::{RamMap, probe};
+
+use crate::error::{Error, Result};
+use crate::fork::{Fork, ForkFiles, Played};
+use crate::store::VmDir;
+use crate::vm::{Id, VmRecord};
+use crate::work::Work;
+
+/// How much later than the target's replay the twin's may end.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Memory that must stay available beside the twin's.
+const MARGIN: u64 = 512 << 20;
+
+/// A replay at the source, beside the one at the target.
+pub(super) struct Twin {
+    fork: Fork,
+    ram: PathBuf,
+    playing: bool,
+}
+
+impl Twin {
+    /// Restores a fork of the base generation, if this host has room for one more VM.
+    pub(super) async fn start(
+        vm: &VmDir,
+        record: &VmRecord,
+        transfer: Id,
+        base: u64,
+    ) -> Result<Option<Self>> {
+        let needed = record.hardware.memory_bytes().saturating_mul(2) + MARGIN;
+        let free = probe::free_memory().map_err(Error::host("cannot measure memory"))?;
+        if free < needed {
+            tracing::info!(free, needed, "no twin: too little memory");
+            return Ok(None);
+        }
+        let work = Work::prepare_fork(vm, record, transfer, Some(base)).await?;
+        let ram = work.ram_path();
+        let files = ForkFiles {
+            runtime: work.runtime().to_owned(),
+            disks: work.disk_paths(),
+            device: work.device().to_vec(),
+        };
+        let fork = Fork::start(vm, record, files, Options::default()).await?;
+        Ok(Some(Self { fork, ram, playing: false }))
+    }
+
+    /// Gives it the same piece of the log as the target.
+    pub(super) async fn play(&mut self, records: Vec<Record>) -> Result<()> {
+        self.playing = true;
+        self.fork.play(records).await
+    }
+
+    /// Waits until it has played what it was given, as long as that is worth it.
+    pub(super) async fn settle(&mut self) -> Result<()> {
+        let settled = tokio::time::timeout(PATIENCE, async {
+            while self.playing {
+                if let Played::Done(report) = self.fork.played().await? {
+                    self.playing = false;
+                    tracing::info!(missed = report.missed.len(), "the twin is done");
+                }
+            }
+            Ok(())
+        });
+        settled.await.unwrap_or_else(|_| {
+            Err(Error::Refused("the replay at this site takes too long".into()))
+        })
+    }
+
+    /// Stops it; the RAM it leaves.
+    pub(super) async fn stop(self) -> Result<RamMap> {
+        self.fork.freeze().await?;
+        RamMap::open(&self.ram).map_err(Error::host("cannot read the twin's RAM"))
+    }
+
+    /// Ends it at once.
+    pub(super) async fn kill(self) {
+        if let Err(error) = self.fork.kill().await {
+            tracing::warn!(error = error.chain(), "could not end the twin");
+        }
+    }
+}
