@@ -140,17 +140,24 @@ pub struct Robot {
 impl Robot {
     /// Connects, and waits until the whole screen is seen.
     pub async fn connect(addr: &VncAddr) -> Result<Self, RobotError> {
-        let failed = |source| RobotError::Connect { addr: addr.clone(), source };
+        let failed = |source| RobotError::Connect {
+            addr: addr.clone(),
+            source,
+        };
         let client = match addr {
             VncAddr::Tcp(to) => {
                 let stream = TcpStream::connect(to).await.map_err(failed)?;
                 stream.set_nodelay(true).map_err(failed)?;
                 handshake(stream).await
             }
-            VncAddr::Unix(path) => handshake(UnixStream::connect(path).await.map_err(failed)?).await,
+            VncAddr::Unix(path) => {
+                handshake(UnixStream::connect(path).await.map_err(failed)?).await
+            }
         };
-        let client =
-            client.map_err(|source| RobotError::Handshake { addr: addr.clone(), source })?;
+        let client = client.map_err(|source| RobotError::Handshake {
+            addr: addr.clone(),
+            source,
+        })?;
         let shared = Arc::new(Mutex::new(Canvas::default()));
         let (input, inbox) = mpsc::unbounded_channel();
         let (tell, lost) = watch::channel(None);
@@ -168,7 +175,10 @@ impl Robot {
         let limit = FIRST_PICTURE_LIMIT;
         match robot.wait(limit, |canvas, _| canvas.is_whole()).await? {
             Waited::Happened => Ok(robot),
-            Waited::Limit => Err(RobotError::NoPicture { addr: addr.clone(), limit }),
+            Waited::Limit => Err(RobotError::NoPicture {
+                addr: addr.clone(),
+                limit,
+            }),
         }
     }
 
@@ -266,7 +276,11 @@ impl Robot {
         for modifier in &chord.modifiers {
             self.key_event(*modifier, true)?;
             // Shift comes just before; the others are found first.
-            let before = if *modifier == SHIFT { HOLD } else { KEY_SPACING };
+            let before = if *modifier == SHIFT {
+                HOLD
+            } else {
+                KEY_SPACING
+            };
             tokio::time::sleep(before).await;
         }
         self.key_event(chord.key, true)?;
@@ -301,7 +315,8 @@ impl Robot {
         limit: Duration,
     ) -> Result<Waited, RobotError> {
         let mark = self.mark;
-        self.wait(limit, |canvas, _| canvas.changed_since(region, mark)).await
+        self.wait(limit, |canvas, _| canvas.changed_since(region, mark))
+            .await
     }
 
     /// What the screen shows.
@@ -318,9 +333,10 @@ impl Robot {
     pub fn check(&self) -> Result<(), RobotError> {
         match &*self.lost.borrow() {
             None => Ok(()),
-            Some(reason) => {
-                Err(RobotError::Lost { addr: self.addr.clone(), reason: reason.clone() })
-            }
+            Some(reason) => Err(RobotError::Lost {
+                addr: self.addr.clone(),
+                reason: reason.clone(),
+            }),
         }
     }
 
@@ -368,7 +384,10 @@ impl Robot {
     }
 
     fn key_event(&self, keysym: u32, down: bool) -> Result<(), RobotError> {
-        self.send(X11Event::KeyEvent(ClientKeyEvent { keycode: keysym, down }))
+        self.send(X11Event::KeyEvent(ClientKeyEvent {
+            keycode: keysym,
+            down,
+        }))
     }
 
     fn send(&self, event: X11Event) -> Result<(), RobotError> {
@@ -475,7 +494,10 @@ async fn follow(
             if let vnc::VncEvent::Error(reason) = event {
                 return Ok(reason);
             }
-            shared.lock().unwrap_or_else(PoisonError::into_inner).apply(&event, Instant::now());
+            shared
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .apply(&event, Instant::now());
             next = client.poll_event().await?;
         }
         client.input(X11Event::Refresh).await?;

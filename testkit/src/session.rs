@@ -17,7 +17,7 @@
 //!
 //! A limit that passes ends the wait, and the session goes on, as a person would.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -42,12 +42,24 @@ enum Step {
     Click(u16, u16, Button),
     DoubleClick(u16, u16),
     Drag((u16, u16), (u16, u16)),
-    Wheel { x: u16, y: u16, turn: Button, clicks: u32 },
+    Wheel {
+        x: u16,
+        y: u16,
+        turn: Button,
+        clicks: u32,
+    },
     Type(String),
     Key(Chord),
     Think(Duration),
-    Quiet { region: Option<Region>, quiet: Duration, limit: Duration },
-    Changed { region: Option<Region>, limit: Duration },
+    Quiet {
+        region: Option<Region>,
+        quiet: Duration,
+        limit: Duration,
+    },
+    Changed {
+        region: Option<Region>,
+        limit: Duration,
+    },
     Look(String),
 }
 
@@ -87,8 +99,10 @@ impl FromStr for Session {
                 continue;
             }
             let number = index + 1;
-            let parsed =
-                parse(line).map_err(|fault| SessionError { line: number, fault })?;
+            let parsed = parse(line).map_err(|fault| SessionError {
+                line: number,
+                fault,
+            })?;
             steps.extend(parsed.into_iter().map(|step| (number, step)));
         }
         Ok(Self { steps })
@@ -99,16 +113,24 @@ fn parse(line: &str) -> Result<Vec<Step>, String> {
     let (word, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
     let rest = rest.trim();
     if word == "repeat" {
-        let (times, rest) = rest.split_once(char::is_whitespace).ok_or("repeat N STEP")?;
+        let (times, rest) = rest
+            .split_once(char::is_whitespace)
+            .ok_or("repeat N STEP")?;
         let times: usize = number(times)?;
         let step = parse(rest.trim())?;
         return Ok(std::iter::repeat_n(step, times).flatten().collect());
     }
     let args: Vec<&str> = rest.split_whitespace().collect();
     let at = |index: usize| number::<u16>(args.get(index).copied().unwrap_or_default());
-    let exactly = |count: usize| match args.len() == count {
-        true => Ok(()),
-        false => Err(format!("{word} takes {count} words, here are {}", args.len())),
+    let exactly = |count: usize| {
+        if args.len() == count {
+            Ok(())
+        } else {
+            Err(format!(
+                "{word} takes {count} words, here are {}",
+                args.len()
+            ))
+        }
     };
     let step = match word {
         "say" => Step::Say(rest.to_owned()),
@@ -118,7 +140,11 @@ fn parse(line: &str) -> Result<Vec<Step>, String> {
         }
         "click" | "rightclick" => {
             exactly(2)?;
-            let button = if word == "click" { Button::Left } else { Button::Right };
+            let button = if word == "click" {
+                Button::Left
+            } else {
+                Button::Right
+            };
             Step::Click(at(0)?, at(1)?, button)
         }
         "doubleclick" => {
@@ -136,7 +162,12 @@ fn parse(line: &str) -> Result<Vec<Step>, String> {
                 "down" => Button::WheelDown,
                 other => return Err(format!("the wheel turns up or down, not {other:?}")),
             };
-            Step::Wheel { x: at(0)?, y: at(1)?, turn, clicks: number(args[3])? }
+            Step::Wheel {
+                x: at(0)?,
+                y: at(1)?,
+                turn,
+                clicks: number(args[3])?,
+            }
         }
         "type" => Step::Type(quoted(rest)?),
         "key" => Step::Key(Chord::parse(rest).ok_or_else(|| format!("there is no key {rest:?}"))?),
@@ -146,11 +177,18 @@ fn parse(line: &str) -> Result<Vec<Step>, String> {
         }
         "quiet" => {
             let (region, rest) = region(&args, 2)?;
-            Step::Quiet { region, quiet: time(rest[0])?, limit: time(rest[1])? }
+            Step::Quiet {
+                region,
+                quiet: time(rest[0])?,
+                limit: time(rest[1])?,
+            }
         }
         "changed" => {
             let (region, rest) = region(&args, 1)?;
-            Step::Changed { region, limit: time(rest[0])? }
+            Step::Changed {
+                region,
+                limit: time(rest[0])?,
+            }
         }
         "look" => {
             exactly(1)?;
@@ -166,7 +204,10 @@ fn parse(line: &str) -> Result<Vec<Step>, String> {
 }
 
 /// An optional region, then `times` words.
-fn region<'a>(args: &'a [&'a str], times: usize) -> Result<(Option<Region>, &'a [&'a str]), String> {
+fn region<'a>(
+    args: &'a [&'a str],
+    times: usize,
+) -> Result<(Option<Region>, &'a [&'a str]), String> {
     if args.len() == times {
         return Ok((None, args));
     }
@@ -186,7 +227,8 @@ fn region<'a>(args: &'a [&'a str], times: usize) -> Result<(Option<Region>, &'a 
 }
 
 fn number<T: FromStr>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|_| format!("{text:?} is no number that fits"))
+    text.parse()
+        .map_err(|_| format!("{text:?} is no number that fits"))
 }
 
 fn time(text: &str) -> Result<Duration, String> {
@@ -259,7 +301,7 @@ impl Session {
 }
 
 /// A picture for those who watch is not worth ending a session for.
-fn save(robot: &Robot, path: &PathBuf) {
+fn save(robot: &Robot, path: &Path) {
     if let Err(error) = robot.save(path) {
         eprintln!("cannot write {}: {error}", path.display());
     }
@@ -276,7 +318,11 @@ async fn act(robot: &mut Robot, step: &Step) -> Result<Waited, RobotError> {
         Step::Type(text) => robot.type_text(text).await?,
         Step::Key(chord) => robot.key(chord).await?,
         Step::Think(time) => tokio::time::sleep(*time).await,
-        Step::Quiet { region, quiet, limit } => {
+        Step::Quiet {
+            region,
+            quiet,
+            limit,
+        } => {
             return robot.wait_quiet(*region, *quiet, *limit).await;
         }
         Step::Changed { region, limit } => return robot.wait_changed(*region, *limit).await,
@@ -301,15 +347,33 @@ mod tests {
         let text = "# a comment\n\nrepeat 2 type \"a\\n\\\"\"\nquiet 1 2 3 4 500ms 2s\nchanged 9s";
         let session: Session = text.parse().unwrap();
         let typed = Step::Type("a\n\"".to_owned());
-        let region = Some(Region { x: 1, y: 2, width: 3, height: 4 });
+        let region = Some(Region {
+            x: 1,
+            y: 2,
+            width: 3,
+            height: 4,
+        });
         let (quiet, limit) = (Duration::from_millis(500), Duration::from_secs(2));
         assert_eq!(
             session.steps,
             [
                 (3, typed.clone()),
                 (3, typed),
-                (4, Step::Quiet { region, quiet, limit }),
-                (5, Step::Changed { region: None, limit: Duration::from_secs(9) }),
+                (
+                    4,
+                    Step::Quiet {
+                        region,
+                        quiet,
+                        limit
+                    }
+                ),
+                (
+                    5,
+                    Step::Changed {
+                        region: None,
+                        limit: Duration::from_secs(9)
+                    }
+                ),
             ]
         );
     }

@@ -175,12 +175,16 @@ impl Site {
     /// Where a viewer reaches a running VM directly, without being recorded.
     pub async fn vnc(&self, vm: &str) -> Result<VncAddr, SiteError> {
         let status = self.status(vm).await?;
-        Ok(VncAddr::Unix(status["vnc"].as_str().unwrap_or_default().into()))
+        Ok(VncAddr::Unix(
+            status["vnc"].as_str().unwrap_or_default().into(),
+        ))
     }
 
     /// The file that is the RAM of a VM with a QEMU.
     pub async fn live_ram(&self, vm: &str) -> Result<PathBuf, SiteError> {
-        let VncAddr::Unix(socket) = self.vnc(vm).await? else { unreachable_socket() };
+        let VncAddr::Unix(socket) = self.vnc(vm).await? else {
+            unreachable_socket()
+        };
         Ok(socket.with_file_name("ram.img"))
     }
 
@@ -210,13 +214,9 @@ impl Site {
     }
 
     /// Trusts another site, to be reached at `addr`.
-    pub async fn trust(
-        &self,
-        name: &str,
-        addr: SocketAddr,
-        key: &str,
-    ) -> Result<Value, SiteError> {
-        self.json(&["site", "trust", name, &addr.to_string(), key]).await
+    pub async fn trust(&self, name: &str, addr: SocketAddr, key: &str) -> Result<Value, SiteError> {
+        self.json(&["site", "trust", name, &addr.to_string(), key])
+            .await
     }
 
     /// Begins to record a VM.
@@ -230,7 +230,11 @@ impl Site {
             limit: Duration::ZERO,
             stderr: begun.to_string(),
         })?;
-        Ok(Recorder { process, vnc, begun })
+        Ok(Recorder {
+            process,
+            vnc,
+            begun,
+        })
     }
 
     /// Ends whatever a site in this directory has left running, as after a crash of the caller.
@@ -239,7 +243,9 @@ impl Site {
         if let Ok(pid) = std::fs::read_to_string(&pid_file) {
             // The number may be another process's by now: its command line tells.
             let words = std::fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
-            let ours = words.split(|byte| *byte == 0).any(|word| word == dir.as_os_str().as_encoded_bytes());
+            let ours = words
+                .split(|byte| *byte == 0)
+                .any(|word| word == dir.as_os_str().as_encoded_bytes());
             if let (true, Ok(pid)) = (ours, pid.trim().parse()) {
                 process::end_stranger(pid);
             }
@@ -253,11 +259,21 @@ impl Site {
 
     /// Ends the QEMU of every VM. Blocks, and gives up on what fails: this cleans up.
     fn discard_all(program: &Path, dir: &Path, env: &[(OsString, OsString)]) {
-        let Ok(vms) = std::fs::read_dir(dir.join("vms")) else { return };
-        for vm in vms.flatten().filter(|vm| vm.path().join("vm.json").exists()) {
+        let Ok(vms) = std::fs::read_dir(dir.join("vms")) else {
+            return;
+        };
+        for vm in vms
+            .flatten()
+            .filter(|vm| vm.path().join("vm.json").exists())
+        {
             let mut command = std::process::Command::new(program);
-            command.arg("--site").arg(dir).args(["-q", "vm", "stop", "--discard"]);
-            command.arg(vm.file_name()).envs(env.iter().map(|(key, value)| (key, value)));
+            command
+                .arg("--site")
+                .arg(dir)
+                .args(["-q", "vm", "stop", "--discard"]);
+            command
+                .arg(vm.file_name())
+                .envs(env.iter().map(|(key, value)| (key, value)));
             match command.output() {
                 Ok(output) if output.status.success() => {}
                 Ok(output) => eprintln!(
@@ -300,7 +316,10 @@ pub fn program() -> Result<PathBuf, SiteError> {
     if let Some(path) = std::env::var_os("CARGO_BIN_EXE_replay-migrate") {
         return Ok(path.into());
     }
-    let missing = |source| SiteError::Start { program: NAME.into(), source };
+    let missing = |source| SiteError::Start {
+        program: NAME.into(),
+        source,
+    };
     let current = std::env::current_exe().map_err(missing)?;
     current
         .ancestors()

@@ -24,7 +24,12 @@ fn assert_clear(refused: &Finished, needles: &[&str]) {
         assert!(text.contains(needle), "{needle:?} not in {text:?}");
     }
     // The error and its chain of causes; no panic, no backtrace.
-    assert!(text.lines().skip(1).all(|line| line.starts_with("  because ")), "{text}");
+    assert!(
+        text.lines()
+            .skip(1)
+            .all(|line| line.starts_with("  because ")),
+        "{text}"
+    );
     assert!(text.lines().count() <= 4, "{text}");
 }
 
@@ -38,14 +43,21 @@ async fn peers_and_hosts_that_will_not_do_are_refused() {
     let mut world = World::new().await;
     start_vm(&world.a).await;
     let agent = world.b.serve().await.unwrap();
-    let (own, foreign) =
-        (world.a.key().await.unwrap(), Site::new(crate::common::program(), "x", world.dir.path().join("x")));
+    let (own, foreign) = (
+        world.a.key().await.unwrap(),
+        Site::new(crate::common::program(), "x", world.dir.path().join("x")),
+    );
     let foreign = foreign.key().await.unwrap();
     let a = &mut world.a;
     let before = state_of(a).await;
     let migrate = ["migrate", VM, "--to", "b", "--strategy", "full"];
 
-    refused(a, &["migrate", "nobody", "--to", "b"], &["nobody", "vm list"]).await;
+    refused(
+        a,
+        &["migrate", "nobody", "--to", "b"],
+        &["nobody", "vm list"],
+    )
+    .await;
     refused(a, &migrate, &["b"]).await;
     a.trust("b", agent.addr, &foreign).await.unwrap();
     refused(a, &migrate, &["b", "key"]).await;
@@ -54,30 +66,51 @@ async fn peers_and_hosts_that_will_not_do_are_refused() {
     refused(a, &migrate, &["trust"]).await;
     world.b.trust("a", agent.addr, &own).await.unwrap();
     // Nobody listens there.
-    a.trust("b", "127.0.0.1:1".parse().unwrap(), &agent.key).await.unwrap();
+    a.trust("b", "127.0.0.1:1".parse().unwrap(), &agent.key)
+        .await
+        .unwrap();
     refused(a, &migrate, &["127.0.0.1:1"]).await;
     a.trust("b", agent.addr, &agent.key).await.unwrap();
     // There is neither a stale copy nor a log.
     for strategy in ["base", "replay"] {
-        refused(a, &["migrate", VM, "--to", "b", "--strategy", strategy], &["full"]).await;
+        refused(
+            a,
+            &["migrate", VM, "--to", "b", "--strategy", strategy],
+            &["full"],
+        )
+        .await;
     }
     let busy = agent.addr.to_string();
     refused(a, &["serve", "--listen", &busy], &[&busy]).await;
     refused(a, &["record", VM, "--listen", &busy], &[&busy]).await;
-    refused(a, &["vm", "create", VM, "--disk", crate::common::guest().await], &[VM]).await;
+    refused(
+        a,
+        &["vm", "create", VM, "--disk", crate::common::guest().await],
+        &[VM],
+    )
+    .await;
 
     a.set_env("REPLAY_MIGRATE_QEMU", "/nonexistent/qemu");
     refused(a, &migrate, &["/nonexistent/qemu"]).await;
     a.set_env("REPLAY_MIGRATE_QEMU", "qemu-system-x86_64");
-    let machine = a.status(VM).await.unwrap()["hardware"]["machine"].as_str().unwrap().to_owned();
+    let machine = a.status(VM).await.unwrap()["hardware"]["machine"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     world.b.stop_serving();
-    world.b.set_env("REPLAY_MIGRATE_QEMU", lacks_machine(world.dir.path(), &machine));
+    world.b.set_env(
+        "REPLAY_MIGRATE_QEMU",
+        lacks_machine(world.dir.path(), &machine),
+    );
     let agent = world.b.serve().await.unwrap();
     a.trust("b", agent.addr, &agent.key).await.unwrap();
     refused(a, &migrate, &["b refused", &machine]).await;
 
     assert_eq!(state_of(a).await, before);
-    assert!(!world.b.dir().join("vms").join(VM).exists(), "the target has something of the VM");
+    assert!(
+        !world.b.dir().join("vms").join(VM).exists(),
+        "the target has something of the VM"
+    );
 }
 
 /// A QEMU that does not have this machine type.
@@ -102,9 +135,14 @@ async fn logs_that_do_not_fit_are_refused() {
     work(&recorder).await;
 
     // A viewer that talks nonsense is thrown out; the one beside it works on.
-    let testkit::robot::VncAddr::Tcp(addr) = recorder.vnc else { panic!("{:?}", recorder.vnc) };
+    let testkit::robot::VncAddr::Tcp(addr) = recorder.vnc else {
+        panic!("{:?}", recorder.vnc)
+    };
     let mut robot = Robot::connect(&recorder.vnc).await.unwrap();
-    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"RFB 003.008\n\x01\x01\xee\xee\xee\xee"] {
+    for garbage in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        b"RFB 003.008\n\x01\x01\xee\xee\xee\xee",
+    ] {
         let thrown_out = garbage.to_vec();
         tokio::task::spawn_blocking(move || {
             let mut stream = std::net::TcpStream::connect(addr).unwrap();
@@ -116,9 +154,15 @@ async fn logs_that_do_not_fit_are_refused() {
         .await
         .unwrap();
     }
-    robot.click(300, 100, testkit::robot::Button::Left).await.unwrap();
+    robot
+        .click(300, 100, testkit::robot::Button::Left)
+        .await
+        .unwrap();
     robot.type_text("echo still here\n").await.unwrap();
-    assert_eq!(robot.wait_changed(None, SOON).await.unwrap(), Waited::Happened);
+    assert_eq!(
+        robot.wait_changed(None, SOON).await.unwrap(),
+        Waited::Happened
+    );
     drop(robot);
 
     let log = recorder.begun["log"].as_str().unwrap().to_owned();
@@ -131,10 +175,20 @@ async fn logs_that_do_not_fit_are_refused() {
     };
     let whole = std::fs::read(&log).unwrap();
     let truncated = file("truncated.rmlog", &whole[..20]);
-    refused(a, &["replay", VM, "--log", &truncated], &["truncated.rmlog"]).await;
+    refused(
+        a,
+        &["replay", VM, "--log", &truncated],
+        &["truncated.rmlog"],
+    )
+    .await;
     let foreign = file("foreign.rmlog", &[0x5a; 4096]);
     refused(a, &["replay", VM, "--log", &foreign], &["foreign.rmlog"]).await;
-    refused(a, &["replay", VM, "--log", "/nonexistent.rmlog"], &["/nonexistent.rmlog"]).await;
+    refused(
+        a,
+        &["replay", VM, "--log", "/nonexistent.rmlog"],
+        &["/nonexistent.rmlog"],
+    )
+    .await;
     let mut damaged = whole.clone();
     let middle = damaged.len() / 2;
     damaged[middle] ^= 1;
@@ -143,14 +197,38 @@ async fn logs_that_do_not_fit_are_refused() {
     // Readable up to the last whole block, or refused: in no case half of it as if all was well.
     assert!(matches!(outcome.code, Some(0 | 3)), "{}", outcome.stderr);
 
-    a.json(&["vm", "create", "other", "--disk", crate::common::guest().await]).await.unwrap();
-    refused(a, &["replay", "other", "--log", &log], &["give this VM's own log"]).await;
+    a.json(&[
+        "vm",
+        "create",
+        "other",
+        "--disk",
+        crate::common::guest().await,
+    ])
+    .await
+    .unwrap();
+    refused(
+        a,
+        &["replay", "other", "--log", &log],
+        &["give this VM's own log"],
+    )
+    .await;
     // The log of a generation that is gone.
-    let number: u64 = Path::new(&log).file_stem().unwrap().to_str().unwrap().parse().unwrap();
+    let number: u64 = Path::new(&log)
+        .file_stem()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
     let generations = a.dir().join("vms").join(VM).join("generations");
     let aside = world.dir.path().join("aside");
     std::fs::rename(generations.join(number.to_string()), &aside).unwrap();
-    refused(a, &["replay", VM, "--log", &log], &["generation", "not here any more"]).await;
+    refused(
+        a,
+        &["replay", VM, "--log", &log],
+        &["generation", "not here any more"],
+    )
+    .await;
     std::fs::rename(&aside, generations.join(number.to_string())).unwrap();
     assert_eq!(state_of(a).await, before);
 }

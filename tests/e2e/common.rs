@@ -39,7 +39,12 @@ pub(crate) async fn guest() -> &'static str {
     let build = async {
         let dir = tempfile::tempdir().unwrap();
         let site = Site::new(program(), "builder", dir.path());
-        let built = site.spawn(&["guest", "build"]).unwrap().finish(GUEST_LIMIT).await.unwrap();
+        let built = site
+            .spawn(&["guest", "build"])
+            .unwrap()
+            .finish(GUEST_LIMIT)
+            .await
+            .unwrap();
         let built: serde_json::Value = built.success().unwrap().last().unwrap();
         built["dir"].as_str().unwrap().to_owned()
     };
@@ -53,16 +58,31 @@ impl World {
         let guest = guest().await;
         let dir = tempfile::tempdir().unwrap();
         let site = |name: &str| Site::new(program(), name, dir.path().join(name));
-        let world = Self { a: site("a"), b: site("b"), dir, _turn: turn };
-        world.b.json(&["vm", "create", "images", "--disk", guest]).await.unwrap();
-        world.b.json(&["vm", "delete", "images", "--yes"]).await.unwrap();
+        let world = Self {
+            a: site("a"),
+            b: site("b"),
+            dir,
+            _turn: turn,
+        };
+        world
+            .b
+            .json(&["vm", "create", "images", "--disk", guest])
+            .await
+            .unwrap();
+        world
+            .b
+            .json(&["vm", "delete", "images", "--yes"])
+            .await
+            .unwrap();
         world
     }
 
     /// As [`Self::new`], with both agents up, and the VM running at A.
     pub(crate) async fn with_vm() -> Self {
         let mut world = Self::new().await;
-        testkit::site::introduce(&mut world.a, &mut world.b).await.unwrap();
+        testkit::site::introduce(&mut world.a, &mut world.b)
+            .await
+            .unwrap();
         start_vm(&world.a).await;
         world
     }
@@ -70,7 +90,9 @@ impl World {
 
 /// Makes and starts the VM.
 pub(crate) async fn start_vm(site: &Site) {
-    site.json(&["vm", "create", VM, "--disk", guest().await]).await.unwrap();
+    site.json(&["vm", "create", VM, "--disk", guest().await])
+        .await
+        .unwrap();
     site.json(&["vm", "start", VM]).await.unwrap();
     assert_eq!(site.state(VM).await.unwrap(), "running");
 }
@@ -103,7 +125,10 @@ pub(crate) fn qemus_on(dir: &Path) -> usize {
         .filter_map(|process| std::fs::read(process.path().join("cmdline")).ok())
         .filter(|words| {
             let words = String::from_utf8_lossy(words);
-            words.split('\0').next().is_some_and(|program| program.contains("qemu-system"))
+            words
+                .split('\0')
+                .next()
+                .is_some_and(|program| program.contains("qemu-system"))
                 && words.contains(&dir)
         })
         .count()
@@ -113,7 +138,11 @@ pub(crate) fn qemus_on(dir: &Path) -> usize {
 pub(crate) async fn eventually(what: &str, holds: impl Fn() -> bool) {
     let end = Instant::now() + CLEAN_LIMIT;
     while !holds() {
-        assert!(Instant::now() < end, "after {} s still not: {what}", CLEAN_LIMIT.as_secs());
+        assert!(
+            Instant::now() < end,
+            "after {} s still not: {what}",
+            CLEAN_LIMIT.as_secs()
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

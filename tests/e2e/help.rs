@@ -22,8 +22,17 @@ fn commands(help: &str) -> Vec<&str> {
 #[test]
 fn the_commands_are_those_of_the_design() {
     let all = [
-        "doctor", "guest", "serve", "site", "vm", "checkpoint", "record", "seed", "migrate",
-        "replay", "log",
+        "doctor",
+        "guest",
+        "serve",
+        "site",
+        "vm",
+        "checkpoint",
+        "record",
+        "seed",
+        "migrate",
+        "replay",
+        "log",
     ];
     assert_eq!(commands(&help(&[])), all);
     for (command, parts) in [
@@ -32,7 +41,14 @@ fn the_commands_are_those_of_the_design() {
         (
             "vm",
             &[
-                "create", "start", "stop", "pause", "resume", "list", "status", "screenshot",
+                "create",
+                "start",
+                "stop",
+                "pause",
+                "resume",
+                "list",
+                "status",
+                "screenshot",
                 "delete",
             ],
         ),
@@ -45,14 +61,27 @@ fn the_commands_are_those_of_the_design() {
 #[test]
 fn exit_codes_are_documented() {
     let text = help(&[]);
-    for code in ["0 done", "1 failed", "2 usage", "3 refused", "4 interrupted"] {
+    for code in [
+        "0 done",
+        "1 failed",
+        "2 usage",
+        "3 refused",
+        "4 interrupted",
+    ] {
         assert!(text.contains(code), "{code} in {text}");
     }
 }
 
 #[test]
 fn usage_errors_exit_with_2() {
-    for words in [&["migrate"][..], &["migrate", "x", "--to", "y", "--strategy", "magic"], &["x"]] {
-        Command::new(crate::common::program()).args(words).assert().code(2);
+    for words in [
+        &["migrate"][..],
+        &["migrate", "x", "--to", "y", "--strategy", "magic"],
+        &["x"],
+    ] {
+        Command::new(crate::common::program())
+            .args(words)
+            .assert()
+            .code(2);
     }
 }

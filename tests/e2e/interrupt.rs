@@ -15,10 +15,16 @@ async fn interrupted(from: &Site, to: &Site, strategy: &str, phase: &str) {
     let command = ["migrate", VM, "--to", "b", "--strategy", strategy];
     let mut migration = from.spawn(&command).unwrap();
     let reached = migration
-        .until("reach the phase", PHASE_LIMIT, |line| line["phase"] == phase)
+        .until("reach the phase", PHASE_LIMIT, |line| {
+            line["phase"] == phase
+        })
         .await
         .unwrap();
-    assert!(reached.is_some(), "no phase {phase}: {}", migration.stderr());
+    assert!(
+        reached.is_some(),
+        "no phase {phase}: {}",
+        migration.stderr()
+    );
     let ended = migration.stop().await.unwrap();
     assert_eq!(ended.code, Some(4), "in {phase}: {}", ended.stderr);
     assert_eq!(from.state(VM).await.unwrap(), "running", "after {phase}");
@@ -38,7 +44,10 @@ async fn ctrl_c_in_any_phase_leaves_the_vm_running_and_the_target_clean() {
     a.trust("b", link.addr(), &agent.key).await.unwrap();
     interrupted(a, &b, "full", "hello").await;
     interrupted(a, &b, "full", "ram").await;
-    eventually("the VM unknown at the target", || !b.dir().join("vms").join(VM).exists()).await;
+    eventually("the VM unknown at the target", || {
+        !b.dir().join("vms").join(VM).exists()
+    })
+    .await;
 
     a.trust("b", agent.addr, &agent.key).await.unwrap();
     let recorder = a.record(VM).await.unwrap();
@@ -48,7 +57,10 @@ async fn ctrl_c_in_any_phase_leaves_the_vm_running_and_the_target_clean() {
     for phase in ["replay", "stop", "ram"] {
         interrupted(a, &b, "replay", phase).await;
     }
-    let report = a.json(&["migrate", VM, "--to", "b", "--strategy", "replay"]).await.unwrap();
+    let report = a
+        .json(&["migrate", VM, "--to", "b", "--strategy", "replay"])
+        .await
+        .unwrap();
     assert_eq!(report["refetched"], 0);
     assert_eq!(b.state(VM).await.unwrap(), "running");
     assert_eq!(a.state(VM).await.unwrap(), "elsewhere");

@@ -14,14 +14,23 @@ async fn a_desktop_roams_there_by_replay_and_back_by_base() {
     assert_eq!(seeded["generation"].as_u64(), Some(generation));
     work(&recorder).await;
 
-    let there = a.json(&["migrate", VM, "--to", "b", "--strategy", "replay"]).await.unwrap();
+    let there = a
+        .json(&["migrate", VM, "--to", "b", "--strategy", "replay"])
+        .await
+        .unwrap();
     assert_eq!(there["strategy"], "replay");
     assert_eq!(there["generation_from"].as_u64(), Some(generation));
     assert_eq!(there["generation_to"].as_u64(), Some(generation + 1));
     assert_eq!(there["refetched"], 0);
     assert!(there["replay"]["events"].as_u64().unwrap() > 100, "{there}");
     assert!(there["bytes"]["log"].as_u64().unwrap() > 0);
-    let recorded: Value = recorder.process.finish(crate::common::SOON).await.unwrap().last().unwrap();
+    let recorded: Value = recorder
+        .process
+        .finish(crate::common::SOON)
+        .await
+        .unwrap()
+        .last()
+        .unwrap();
     assert_eq!(recorded["ended"], "moved");
     assert_same_images(a, b);
 
@@ -33,7 +42,10 @@ async fn a_desktop_roams_there_by_replay_and_back_by_base() {
     let refused = a.run(&["vm", "start", VM]).await.unwrap();
     assert_eq!(refused.code, Some(3), "{}", refused.stderr);
 
-    let back = b.json(&["migrate", VM, "--to", "a", "--strategy", "base"]).await.unwrap();
+    let back = b
+        .json(&["migrate", VM, "--to", "a", "--strategy", "base"])
+        .await
+        .unwrap();
     assert_eq!(back["strategy"], "base");
     assert_eq!(back["generation_from"], there["generation_to"]);
     assert_eq!(back["refetched"], 0);

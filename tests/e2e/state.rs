@@ -21,7 +21,9 @@ async fn a_stopped_vm_goes_on_where_it_was() {
     let shot = |name: &str| world.dir.path().join(name);
     let take = async |name: &str| {
         let path = shot(name);
-        site.json(&["vm", "screenshot", VM, "--out", &path.to_string_lossy()]).await.unwrap();
+        site.json(&["vm", "screenshot", VM, "--out", &path.to_string_lossy()])
+            .await
+            .unwrap();
         std::fs::read(path).unwrap()
     };
     site.json(&["vm", "pause", VM]).await.unwrap();

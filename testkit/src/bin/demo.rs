@@ -90,18 +90,23 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
     let guest = build_guest(&program, &out).await?;
 
     heading("Four sites on this machine");
-    let [a, b, c, d] =
-        ["a", "b", "c", "d"].map(|name| Site::new(&program, name, out.join(name)));
+    let [a, b, c, d] = ["a", "b", "c", "d"].map(|name| Site::new(&program, name, out.join(name)));
     let mut sites = Sites { a, b, c, d };
     let agents = open_sites(&mut sites, &guest).await?;
 
     heading("The desktop at A");
-    sites.a.json(&["vm", "create", VM, "--disk", &guest]).await?;
+    sites
+        .a
+        .json(&["vm", "create", VM, "--disk", &guest])
+        .await?;
     let created = Instant::now();
     sites.a.json(&["vm", "start", VM]).await?;
     println!("runs after {:.1} s", created.elapsed().as_secs_f64());
     let recorder = sites.a.record(VM).await?;
-    println!("recorded on top of generation {}", recorder.begun["generation"]);
+    println!(
+        "recorded on top of generation {}",
+        recorder.begun["generation"]
+    );
     for (name, agent) in [("b", &agents[0]), ("c", &agents[1])] {
         sites.a.trust(name, agent.addr, &agent.key).await?;
         let seeded = sites.a.json(&["seed", VM, "--to", name]).await?;
@@ -148,7 +153,11 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
             after = Some(screenshot(&sites.b, &out.join("b.png")).await?);
         }
     }
-    let recorded: Value = recorder.process.finish(Duration::from_secs(30)).await?.last()?;
+    let recorded: Value = recorder
+        .process
+        .finish(Duration::from_secs(30))
+        .await?
+        .last()?;
     if let Some(after) = after {
         let path = out.join("both-sides.png");
         side_by_side(&before, &after).save(&path)?;
@@ -234,9 +243,15 @@ async fn build_guest(program: &Path, out: &Path) -> anyhow::Result<String> {
     let begun = Instant::now();
     // No site's state is needed for it, and none is made.
     let builder = Site::new(program, "builder", out.join("builder"));
-    let built = builder.spawn(&["guest", "build"])?.finish(GUEST_LIMIT).await?.success()?;
+    let built = builder
+        .spawn(&["guest", "build"])?
+        .finish(GUEST_LIMIT)
+        .await?
+        .success()?;
     let built: Value = built.last()?;
-    let dir = built["dir"].as_str().context("`guest build` does not say where the guest is")?;
+    let dir = built["dir"]
+        .as_str()
+        .context("`guest build` does not say where the guest is")?;
     println!("{dir}, ready after {:.0} s", begun.elapsed().as_secs_f64());
     Ok(dir.to_owned())
 }
@@ -246,19 +261,31 @@ async fn open_sites(sites: &mut Sites, guest: &str) -> anyhow::Result<[Agent; 3]
     let mut agents = Vec::new();
     for site in [&mut sites.b, &mut sites.c, &mut sites.d] {
         // The read-only base images are at every site; a VM that is made and removed leaves them.
-        site.json(&["vm", "create", "images", "--disk", guest]).await?;
+        site.json(&["vm", "create", "images", "--disk", guest])
+            .await?;
         site.json(&["vm", "delete", "images", "--yes"]).await?;
         agents.push(site.serve().await?);
-        println!("{} listens on {}", site.name().to_uppercase(), agents[agents.len() - 1].addr);
+        println!(
+            "{} listens on {}",
+            site.name().to_uppercase(),
+            agents[agents.len() - 1].addr
+        );
     }
     // Only who is called must know who calls; the caller's own address is never used.
     let nobody = SocketAddr::from(([127, 0, 0, 1], 1));
-    for (caller, called) in
-        [(&sites.a, &sites.b), (&sites.a, &sites.c), (&sites.b, &sites.c), (&sites.c, &sites.d)]
-    {
-        called.trust(caller.name(), nobody, &caller.key().await?).await?;
+    for (caller, called) in [
+        (&sites.a, &sites.b),
+        (&sites.a, &sites.c),
+        (&sites.b, &sites.c),
+        (&sites.c, &sites.d),
+    ] {
+        called
+            .trust(caller.name(), nobody, &caller.key().await?)
+            .await?;
     }
-    agents.try_into().map_err(|_| anyhow::anyhow!("three agents were started"))
+    agents
+        .try_into()
+        .map_err(|_| anyhow::anyhow!("three agents were started"))
 }
 
 /// Moves the VM over the thin line, and leaves it paused.
@@ -276,13 +303,21 @@ async fn roam(
         from.name().to_uppercase(),
         to.name().to_uppercase()
     );
-    let mut migration =
-        from.spawn(&["migrate", VM, "--to", to.name(), "--strategy", strategy, "--paused"])?;
+    let mut migration = from.spawn(&[
+        "migrate",
+        VM,
+        "--to",
+        to.name(),
+        "--strategy",
+        strategy,
+        "--paused",
+    ])?;
     let begun = Instant::now();
     let mut phase = String::new();
     loop {
-        let line =
-            migration.until("get on", MIGRATE_LIMIT, |line| line["phase"].is_string()).await?;
+        let line = migration
+            .until("get on", MIGRATE_LIMIT, |line| line["phase"].is_string())
+            .await?;
         let Some(line) = line else { break };
         let now = line["phase"].as_str().unwrap_or_default();
         if now != phase {
@@ -311,7 +346,11 @@ async fn same_images(from: &Site, to: &Site) -> anyhow::Result<bool> {
     let (number, left) = newest_generation(from.dir(), VM)?;
     let (other, right) = newest_generation(to.dir(), VM)?;
     if number != other {
-        println!("  generation {number} at {}, but {other} at {}", from.name(), to.name());
+        println!(
+            "  generation {number} at {}, but {other} at {}",
+            from.name(),
+            to.name()
+        );
         return Ok(false);
     }
     let live_ram = to.live_ram(VM).await?;
@@ -319,10 +358,19 @@ async fn same_images(from: &Site, to: &Site) -> anyhow::Result<bool> {
     let disk = left.join("disk0.qcow2");
     let compared = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
         Ok([
-            ("RAM", compare_files(&left.join("ram.img"), &right.join("ram.img"))?),
-            ("devices", compare_files(&left.join("device.bin"), &right.join("device.bin"))?),
+            (
+                "RAM",
+                compare_files(&left.join("ram.img"), &right.join("ram.img"))?,
+            ),
+            (
+                "devices",
+                compare_files(&left.join("device.bin"), &right.join("device.bin"))?,
+            ),
             ("disk", compare_disks(&disk, &right.join("disk0.qcow2"))?),
-            ("RAM of the paused VM", compare_files(&left.join("ram.img"), &live_ram)?),
+            (
+                "RAM of the paused VM",
+                compare_files(&left.join("ram.img"), &live_ram)?,
+            ),
             ("disk of the paused VM", compare_disks(&disk, &live_disk)?),
         ])
     })
@@ -341,14 +389,26 @@ async fn same_images(from: &Site, to: &Site) -> anyhow::Result<bool> {
 }
 
 async fn screenshot(site: &Site, path: &Path) -> anyhow::Result<RgbImage> {
-    site.json(&["vm", "screenshot", VM, "--out", &path.to_string_lossy()]).await?;
-    println!("screen of {}: {}", site.name().to_uppercase(), path.display());
-    Ok(image::open(path).with_context(|| format!("cannot read {}", path.display()))?.into_rgb8())
+    site.json(&["vm", "screenshot", VM, "--out", &path.to_string_lossy()])
+        .await?;
+    println!(
+        "screen of {}: {}",
+        site.name().to_uppercase(),
+        path.display()
+    );
+    Ok(image::open(path)
+        .with_context(|| format!("cannot read {}", path.display()))?
+        .into_rgb8())
 }
 
 fn differing_pixels(one: &RgbImage, other: &RgbImage) -> usize {
     let missing = one.pixels().len().abs_diff(other.pixels().len());
-    missing + one.pixels().zip(other.pixels()).filter(|(a, b)| a != b).count()
+    missing
+        + one
+            .pixels()
+            .zip(other.pixels())
+            .filter(|(a, b)| a != b)
+            .count()
 }
 
 fn side_by_side(left: &RgbImage, right: &RgbImage) -> RgbImage {
@@ -368,9 +428,14 @@ async fn alive(site: &Site, out: &Path) -> anyhow::Result<()> {
     robot.type_text(SIGN_OF_LIFE).await?;
     let waited = robot.wait_changed(None, Duration::from_secs(30)).await?;
     if waited == Waited::Limit {
-        bail!("the desktop does not answer at {}", site.name().to_uppercase());
+        bail!(
+            "the desktop does not answer at {}",
+            site.name().to_uppercase()
+        );
     }
-    robot.wait_quiet(None, Duration::from_secs(1), Duration::from_secs(15)).await?;
+    robot
+        .wait_quiet(None, Duration::from_secs(1), Duration::from_secs(15))
+        .await?;
     drop(robot);
     screenshot(site, &out.join("d.png")).await?;
     println!("it answers what is typed");

@@ -91,15 +91,16 @@ impl Canvas {
         let columns = self.columns().max(1);
         let (x, y) = region.map_or((0..usize::MAX, 0..usize::MAX), |r| {
             let tiles = |from: u16, length: u16| {
-                usize::from(from) / TILE
-                    ..(usize::from(from) + usize::from(length)).div_ceil(TILE)
+                usize::from(from) / TILE..(usize::from(from) + usize::from(length)).div_ceil(TILE)
             };
             (tiles(r.x, r.width), tiles(r.y, r.height))
         });
         self.tiles
             .iter()
             .enumerate()
-            .filter(move |(index, _)| x.contains(&(index % columns)) && y.contains(&(index / columns)))
+            .filter(move |(index, _)| {
+                x.contains(&(index % columns)) && y.contains(&(index / columns))
+            })
             .map(|(_, tile)| *tile)
     }
 
@@ -112,14 +113,21 @@ impl Canvas {
         self.rgb = vec![0; usize::from(width) * usize::from(height) * RGB];
         self.changes += 1;
         let tiles = self.columns() * usize::from(height).div_ceil(TILE);
-        self.tiles = vec![Tile { at: now, number: self.changes }; tiles];
+        self.tiles = vec![
+            Tile {
+                at: now,
+                number: self.changes
+            };
+            tiles
+        ];
         self.received = 0;
     }
 
     fn draw(&mut self, rect: Rect, pixels: &[u8], now: Instant) {
-        let (Some(right), Some(below)) =
-            (self.width.checked_sub(rect.x), self.height.checked_sub(rect.y))
-        else {
+        let (Some(right), Some(below)) = (
+            self.width.checked_sub(rect.x),
+            self.height.checked_sub(rect.y),
+        ) else {
             return;
         };
         let columns = usize::from(rect.width.min(right));
@@ -130,7 +138,9 @@ impl Canvas {
         let stride = usize::from(self.width) * RGB;
         let tile_columns = self.columns();
         self.changes += 1;
-        let wire_rows = pixels.chunks_exact(usize::from(rect.width) * WIRE_PIXEL).take(rows);
+        let wire_rows = pixels
+            .chunks_exact(usize::from(rect.width) * WIRE_PIXEL)
+            .take(rows);
         for (row, wire) in wire_rows.enumerate() {
             let y = usize::from(rect.y) + row;
             for (column, new) in wire.chunks_exact(WIRE_PIXEL).take(columns).enumerate() {
@@ -139,7 +149,10 @@ impl Canvas {
                 if old != &new[..RGB] {
                     old.copy_from_slice(&new[..RGB]);
                     let tile = &mut self.tiles[y / TILE * tile_columns + x / TILE];
-                    *tile = Tile { at: now, number: self.changes };
+                    *tile = Tile {
+                        at: now,
+                        number: self.changes,
+                    };
                 }
             }
         }
@@ -151,8 +164,13 @@ impl Canvas {
 mod tests {
     use super::*;
 
-    fn region(x: u16, y: u16, width: u16, height: u16) -> Option<Region> {
-        Some(Region { x, y, width, height })
+    const fn region(x: u16, y: u16, width: u16, height: u16) -> Region {
+        Region {
+            x,
+            y,
+            width,
+            height,
+        }
     }
 
     #[test]
@@ -163,17 +181,31 @@ mod tests {
         assert!(!canvas.is_whole());
         let mark = canvas.changes();
         let later = begun + Duration::from_secs(1);
-        let rect = Rect { x: 40, y: 20, width: 2, height: 1 };
+        let rect = Rect {
+            x: 40,
+            y: 20,
+            width: 2,
+            height: 1,
+        };
         canvas.draw(rect, &[1, 2, 3, 0, 4, 5, 6, 0], later);
         assert!(canvas.changed_since(None, mark));
-        assert!(canvas.changed_since(region(32, 16, 16, 16), mark));
-        assert!(!canvas.changed_since(region(0, 0, 32, 48), mark));
+        assert!(canvas.changed_since(Some(region(32, 16, 16, 16)), mark));
+        assert!(!canvas.changed_since(Some(region(0, 0, 32, 48)), mark));
         let now = later + Duration::from_secs(1);
-        assert_eq!(canvas.quiet_for(region(33, 17, 1, 1), now), Duration::from_secs(1));
-        assert_eq!(canvas.quiet_for(region(0, 0, 32, 16), now), Duration::from_secs(2));
+        assert_eq!(
+            canvas.quiet_for(Some(region(33, 17, 1, 1)), now),
+            Duration::from_secs(1)
+        );
+        assert_eq!(
+            canvas.quiet_for(Some(region(0, 0, 32, 16)), now),
+            Duration::from_secs(2)
+        );
         let mark = canvas.changes();
         canvas.draw(rect, &[1, 2, 3, 9, 4, 5, 6, 9], now);
-        assert!(!canvas.changed_since(None, mark), "the same pixels once more are no change");
+        assert!(
+            !canvas.changed_since(None, mark),
+            "the same pixels once more are no change"
+        );
         assert_eq!(canvas.picture().get_pixel(41, 20).0, [4, 5, 6]);
     }
 
@@ -182,10 +214,24 @@ mod tests {
         let mut canvas = Canvas::default();
         let now = Instant::now();
         canvas.resize(2, 1, now);
-        let wide = Rect { x: 1, y: 0, width: 2, height: 2 };
+        let wide = Rect {
+            x: 1,
+            y: 0,
+            width: 2,
+            height: 2,
+        };
         canvas.draw(wide, &[9; 2 * 2 * WIRE_PIXEL], now);
         assert_eq!(canvas.rgb, [0, 0, 0, 9, 9, 9]);
-        canvas.draw(Rect { x: 5, y: 5, width: 1, height: 1 }, &[7; 4], now);
+        canvas.draw(
+            Rect {
+                x: 5,
+                y: 5,
+                width: 1,
+                height: 1,
+            },
+            &[7; 4],
+            now,
+        );
         assert_eq!(canvas.rgb, [0, 0, 0, 9, 9, 9]);
     }
 }

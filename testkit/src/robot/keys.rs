@@ -25,7 +25,10 @@ impl Chord {
             _ => return None,
         };
         let shifted = c.is_ascii_uppercase() || "~!@#$%^&*()_+{}|:\"<>?".contains(c);
-        Some(Self { modifiers: if shifted { vec![SHIFT] } else { Vec::new() }, key })
+        Some(Self {
+            modifiers: if shifted { vec![SHIFT] } else { Vec::new() },
+            key,
+        })
     }
 
     /// A chord by name: `Return`, `ctrl+s`, `alt+F4`, `ctrl+shift+Home`.
@@ -88,10 +91,34 @@ mod tests {
 
     #[test]
     fn shift_is_held_where_a_us_keyboard_needs_it() {
-        assert_eq!(Chord::of_char('a'), Some(Chord { modifiers: vec![], key: 0x61 }));
-        assert_eq!(Chord::of_char('A'), Some(Chord { modifiers: vec![SHIFT], key: 0x41 }));
-        assert_eq!(Chord::of_char('|'), Some(Chord { modifiers: vec![SHIFT], key: 0x7c }));
-        assert_eq!(Chord::of_char('/'), Some(Chord { modifiers: vec![], key: 0x2f }));
+        assert_eq!(
+            Chord::of_char('a'),
+            Some(Chord {
+                modifiers: vec![],
+                key: 0x61
+            })
+        );
+        assert_eq!(
+            Chord::of_char('A'),
+            Some(Chord {
+                modifiers: vec![SHIFT],
+                key: 0x41
+            })
+        );
+        assert_eq!(
+            Chord::of_char('|'),
+            Some(Chord {
+                modifiers: vec![SHIFT],
+                key: 0x7c
+            })
+        );
+        assert_eq!(
+            Chord::of_char('/'),
+            Some(Chord {
+                modifiers: vec![],
+                key: 0x2f
+            })
+        );
         assert_eq!(Chord::of_char('\n').map(|chord| chord.key), Some(0xff0d));
         assert_eq!(Chord::of_char('ä'), None);
         assert_eq!(Chord::of_char('\u{7f}'), None);
@@ -99,9 +126,27 @@ mod tests {
 
     #[test]
     fn chords_have_names() {
-        assert_eq!(Chord::parse("ctrl+s"), Some(Chord { modifiers: vec![CONTROL], key: 0x73 }));
-        assert_eq!(Chord::parse("alt+F4"), Some(Chord { modifiers: vec![ALT], key: 0xffc1 }));
-        assert_eq!(Chord::parse("Return"), Some(Chord { modifiers: vec![], key: 0xff0d }));
+        assert_eq!(
+            Chord::parse("ctrl+s"),
+            Some(Chord {
+                modifiers: vec![CONTROL],
+                key: 0x73
+            })
+        );
+        assert_eq!(
+            Chord::parse("alt+F4"),
+            Some(Chord {
+                modifiers: vec![ALT],
+                key: 0xffc1
+            })
+        );
+        assert_eq!(
+            Chord::parse("Return"),
+            Some(Chord {
+                modifiers: vec![],
+                key: 0xff0d
+            })
+        );
         for wrong in ["", "ctrl+", "hyper+x", "Retur", "s+ctrl"] {
             assert_eq!(Chord::parse(wrong), None, "{wrong}");
         }

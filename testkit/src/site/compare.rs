@@ -26,11 +26,16 @@ pub enum Difference {
 /// The newest generation of a VM in a state directory: its number and its folder.
 pub fn newest_generation(site: &Path, vm: &str) -> Result<(u64, PathBuf), SiteError> {
     let dir = site.join("vms").join(vm).join("generations");
-    let failed = |source| SiteError::File { path: dir.clone(), source };
+    let failed = |source| SiteError::File {
+        path: dir.clone(),
+        source,
+    };
     let mut newest = None;
     for entry in std::fs::read_dir(&dir).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        let number = path.file_name().and_then(|name| name.to_str()?.parse::<u64>().ok());
+        let number = path
+            .file_name()
+            .and_then(|name| name.to_str()?.parse::<u64>().ok());
         if let Some(number) = number
             && path.join("manifest.json").exists()
             && newest.as_ref().is_none_or(|(known, _)| *known < number)
@@ -44,7 +49,10 @@ pub fn newest_generation(site: &Path, vm: &str) -> Result<(u64, PathBuf), SiteEr
 /// Compares two plain files.
 pub fn compare_files(one: &Path, other: &Path) -> Result<Difference, SiteError> {
     let open = |path: &Path| {
-        let failed = |source| SiteError::File { path: path.to_owned(), source };
+        let failed = |source| SiteError::File {
+            path: path.to_owned(),
+            source,
+        };
         let file = File::open(path).map_err(failed)?;
         let length = file.metadata().map_err(failed)?.len();
         Ok::<_, SiteError>((file, length))
@@ -59,7 +67,10 @@ pub fn compare_files(one: &Path, other: &Path) -> Result<Difference, SiteError> 
         let length = (CHUNK as u64).min(length_a - at) as usize;
         for (file, buffer, path) in [(&mut a, &mut left, one), (&mut b, &mut right, other)] {
             file.read_exact(&mut buffer[..length])
-                .map_err(|source| SiteError::File { path: path.to_owned(), source })?;
+                .map_err(|source| SiteError::File {
+                    path: path.to_owned(),
+                    source,
+                })?;
         }
         if left[..length] != right[..length] {
             let offset = left.iter().zip(&right).take_while(|(a, b)| a == b).count();
@@ -77,12 +88,15 @@ pub fn compare_disks(one: &Path, other: &Path) -> Result<Difference, SiteError> 
         .args(["compare", "--force-share", "-f", "qcow2", "-F", "qcow2"])
         .args([one, other])
         .output()
-        .map_err(|source| SiteError::Start { program: "qemu-img".into(), source })?;
+        .map_err(|source| SiteError::Start {
+            program: "qemu-img".into(),
+            source,
+        })?;
     match output.status.code() {
         Some(0) => Ok(Difference::None),
-        Some(1) => {
-            Ok(Difference::Disk(String::from_utf8_lossy(&output.stdout).trim().to_owned()))
-        }
+        Some(1) => Ok(Difference::Disk(
+            String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+        )),
         code => Err(SiteError::Failed {
             command: format!("qemu-img compare {} {}", one.display(), other.display()),
             code,
@@ -105,13 +119,22 @@ mod tests {
         };
         let mut bytes = vec![7; 2 * CHUNK + 5];
         let one = write("one", &bytes);
-        assert_eq!(compare_files(&one, &write("same", &bytes)).unwrap(), Difference::None);
+        assert_eq!(
+            compare_files(&one, &write("same", &bytes)).unwrap(),
+            Difference::None
+        );
         let last = bytes.len() - 1;
         bytes[last] = 8;
         let other = write("other", &bytes);
-        assert_eq!(compare_files(&one, &other).unwrap(), Difference::At(last as u64));
+        assert_eq!(
+            compare_files(&one, &other).unwrap(),
+            Difference::At(last as u64)
+        );
         let short = write("short", &bytes[..last]);
-        assert!(matches!(compare_files(&one, &short).unwrap(), Difference::Length(..)));
+        assert!(matches!(
+            compare_files(&one, &short).unwrap(),
+            Difference::Length(..)
+        ));
     }
 
     #[test]
@@ -120,7 +143,11 @@ mod tests {
         let disk = |name: &str, write: &str| {
             let path = dir.path().join(name);
             let run = |program: &str, args: &[&str]| {
-                let done = Command::new(program).args(args).arg(&path).output().unwrap();
+                let done = Command::new(program)
+                    .args(args)
+                    .arg(&path)
+                    .output()
+                    .unwrap();
                 assert!(done.status.success(), "{done:?}");
             };
             let create = Command::new("qemu-img")
@@ -138,7 +165,10 @@ mod tests {
         let same = disk("same", "write -P 1 64k 4k");
         let other = disk("other", "write -P 2 64k 4k");
         assert_eq!(compare_disks(&one, &same).unwrap(), Difference::None);
-        assert!(matches!(compare_disks(&one, &other).unwrap(), Difference::Disk(_)));
+        assert!(matches!(
+            compare_disks(&one, &other).unwrap(),
+            Difference::Disk(_)
+        ));
     }
 
     #[test]

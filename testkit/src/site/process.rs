@@ -51,7 +51,11 @@ impl Finished {
         if self.code == Some(0) {
             return Ok(self);
         }
-        Err(SiteError::Failed { command: self.command, code: self.code, stderr: self.stderr })
+        Err(SiteError::Failed {
+            command: self.command,
+            code: self.code,
+            stderr: self.stderr,
+        })
     }
 
     /// Its last line, read as JSON.
@@ -75,7 +79,10 @@ impl Running {
             .stderr(Stdio::piped())
             // Ctrl-C at the terminal is the caller's to pass on.
             .process_group(0);
-        let failed = |source| SiteError::Start { program: program.to_owned(), source };
+        let failed = |source| SiteError::Start {
+            program: program.to_owned(),
+            source,
+        };
         let mut child = command.spawn().map_err(failed)?;
         let (sender, lines) = mpsc::unbounded_channel();
         if let Some(stdout) = child.stdout.take() {
@@ -94,12 +101,18 @@ impl Running {
                 let mut buffer = [0; 4096];
                 while let Ok(length @ 1..) = pipe.read(&mut buffer) {
                     let part = String::from_utf8_lossy(&buffer[..length]);
-                    text.lock().unwrap_or_else(PoisonError::into_inner).push_str(&part);
+                    text.lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push_str(&part);
                 }
             });
         }
         // Without the state directory, which is long and the same for all.
-        let words: Vec<_> = args.iter().skip(2).map(|word| word.to_string_lossy()).collect();
+        let words: Vec<_> = args
+            .iter()
+            .skip(2)
+            .map(|word| word.to_string_lossy())
+            .collect();
         Ok(Self {
             child,
             command: words.join(" "),
@@ -162,7 +175,11 @@ impl Running {
             Ok(None) => {
                 let code = self.reap(limit).await?.code();
                 let (command, stderr) = (self.command.clone(), self.stderr());
-                Err(SiteError::Failed { command, code, stderr })
+                Err(SiteError::Failed {
+                    command,
+                    code,
+                    stderr,
+                })
             }
             Err(_) => Err(self.late(what, limit)),
         }
@@ -198,7 +215,12 @@ impl Running {
         }
         let code = self.reap(limit).await?.code();
         let (command, stderr) = (self.command.clone(), self.stderr());
-        Ok(Finished { command, code, lines: seen, stderr })
+        Ok(Finished {
+            command,
+            code,
+            lines: seen,
+            stderr,
+        })
     }
 
     async fn reap(&mut self, limit: Duration) -> Result<ExitStatus, SiteError> {
@@ -218,12 +240,21 @@ impl Running {
     }
 
     fn late(&self, what: &'static str, limit: Duration) -> SiteError {
-        SiteError::Late { command: self.command.clone(), what, limit, stderr: self.stderr() }
+        SiteError::Late {
+            command: self.command.clone(),
+            what,
+            limit,
+            stderr: self.stderr(),
+        }
     }
 
     /// What it wrote to standard error so far.
     pub fn stderr(&self) -> String {
-        self.stderr.lock().unwrap_or_else(PoisonError::into_inner).trim().to_owned()
+        self.stderr
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .trim()
+            .to_owned()
     }
 
     fn signal(&self, signal: Signal) {
@@ -257,7 +288,9 @@ impl Drop for Running {
 
 /// Ends a process that is no child of ours.
 pub(super) fn end_stranger(pid: i32) {
-    let Some(pid) = Pid::from_raw(pid) else { return };
+    let Some(pid) = Pid::from_raw(pid) else {
+        return;
+    };
     let _ = kill_process(pid, Signal::TERM);
     let end = Instant::now() + END_LIMIT;
     while test_kill_process(pid).is_ok() && Instant::now() < end {
