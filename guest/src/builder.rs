@@ -138,7 +138,11 @@ fn lock(path: &Path, progress: &mut dyn FnMut(Progress<'_>)) -> Result<File, Gue
 
 /// Everything that would make the build fail half way, and can be known now.
 fn check_host(cache: &Path) -> Result<(), GuestError> {
-    for (program, package) in [("mmdebstrap", "mmdebstrap"), ("mke2fs", "e2fsprogs")] {
+    for (program, package) in [
+        ("mmdebstrap", "mmdebstrap"),
+        ("mke2fs", "e2fsprogs"),
+        ("mount", "mount"),
+    ] {
         if !is_in_path(program) {
             return Err(GuestError::Missing {
                 missing: program.into(),
