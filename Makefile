@@ -3,10 +3,10 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo fmt lint clean
+.PHONY: help setup build test demo bench-stages bench-viewer fmt lint clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what is missing (QEMU, mmdebstrap, ...); does nothing if all is there
 	./scripts/setup
@@ -21,6 +21,12 @@ test: setup ## all tests, the ones with real guests too
 
 demo: setup build ## a desktop roams between two sites; writes target/demo/report.json
 	$(CARGO) run --release --locked --package testkit --bin demo
+
+bench-stages: ## the reconciler's stages on synthetic guests: hashing, resolving, encoding, applying
+	$(CARGO) bench --locked --package reconciler
+
+bench-viewer: ## what the recording proxy adds to an event, beside a direct connection
+	$(CARGO) test --release --locked --package recorder --test proxy an_event_takes -- --nocapture
 
 fmt: ## format the sources
 	$(CARGO) fmt --all
