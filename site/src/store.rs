@@ -112,6 +112,13 @@ impl Store {
 
     /// All VMs, sorted by name.
     pub fn vms(&self) -> Result<Vec<VmDir>> {
+        let mut vms = self.vm_dirs()?;
+        vms.retain(|vm| vm.record_path().exists());
+        Ok(vms)
+    }
+
+    /// All folders of VMs, sorted by name; also those of VMs that did not arrive whole.
+    pub(crate) fn vm_dirs(&self) -> Result<Vec<VmDir>> {
         let dir = self.root.join("vms");
         let mut vms = Vec::new();
         for entry in fs::read_dir(&dir).map_err(Error::file("list", &dir))? {
@@ -120,12 +127,7 @@ impl Store {
                 .file_name()
                 .to_str()
                 .and_then(|name| name.parse().ok());
-            if let Some(name) = name {
-                let vm = self.vm(&name);
-                if vm.record_path().exists() {
-                    vms.push(vm);
-                }
-            }
+            vms.extend(name.map(|name| self.vm(&name)));
         }
         vms.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(vms)
@@ -170,13 +172,33 @@ impl Store {
 
     /// Names a file in `images/` by its content; it is moved, made read-only and durable.
     pub(crate) fn adopt(&self, file: &Path) -> Result<BaseFile> {
+        let known = Self::identify(file)?;
+        self.keep_file(file, known)?;
+        Ok(known)
+    }
+
+    /// As [`Self::adopt`], but only a file of the content that was announced is kept; whether it
+    /// is one.
+    pub(crate) fn adopt_announced(&self, file: &Path, announced: BaseFile) -> Result<bool> {
+        let right = Self::identify(file)? == announced;
+        if right {
+            self.keep_file(file, announced)?;
+        }
+        Ok(right)
+    }
+
+    fn identify(file: &Path) -> Result<BaseFile> {
         let mut hasher = blake3::Hasher::new();
         hasher
             .update_mmap_rayon(file)
             .map_err(Error::file("read", file))?;
         let hash = FileHash(*hasher.finalize().as_bytes());
         let bytes = fs::metadata(file).map_err(Error::file("read", file))?.len();
-        let path = self.base_path(hash);
+        Ok(BaseFile { hash, bytes })
+    }
+
+    fn keep_file(&self, file: &Path, known: BaseFile) -> Result<()> {
+        let path = self.base_path(known.hash);
         if !path.exists() {
             let done = (|| {
                 fs::set_permissions(file, fs::Permissions::from_mode(0o400))?;
@@ -186,7 +208,7 @@ impl Store {
             })();
             done.map_err(Error::file("keep", &path))?;
         }
-        Ok(BaseFile { hash, bytes })
+        Ok(())
     }
 
     /// The hash tree of a base disk, made on first use.
@@ -273,7 +295,9 @@ impl VmDir {
             files::make_dir(&self.dir.join(part))?;
         }
         lease.store(&self.lease_path())?;
-        files::write_json(&self.record_path(), record)
+        files::write_json(&self.record_path(), record)?;
+        let vms = self.dir.parent().unwrap_or(&self.dir);
+        files::sync_dir(vms).map_err(Error::file("sync", vms))
     }
 
     /// Whether this site may run it.

@@ -72,12 +72,12 @@ pub(super) async fn receive_file(
         .map_err(Error::file("write", &path))?;
     let store = store.clone();
     let kept = blocking(move || {
-        let kept = store.adopt(&path)?;
+        let kept = store.adopt_announced(&path, file)?;
         drop(partial);
         Ok(kept)
     })
     .await?;
-    if kept == file {
+    if kept {
         Ok(())
     } else {
         Err(line.unexpected(Phase::Base, "a file with another content than announced"))
