@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use crate::error::Result;
 use crate::files::FileLock;
 use crate::line::TargetLine;
+use crate::local;
 use crate::store::Store;
 use crate::target;
 use crate::transport::Listener;
@@ -31,10 +32,11 @@ impl Agent {
         })?;
         let identity = store.identity()?;
         let listener = Listener::bind(listen, &identity, store.peers()).await?;
-        for vm in store.vms()? {
+        for vm in store.vm_dirs()? {
             // Somebody who works on a VM right now also clears it.
             if let Ok(_lock) = vm.lock() {
                 target::clean_leftovers(&vm).await?;
+                local::drop_stale_live(&vm).await?;
             }
         }
         Ok(Self {

@@ -73,6 +73,20 @@ pub enum Error {
     /// Interrupted by the user; the source VM is as it was.
     #[error("interrupted in phase {0}; the VM goes on here, and the same command starts again")]
     Interrupted(Phase),
+    /// The VM was handed over, but it is not known to run at the target.
+    #[error(
+        "{vm} belongs to {site} now, but did not go on there or could not say so; look there with \
+         `replay-migrate vm status {vm}`, and if it is stopped, `vm start` it"
+    )]
+    NotResumed {
+        /// The VM.
+        vm: String,
+        /// The site that owns it now.
+        site: String,
+        /// What went wrong.
+        #[source]
+        source: Box<Error>,
+    },
     /// Who owns the VM could not be found out.
     #[error(
         "the hand-over of {vm} to {site} was cut off at its last step, and {site} can't be asked \

@@ -1,6 +1,6 @@
 //! Making a generation of a VM while the guest stands still for a moment.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use reconciler::{ImageTree, SlicePages, no_progress};
 use vm_host::{RamMap, Status, Vm};
@@ -19,6 +19,7 @@ use crate::vm::VmRecord;
 ///
 /// Where the guest has not run since the last generation, that one is the answer.
 pub async fn checkpoint(vm: &VmDir) -> Result<Manifest> {
+    crate::source::settle(vm).await?;
     let _lock = vm.lock()?;
     require_lease(vm)?;
     let qemu = attach_running(vm).await?;
@@ -32,10 +33,7 @@ pub(crate) async fn checkpoint_locked(
     at_checkpoint: Option<&(dyn Fn() + Sync)>,
 ) -> Result<Manifest> {
     let record = vm.record()?;
-    let live = Live::load(vm)?.ok_or_else(|| Error::Damaged {
-        path: vm.live_dir(),
-        reason: "the VM runs, but what its disks rest on is not noted".into(),
-    })?;
+    let live = Live::of_running(vm, qemu).await?;
     let was_running = guest_status(vm, qemu).await? == Status::Running;
     if !was_running
         && !live.ran
@@ -60,14 +58,24 @@ pub(crate) async fn checkpoint_locked(
         resume_live(vm, qemu).await?;
     }
     let taken = taken?;
-    finish_generation(vm, &record, taken, &qemu_version().await?).await
+    let overlays = taken.overlays.clone();
+    let manifest = finish_generation(vm, &record, taken, &qemu_version().await?).await?;
+    // Only now is there a generation to rest on; before, the older one was as right.
+    Live {
+        generation: Some(manifest.generation),
+        overlays,
+        ran: was_running,
+    }
+    .store(vm)?;
+    Ok(manifest)
 }
 
 /// What was copied while the guest stood still.
 struct Taken {
     files: GenerationFiles,
     number: u64,
-    live: Live,
+    /// Names of the overlays that are on top since.
+    overlays: Vec<String>,
     device: Vec<u8>,
 }
 
@@ -85,10 +93,15 @@ async fn take_state(vm: &VmDir, qemu: &Vm, record: &VmRecord, live: &Live) -> Re
         overlays.push(name);
     }
     let now_live = Live {
-        generation: Some(number),
+        generation: live.generation,
         overlays,
-        ran: false,
+        ran: true,
     };
+    // The old names go below: the new ones must outlive a power cut by then.
+    sync_files(&now_live.overlay_paths(vm))?;
+    for dir in [generation.dir(), &vm.dir().join("generations")] {
+        files::sync_dir(dir).map_err(Error::file("sync", dir))?;
+    }
     qemu.snapshot_disks(&now_live.overlay_paths(vm))
         .await
         .map_err(Error::host(format!(
@@ -96,12 +109,7 @@ async fn take_state(vm: &VmDir, qemu: &Vm, record: &VmRecord, live: &Live) -> Re
             vm.name()
         )))?;
     // From here on the new overlays are on top, whatever comes: note it before going on.
-    Live {
-        generation: live.generation,
-        ran: true,
-        ..now_live.clone()
-    }
-    .store(vm)?;
+    now_live.store(vm)?;
     for old in live.overlay_paths(vm) {
         std::fs::remove_file(&old).map_err(Error::file("remove", &old))?;
     }
@@ -111,17 +119,21 @@ async fn take_state(vm: &VmDir, qemu: &Vm, record: &VmRecord, live: &Live) -> Re
     )))?;
     let (from, to) = (vm.runtime_dir("live")?.join("ram.img"), generation.ram());
     blocking(move || files::copy_sparse(&from, &to).map(drop)).await?;
-    Live {
-        ran: false,
-        ..now_live.clone()
-    }
-    .store(vm)?;
     Ok(Taken {
         files: generation,
         number,
-        live: now_live,
+        overlays: now_live.overlays,
         device,
     })
+}
+
+fn sync_files(paths: &[PathBuf]) -> Result<()> {
+    for path in paths {
+        std::fs::File::open(path)
+            .and_then(|file| file.sync_all())
+            .map_err(Error::file("sync", path))?;
+    }
+    Ok(())
 }
 
 async fn finish_generation(
@@ -135,10 +147,9 @@ async fn finish_generation(
         let Taken {
             files: generation,
             number,
-            live,
+            overlays: _,
             device,
         } = taken;
-        debug_assert_eq!(live.generation, Some(number));
         let parent = vm.generations()?.pop().map(|manifest| manifest.generation);
         let device_path = generation.device();
         std::fs::write(&device_path, &device).map_err(Error::file("write", &device_path))?;
@@ -213,6 +224,7 @@ pub(crate) fn next_generation(vm: &VmDir) -> Result<u64> {
 
 /// Stops a VM so that `start` goes on where it was: a checkpoint, then QEMU quits.
 pub async fn suspend(vm: &VmDir) -> Result<Manifest> {
+    crate::source::settle(vm).await?;
     let _lock = vm.lock()?;
     require_lease(vm)?;
     let qemu = attach_running(vm).await?;

@@ -50,6 +50,49 @@ impl Live {
         files::write_json(&Self::path(vm), self)
     }
 
+    /// What the disks of a running VM rest on, as QEMU has it: a checkpoint that was killed
+    /// after it swapped the overlays has not noted that.
+    pub(crate) async fn of_running(vm: &VmDir, qemu: &Vm) -> Result<Self> {
+        let live = Self::load(vm)?.ok_or_else(|| Error::Damaged {
+            path: vm.live_dir(),
+            reason: "the VM runs, but what its disks rest on is not noted".into(),
+        })?;
+        let tops = qemu.disks().await.map_err(Error::host(format!(
+            "cannot ask the QEMU of {} for its disks",
+            vm.name()
+        )))?;
+        let healed = live.with_tops(&tops)?;
+        if healed != live {
+            tracing::warn!(vm = %vm.name(), "noting overlays that a checkpoint left unnoted");
+            healed.store(vm)?;
+        }
+        Ok(healed)
+    }
+
+    /// The same, with the overlays that are really on top.
+    fn with_tops(&self, tops: &[PathBuf]) -> Result<Self> {
+        let overlays = tops
+            .iter()
+            .map(|top| {
+                top.file_name()
+                    .and_then(|name| name.to_str())
+                    .map(str::to_owned)
+                    .ok_or_else(|| Error::Damaged {
+                        path: top.clone(),
+                        reason: "QEMU uses it as a disk, and it is none of ours".into(),
+                    })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        if overlays == self.overlays {
+            return Ok(self.clone());
+        }
+        Ok(Self {
+            generation: self.generation,
+            overlays,
+            ran: true,
+        })
+    }
+
     /// The top overlays, as paths.
     pub(crate) fn overlay_paths(&self, vm: &VmDir) -> Vec<PathBuf> {
         self.overlays
@@ -172,18 +215,19 @@ pub(crate) fn require_lease(vm: &VmDir) -> Result<u64> {
 /// A VM whose QEMU died goes on from its disks as after a power cut.
 pub async fn start(vm: &VmDir, accelerator: Accelerator, paused: bool) -> Result<Vm> {
     let record = vm.record()?;
+    crate::source::settle(vm).await?;
     let _lock = vm.lock()?;
     require_lease(vm)?;
     if attach(vm).await?.is_some() {
         return Err(Error::Refused(format!("{} runs already", vm.name())));
     }
     let runtime = vm.runtime_dir("live")?;
-    let newest = vm.generations()?.pop();
-    let live = Live::load(vm)?;
-    let (live, restore) = match (live, newest) {
-        (Some(live), _) => (live, None),
-        (None, Some(manifest)) => (lay_overlays(vm, &record, Some(&manifest))?, Some(manifest)),
-        (None, None) => (lay_overlays(vm, &record, None)?, None),
+    let (live, restore) = match point_of_start(vm)? {
+        StartAt::Disks(live) => (live, None),
+        StartAt::Generation(manifest) => {
+            (lay_overlays(vm, &record, Some(&manifest))?, Some(*manifest))
+        }
+        StartAt::Boot => (lay_overlays(vm, &record, None)?, None),
     };
     files::remove_dir(&runtime)?;
     files::make_dir(&runtime)?;
@@ -230,12 +274,39 @@ pub async fn start(vm: &VmDir, accelerator: Accelerator, paused: bool) -> Result
     Ok(qemu)
 }
 
+/// What a VM without a QEMU goes on from.
+#[derive(Debug, PartialEq)]
+enum StartAt {
+    /// Its disks as they were left, as after a power cut.
+    Disks(Live),
+    /// A whole state.
+    Generation(Box<Manifest>),
+    /// Nothing yet.
+    Boot,
+}
+
+fn point_of_start(vm: &VmDir) -> Result<StartAt> {
+    if let Some(live) = Live::load(vm)? {
+        // A guest that has not run since its generation has lost nothing but its QEMU.
+        let whole = match live.generation {
+            Some(number) if !live.ran => vm.generation(number).load_manifest()?,
+            _ => None,
+        };
+        return Ok(whole.map_or(StartAt::Disks(live), |manifest| {
+            StartAt::Generation(Box::new(manifest))
+        }));
+    }
+    Ok(match vm.generations()?.pop() {
+        Some(manifest) => StartAt::Generation(Box::new(manifest)),
+        None => StartAt::Boot,
+    })
+}
+
 /// Lets the guest run, and notes that it is no longer at its generation.
 pub async fn resume_live(vm: &VmDir, qemu: &Vm) -> Result<()> {
     require_lease(vm)?;
-    if let Some(mut live) = Live::load(vm)?
-        && !live.ran
-    {
+    let mut live = Live::of_running(vm, qemu).await?;
+    if !live.ran {
         live.ran = true;
         live.store(vm)?;
     }
@@ -249,7 +320,6 @@ pub async fn resume_live(vm: &VmDir, qemu: &Vm) -> Result<()> {
     clippy::too_many_arguments,
     reason = "each is a fact of its own; a struct would only rename Launch"
 )]
-
 pub(crate) fn launch(
     vm: &VmDir,
     record: &VmRecord,
@@ -319,6 +389,23 @@ pub async fn wait_until_ready(vm: &VmDir, qemu: &Vm, limit: Duration) -> Result<
 /// Ends QEMU and forgets what the guest did since its last generation.
 pub async fn discard(vm: &VmDir) -> Result<()> {
     let _lock = vm.lock()?;
+    drop_live(vm).await
+}
+
+/// Clears away the last run of a VM that another site has: left by a hand-over that was cut off
+/// after it was decided. To be done before the VM comes back, or that run could be taken for it.
+/// The lock is held.
+pub(crate) async fn drop_stale_live(vm: &VmDir) -> Result<()> {
+    if matches!(
+        Lease::load(&vm.lease_path())?,
+        Some(Lease::Elsewhere { .. })
+    ) {
+        drop_live(vm).await?;
+    }
+    Ok(())
+}
+
+async fn drop_live(vm: &VmDir) -> Result<()> {
     if let Some(qemu) = attach(vm).await? {
         qemu.kill()
             .await
@@ -370,5 +457,100 @@ pub(crate) async fn blocking<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn live(ran: bool) -> Live {
+        Live {
+            generation: Some(3),
+            overlays: vec!["disk0.qcow2".into()],
+            ran,
+        }
+    }
+
+    fn vm_with_generation(root: &Path, number: u64) -> VmDir {
+        use crate::generation::ImageInfo;
+        let store = crate::store::Store::open(root).unwrap();
+        let vm = store.vm(&"desk".parse().unwrap());
+        let generation = vm.generation(number);
+        files::make_dir(generation.dir()).unwrap();
+        files::make_dir(&vm.live_dir()).unwrap();
+        let none = ImageInfo {
+            bytes: 0,
+            root: reconciler::Root([0; 32]),
+        };
+        let manifest = Manifest::new(
+            crate::vm::Id([1; 16]),
+            number,
+            None,
+            Hardware::new("pc-q35-7.2"),
+            String::new(),
+            [none, none],
+            Vec::new(),
+        );
+        files::write_json(&generation.dir().join("manifest.json"), &manifest).unwrap();
+        vm
+    }
+
+    #[test]
+    fn a_guest_that_never_ran_starts_from_its_whole_state() {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = vm_with_generation(dir.path(), 3);
+        live(false).store(&vm).unwrap();
+        assert!(matches!(
+            point_of_start(&vm).unwrap(),
+            StartAt::Generation(manifest) if manifest.generation == 3
+        ));
+        live(true).store(&vm).unwrap();
+        assert_eq!(point_of_start(&vm).unwrap(), StartAt::Disks(live(true)));
+        files::remove_dir(&vm.live_dir()).unwrap();
+        assert!(matches!(
+            point_of_start(&vm).unwrap(),
+            StartAt::Generation(_)
+        ));
+    }
+
+    #[test]
+    fn disks_without_their_generation_are_all_there_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = vm_with_generation(dir.path(), 2);
+        live(false).store(&vm).unwrap();
+        assert_eq!(point_of_start(&vm).unwrap(), StartAt::Disks(live(false)));
+    }
+
+    #[test]
+    fn overlays_that_a_killed_checkpoint_swapped_are_noted() {
+        let tops = [PathBuf::from("/x/live/run/disk0-4.qcow2")];
+        let healed = live(false).with_tops(&tops).unwrap();
+        assert_eq!(healed.overlays, ["disk0-4.qcow2"]);
+        assert!(healed.ran);
+        let same = live(false);
+        assert_eq!(same.with_tops(&["/y/disk0.qcow2".into()]).unwrap(), same);
+    }
+
+    #[tokio::test]
+    async fn only_another_sites_vm_leaves_a_stale_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = vm_with_generation(dir.path(), 3);
+        live(true).store(&vm).unwrap();
+        let held = Lease::Held {
+            fence: 1,
+            transfer: None,
+        };
+        held.store(&vm.lease_path()).unwrap();
+        drop_stale_live(&vm).await.unwrap();
+        assert!(Live::load(&vm).unwrap().is_some());
+        let elsewhere = Lease::Elsewhere {
+            fence: 2,
+            owner: vm.store().identity().unwrap().key(),
+            owner_name: "b".into(),
+        };
+        elsewhere.store(&vm.lease_path()).unwrap();
+        drop_stale_live(&vm).await.unwrap();
+        assert!(Live::load(&vm).unwrap().is_none());
     }
 }

@@ -81,6 +81,8 @@ pub(super) async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
             },
         )
         .await?;
+        // No manifest came of it: it can't become a stale copy, and must not be taken for the VM.
+        local::drop_stale_live(vm).await?;
     } else {
         Lease::Held {
             fence,
@@ -94,7 +96,10 @@ pub(super) async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
 /// Lets go of a VM that another site has: its QEMU ends, never to run this state again.
 async fn hand_over(vm: &VmDir, qemu: Option<&Vm>, lease: Lease) -> Result<()> {
     lease.store(&vm.lease_path())?;
-    recording::moved(vm).await?;
+    // A recorder that does not answer notices QEMU's end.
+    if let Err(error) = recording::moved(vm).await {
+        tracing::warn!(error = error.chain(), "the recorder was not told");
+    }
     if let Some(qemu) = qemu {
         qemu.quit()
             .await

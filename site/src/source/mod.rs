@@ -36,7 +36,7 @@ use crate::transport::Traffic;
 use crate::vm::{Id, VmRecord};
 
 use hand_over::{ask_target, keep};
-use opening::{begin, hello, live};
+use opening::{begin, hello};
 use seed::{ship_files, ship_generation};
 use twin::Twin;
 
@@ -58,7 +58,7 @@ pub struct MigrateOptions {
 /// Moves a VM to another site.
 ///
 /// # Errors
-/// In all cases but [`Error::InDoubt`] the VM is here and as it was.
+/// In all cases but [`Error::InDoubt`] and [`Error::NotResumed`] the VM is here and as it was.
 pub async fn migrate(
     vm: &VmDir,
     peer: &Peer,
@@ -120,16 +120,25 @@ pub async fn migrate(
     };
     let resume = was_running && run.stopped;
     let twin = run.twin.take();
-    undo(vm, &qemu, resume).await?;
+    let undone = undo(vm, &qemu, resume).await;
     if let Some(twin) = twin {
         twin.kill().await;
     }
-    clean_leftovers(vm).await?;
-    Err(error)
+    let cleaned = clean_leftovers(vm).await;
+    if undone? {
+        cleaned?;
+        Err(error)
+    } else {
+        Err(Error::NotResumed {
+            vm: vm.name().to_string(),
+            site: peer.name.to_string(),
+            source: Box::new(error),
+        })
+    }
 }
 
-/// Puts things back after a migration that did not succeed.
-async fn undo(vm: &VmDir, qemu: &Vm, resume: bool) -> Result<()> {
+/// Puts things back after a migration that did not succeed; whether the VM is here.
+async fn undo(vm: &VmDir, qemu: &Vm, resume: bool) -> Result<bool> {
     let here = match vm.lease()? {
         Lease::Held { .. } => true,
         Lease::Offered { .. } => ask_target(vm, Some(qemu)).await?,
@@ -138,7 +147,7 @@ async fn undo(vm: &VmDir, qemu: &Vm, resume: bool) -> Result<()> {
     if here && resume {
         local::resume_live(vm, qemu).await?;
     }
-    Ok(())
+    Ok(here)
 }
 
 struct Migration<'a> {
@@ -177,7 +186,7 @@ impl Migration<'_> {
     /// Everything up to the commit.
     async fn prepare(&mut self) -> Result<Prepared> {
         self.clock.enter(Phase::Hello);
-        let live = live(self.vm)?;
+        let live = Live::of_running(self.vm, self.qemu).await?;
         let next = local::next_generation(self.vm)?;
         let mut line = Line::connect(self.vm.store(), self.peer).await?;
         let hello = hello(
@@ -329,20 +338,25 @@ impl Migration<'_> {
         self.clock.enter(Phase::Commit);
         self.commit(&mut line, &manifest).await?;
         self.clock.enter(Phase::Resume);
-        let paused = self.options.paused || !self.was_running;
-        line.send(ToTarget::Resume { paused }).await?;
-        match line.recv(Phase::Resume).await? {
-            ToSource::Resumed => self.clock.up(),
-            _ => return Err(line.unexpected(Phase::Resume, "no word that the VM runs")),
-        }
+        let resumed = self.resume(&mut line).await;
         finish_traffic(&mut bytes, &line.traffic());
         line.close().await;
-        LinkHistory::load(self.vm.store())?.note(self.vm.store(), self.peer, &sent)?;
+        // The VM is at the target, whether or not it runs there yet: nothing that fails from
+        // here on changes that.
+        let generation = manifest.generation;
+        let kept = async {
+            clean_leftovers(self.vm).await?;
+            keep(self.vm, self.qemu, &live, state, manifest).await
+        };
+        if let Err(error) = kept.await {
+            tracing::warn!(error = error.chain(), "no stale copy was kept here");
+        }
+        resumed?;
         let report = MigrationReport {
             vm: self.vm.name().clone(),
             strategy,
             generation_from: base.map(|base| base.number),
-            generation_to: manifest.generation,
+            generation_to: generation,
             bytes,
             pages: pages(&sent),
             seconds: std::collections::BTreeMap::new(),
@@ -350,13 +364,26 @@ impl Migration<'_> {
             refetched: sent.iter().map(|sent| sent.outcome.refetched).sum(),
             replay,
         };
-        plan::note_outcome(self.vm, &report)?;
-        clean_leftovers(self.vm).await?;
-        if let Err(error) = keep(self.vm, self.qemu, &live, state, manifest).await {
-            // The VM is at the target already; only the stale copy here is missing.
-            tracing::warn!(error = error.chain(), "no stale copy was kept here");
+        let noted = LinkHistory::load(self.vm.store())
+            .and_then(|history| history.note(self.vm.store(), self.peer, &sent))
+            .and_then(|()| plan::note_outcome(self.vm, &report));
+        if let Err(error) = noted {
+            tracing::warn!(error = error.chain(), "what this took was not noted");
         }
         Ok(report)
+    }
+
+    /// Has the target go on with the VM, which is its own by now.
+    async fn resume(&mut self, line: &mut Line) -> Result<()> {
+        let paused = self.options.paused || !self.was_running;
+        line.send(ToTarget::Resume { paused }).await?;
+        match line.recv(Phase::Resume).await? {
+            ToSource::Resumed => {
+                self.clock.up();
+                Ok(())
+            }
+            _ => Err(line.unexpected(Phase::Resume, "no word that the VM runs")),
+        }
     }
 
     /// Sends the base files and the generation that the target lacks; the bytes it took.
