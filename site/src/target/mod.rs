@@ -111,45 +111,24 @@ impl Session {
         if matches!(hello.purpose, Purpose::Settle(_) | Purpose::Estimate) {
             return Ok(session(None));
         }
-        let known = vm.try_record()?;
-        if known.as_ref().is_some_and(|known| known.id != hello.vm.id) {
-            return Err(Error::Refused(format!(
-                "there is another VM called {} here; rename or delete one of them",
-                vm.name()
-            )));
-        }
-        if known.is_some() {
-            match vm.lease()? {
-                Lease::Held { .. } => {
-                    return Err(Error::Refused(format!(
-                        "{} belongs here: this site holds its lease, so it can't be sent here",
-                        vm.name()
-                    )));
-                }
-                Lease::Offered { to_name, .. } => {
-                    return Err(Error::Refused(format!(
-                        "the hand-over of {} from here to {to_name} is not settled; run `vm resume \
-                         {}` here first",
-                        vm.name(),
-                        vm.name()
-                    )));
-                }
-                Lease::Elsewhere { fence, .. } if fence > hello.fence => {
-                    return Err(Error::Refused(format!(
-                        "{} was handed on since (number {fence} is known here, {} was said): what \
-                         is offered is not the newest",
-                        vm.name(),
-                        hello.fence
-                    )));
-                }
-                Lease::Elsewhere { .. } => {}
-            }
-        }
-        check_host(store, &hello).await?;
+        check_known(&vm, &hello)?;
         files::make_dir(&vm.incoming())?;
         let lock = vm.lock_soon().await?;
-        clean_leftovers(&vm).await?;
-        Ok(session(Some(lock)))
+        let mut session = session(Some(lock));
+        if let Err(error) = session.make_room().await {
+            session.clean().await?;
+            return Err(error);
+        }
+        Ok(session)
+    }
+
+    /// With the lock held: checks once more what may have changed before, and clears away what
+    /// others left.
+    async fn make_room(&self) -> Result<()> {
+        check_known(&self.vm, &self.hello)?;
+        clean_leftovers(&self.vm).await?;
+        local::drop_stale_live(&self.vm).await?;
+        check_host(&self.store, &self.hello).await
     }
 
     async fn welcome(&self) -> Result<Welcome> {
@@ -227,6 +206,7 @@ impl Session {
                 }
                 Err(error) => return Err(error),
             };
+            self.check_place(&message, work.is_some(), received.is_some())?;
             match message {
                 ToTarget::Probe(_) => {
                     line.send(ToSource::Probed).await?;
@@ -244,6 +224,7 @@ impl Session {
                         return Err(line.unexpected(self.phase, "a generation it did not name"));
                     }
                     shipping = Some(*manifest);
+                    received = None;
                     work = Some(self.prepare(base).await?);
                 }
                 ToTarget::Image(first) => {
@@ -279,6 +260,7 @@ impl Session {
                         return Err(self.out_of_place("prepare"));
                     };
                     let base = self.base_of(&plan)?;
+                    received = None;
                     work = Some(self.prepare(base).await?);
                 }
                 ToTarget::Log(part) => {
@@ -312,14 +294,17 @@ impl Session {
                     self.phase = Phase::Commit;
                     let kept = self.commit(state, trees, *request).await?;
                     let line = self.line(slot)?;
-                    line.send(ToSource::Committed).await?;
-                    line.flush().await?;
-                    self.phase = Phase::Resume;
-                    let paused = match line.receive(self.phase).await {
-                        Ok(ToTarget::Resume { paused }) => paused,
-                        // The VM is here now, whatever became of the source: it goes on.
-                        _ => false,
+                    // The VM is here now, whatever became of the source: it goes on.
+                    let told = match line.send(ToSource::Committed).await {
+                        Ok(()) => line.flush().await,
+                        Err(error) => Err(error),
                     };
+                    self.phase = Phase::Resume;
+                    let paused = told.is_ok()
+                        && matches!(
+                            line.receive(self.phase).await,
+                            Ok(ToTarget::Resume { paused: true })
+                        );
                     self.resume(kept, paused).await?;
                     let line = self.line(slot)?;
                     line.send(ToSource::Resumed).await?;
@@ -327,6 +312,28 @@ impl Session {
                 }
                 _ => return Err(self.out_of_place("a message")),
             }
+        }
+    }
+
+    /// Whether a message may come now: what it is for, and what came before it.
+    ///
+    /// A question changes nothing; images are built while nobody else writes to them, and are
+    /// not touched again once they are verified; and after a commit there is nothing to say.
+    fn check_place(&self, message: &ToTarget, work: bool, received: bool) -> Result<()> {
+        let migrates = self.hello.purpose == Purpose::Migrate;
+        let possible = match message {
+            ToTarget::Probe(_) => true,
+            _ if self.lock.is_none() || self.committed => false,
+            ToTarget::Generation { .. } | ToTarget::Prepare => self.fork.is_none(),
+            ToTarget::Image(_) => self.fork.is_none() && work && !received,
+            ToTarget::Log(_) | ToTarget::Freeze => migrates && !received,
+            ToTarget::Commit(_) => migrates && received,
+            _ => true,
+        };
+        if possible {
+            Ok(())
+        } else {
+            Err(self.out_of_place("a message"))
         }
     }
 
@@ -433,6 +440,52 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// Whether a VM that a peer offers may come here, by what is known of it here.
+fn check_known(vm: &VmDir, hello: &Hello) -> Result<()> {
+    let Some(known) = vm.try_record()? else {
+        return Ok(());
+    };
+    if known.id != hello.vm.id {
+        return Err(Error::Refused(format!(
+            "there is another VM called {} here; rename or delete one of them",
+            vm.name()
+        )));
+    }
+    if known != hello.vm {
+        return Err(Error::Refused(format!(
+            "{0} was described otherwise when it was here last (its hardware, disks or kernel): \
+             remove the stale copy here with `replay-migrate vm delete {0}`",
+            vm.name()
+        )));
+    }
+    match vm.lease()? {
+        Lease::Held { .. } => {
+            return Err(Error::Refused(format!(
+                "{} belongs here: this site holds its lease, so it can't be sent here",
+                vm.name()
+            )));
+        }
+        Lease::Offered { to_name, .. } => {
+            return Err(Error::Refused(format!(
+                "the hand-over of {} from here to {to_name} is not settled; run `vm resume \
+                 {}` here first",
+                vm.name(),
+                vm.name()
+            )));
+        }
+        Lease::Elsewhere { fence, .. } if fence > hello.fence => {
+            return Err(Error::Refused(format!(
+                "{} was handed on since (number {fence} is known here, {} was said): what \
+                 is offered is not the newest",
+                vm.name(),
+                hello.fence
+            )));
+        }
+        Lease::Elsewhere { .. } => {}
+    }
+    Ok(())
 }
 
 /// Ends a fork that an agent left behind when it died, and removes its folders.
