@@ -15,7 +15,7 @@ use vm_host::Hardware;
 
 use crate::error::{Error, Result};
 use crate::files;
-use crate::vm::Id;
+use crate::vm::{Id, VmRecord};
 
 /// The version of the manifest's form.
 const MANIFEST_VERSION: u32 = 1;
@@ -83,6 +83,27 @@ impl Manifest {
             device,
             created,
         }
+    }
+
+    /// Checks what a peer says of the VM that `record` describes; the roots are for whoever has
+    /// the images.
+    pub(crate) fn check(&self, record: &VmRecord) -> Result<()> {
+        // Far longer than any QEMU's version, far shorter than what a manifest can hold.
+        const QEMU: usize = 256;
+        let sized = self.ram.bytes == record.hardware.memory_bytes();
+        if self.version != MANIFEST_VERSION
+            || self.vm != record.id
+            || self.hardware != record.hardware
+            || self.qemu.len() > QEMU
+            || !sized
+        {
+            return Err(Error::Refused(format!(
+                "the manifest of generation {} is not of {}, or of a form that this program does \
+                 not know",
+                self.generation, record.name
+            )));
+        }
+        Ok(())
     }
 
     /// Which state this is, for another site: number and roots, not how it is stored.
@@ -182,7 +203,9 @@ impl GenerationFiles {
                 .and_then(|file| file.sync_all())
                 .map_err(Error::file("sync", path))?;
         }
-        files::write_json(&self.manifest(), manifest)
+        files::write_json(&self.manifest(), manifest)?;
+        let line = self.dir.parent().unwrap_or(&self.dir);
+        files::sync_dir(line).map_err(Error::file("sync", line))
     }
 
     /// Writes the trees of RAM and disks.

@@ -86,12 +86,12 @@ impl Line {
         match message {
             ToSource::Refused(reason) => Err(Error::PeerRefused {
                 site: site(),
-                reason,
+                reason: readable(&reason),
             }),
             ToSource::Failed { phase, reason } => Err(Error::PeerFailed {
                 site: site(),
                 phase,
-                reason,
+                reason: readable(&reason),
             }),
             other => Ok(other),
         }
@@ -170,6 +170,15 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
     }
 }
 
+/// A peer's words, for a terminal: no control characters, and no more than one reads.
+fn readable(said: &str) -> String {
+    const LENGTH: usize = 2000;
+    said.chars()
+        .filter(|c| !c.is_control())
+        .take(LENGTH)
+        .collect()
+}
+
 fn wire(peer: &Peer, source: transport::WireError) -> Error {
     Error::Line {
         site: peer.name.to_string(),
@@ -216,5 +225,16 @@ impl LinkHistory {
         self.rates
             .insert(Self::line_to(peer), bytes as f64 * 8.0 / seconds);
         files::write_json(&store.root().join("links.json"), &self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peers_words_do_not_drive_the_terminal() {
+        assert_eq!(readable("no\u{1b}[2J room\r\n"), "no[2J room");
+        assert!(readable(&"x".repeat(1 << 20)).len() < 4096);
     }
 }

@@ -163,6 +163,9 @@ pub struct Hello {
 impl Hello {
     /// A site keeps fewer generations of a VM than this.
     pub const GENERATIONS: usize = 4096;
+
+    /// Fencing numbers and those of generations stay below, so that counting on never overflows.
+    pub const NUMBERS: u64 = 1 << 48;
 }
 
 /// What a connection is for.
@@ -254,9 +257,14 @@ impl Hello {
     /// Bounds and consistency.
     pub fn validate(&self) -> crate::error::Result<()> {
         self.vm.validate()?;
-        if self.generations.len() > Self::GENERATIONS || self.next == 0 || self.next > 1 << 48 {
+        let numbers = self.generations.iter().map(|id| id.number);
+        if self.generations.len() > Self::GENERATIONS
+            || self.next == 0
+            || self.fence >= Self::NUMBERS
+            || numbers.chain([self.next]).max() >= Some(Self::NUMBERS)
+        {
             return Err(crate::Error::Refused(format!(
-                "{} names more generations than are possible",
+                "{} has more generations or hand-overs than are possible",
                 self.vm.name
             )));
         }
@@ -266,5 +274,50 @@ impl Hello {
     /// The VM's name.
     pub fn name(&self) -> &VmName {
         &self.vm.name
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::BaseFile;
+
+    fn hello() -> Hello {
+        Hello {
+            purpose: Purpose::Migrate,
+            vm: VmRecord {
+                id: Id([1; 16]),
+                name: "desk".parse().unwrap(),
+                hardware: vm_host::Hardware::new("pc-q35-7.2"),
+                disks: vec![BaseFile {
+                    hash: FileHash([2; 32]),
+                    bytes: 4096,
+                }],
+                boot: None,
+                ready_marker: None,
+            },
+            transfer: Id([3; 16]),
+            fence: 1,
+            generations: vec![GenerationId {
+                number: 1,
+                digest: [0; 32],
+            }],
+            next: 2,
+            qemu: "7.2.0".into(),
+        }
+    }
+
+    #[test]
+    fn numbers_that_could_overflow_are_refused() {
+        hello().validate().unwrap();
+        let mut bad = hello();
+        bad.fence = u64::MAX;
+        assert!(bad.validate().is_err());
+        let mut bad = hello();
+        bad.generations[0].number = u64::MAX;
+        assert!(bad.validate().is_err());
+        let mut bad = hello();
+        bad.next = Hello::NUMBERS;
+        assert!(bad.validate().is_err());
     }
 }

@@ -17,6 +17,7 @@ use crate::disks::{self, DiskImage, WorkDisk};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::{GenerationFiles, Manifest};
+use crate::lease::Lease;
 use crate::line::TargetLine;
 use crate::local::blocking;
 use crate::phase::Phase;
@@ -373,6 +374,7 @@ impl Work {
                 parent: self.base_number,
                 ..manifest
             };
+            manifest.check(&self.record)?;
             let mine = [
                 (&manifest.ram, &received.ram),
                 (&manifest.device, &received.device),
@@ -390,11 +392,11 @@ impl Work {
             }
             let generation = self.vm.generation(manifest.generation);
             if generation.load_manifest()?.is_some() {
-                return Err(Error::Refused(format!(
-                    "there is a generation {} of {} here already",
-                    manifest.generation,
-                    self.vm.name()
-                )));
+                require_unused(&self.vm, manifest.generation, self.base_number)?;
+                tracing::info!(
+                    generation = manifest.generation,
+                    "replacing what a hand-over that was given up has left"
+                );
             }
             files::remove_dir(generation.dir())?;
             files::make_dir(generation.dir())?;
@@ -439,6 +441,25 @@ impl Work {
         }
         Ok(())
     }
+}
+
+/// A generation whose number comes again, with another content, is of a hand-over that was given
+/// up after its state was kept: it goes, unless something rests on it.
+fn require_unused(vm: &VmDir, number: u64, base: Option<u64>) -> Result<()> {
+    let rests = base == Some(number)
+        || vm
+            .generations()?
+            .iter()
+            .any(|other| other.parent == Some(number));
+    let held = Lease::load(&vm.lease_path())?
+        .is_some_and(|lease| !matches!(lease, Lease::Elsewhere { .. }));
+    if rests || held {
+        return Err(Error::Refused(format!(
+            "there is a generation {number} of {} here already",
+            vm.name()
+        )));
+    }
+    Ok(())
 }
 
 /// A state that has become a generation.
