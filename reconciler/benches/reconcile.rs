@@ -7,8 +7,8 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use reconciler::{
     Applier, ApplyOptions, EncodeOptions, Holdings, ImageTree, Offer, OfferOptions, PAGE_SIZE,
-    PageIndex, Place, PlaceKind, Salt, SlicePages, SlicePagesMut, encode_pages, no_progress,
-    resolve,
+    PageIndex, Place, PlaceKind, References, Salt, SlicePages, SlicePagesMut, encode_pages,
+    no_progress, resolve,
 };
 
 const GUEST_PAGES: usize = 768 << 8;
@@ -186,15 +186,14 @@ fn pages(c: &mut Criterion) {
     group
         .sample_size(10)
         .throughput(Throughput::Bytes((wanted.len() * PAGE_SIZE) as u64));
+    let references = References::base(Some(&base_pages));
     for level in [1, 3, 6, 9] {
         group.bench_function(format!("encode, level {level}"), |b| {
             let how = EncodeOptions { level, workers: 2 };
             b.iter(|| {
-                encode_pages(&source_pages, Some(&base_pages), &wanted, how, &mut |_| {
-                    Ok(())
-                })
-                .unwrap()
-                .bytes()
+                encode_pages(&source_pages, references, &wanted, how, &mut |_| Ok(()))
+                    .unwrap()
+                    .bytes()
             });
         });
     }
@@ -203,16 +202,10 @@ fn pages(c: &mut Criterion) {
         level: 3,
         workers: 2,
     };
-    encode_pages(
-        &source_pages,
-        Some(&base_pages),
-        &wanted,
-        how,
-        &mut |chunk| {
-            chunks.push(chunk);
-            Ok(())
-        },
-    )
+    encode_pages(&source_pages, references, &wanted, how, &mut |chunk| {
+        chunks.push(chunk);
+        Ok(())
+    })
     .unwrap();
     group.bench_function("apply", |b| {
         b.iter_batched_ref(

@@ -3,20 +3,26 @@
 //! [`Applier::new`] does all that needs nothing from the source: it sets aside pages that are
 //! both copied from and overwritten, puts back what only replay changed, writes zeros and
 //! copies. Then pages are written as their chunks arrive. What comes out is [`Applied`], which
-//! nobody may run: only comparing the root makes it [`Verified`].
+//! nobody may run: only comparing the root makes it [`crate::Verified`].
+//!
+//! A patch is laid over the page that the image holds at the lowest address of its content.
+//! That page is as it was before: zeros, copies and pages put back go only to pages that
+//! nothing was asked for, and each page asked for is written once. Where the result has not the
+//! short hash that the offer names, the page is left as it was and asked for again.
 
 use std::fmt;
 
-use crate::encode::xor;
 use crate::error::Error;
-use crate::offer::Offer;
-use crate::page::{Image, Page, PageIndex, ReadPages, ZERO_PAGE};
+use crate::offer::{Offer, Salt, short};
+use crate::page::{Image, Page, PageHash, PageIndex, ReadPages, ZERO_PAGE};
 use crate::page_set::PageSet;
+use crate::patch::{Mask, xor};
 use crate::resolve::{Holdings, Origin, PlaceKind, Resolution};
 use crate::spool::Spool;
 use crate::stats::PageCounts;
-use crate::stream::{PageChunk, PageDecoder, PageKind};
-use crate::tree::{ImageTree, Progress, Root};
+use crate::stream::{Coded, PageChunk, PageDecoder};
+use crate::tree::Root;
+use crate::verify::Applied;
 
 /// How much the target may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,11 +44,32 @@ pub struct Applier<'a> {
     image: &'a mut dyn Image,
     base: Option<&'a dyn ReadPages>,
     decoder: PageDecoder,
-    wanted: Vec<PageIndex>,
+    wanted: Vec<Wanted>,
+    /// The pages of `wanted` that this round brings, by their place in it, in order.
+    round: Vec<u32>,
+    /// Those of them whose patch did not fit.
+    failed: Vec<u32>,
+    shorts: Shorts,
     repeats: Vec<(u32, PageIndex)>,
     touched: Vec<u64>,
     counts: PageCounts,
     root: Root,
+}
+
+/// A content that was asked for.
+#[derive(Clone, Copy)]
+struct Wanted {
+    /// The lowest page that has it.
+    first: PageIndex,
+    /// Its short hash.
+    short: u64,
+}
+
+/// How the offer's short hashes are made.
+#[derive(Clone, Copy)]
+struct Shorts {
+    salt: Salt,
+    bits: u32,
 }
 
 impl<'a> Applier<'a> {
@@ -76,11 +103,26 @@ impl<'a> Applier<'a> {
             })
             .collect();
         let spool = Spool::fill(image.reader(), &aside, options.spool_memory)?;
+        let wanted: Vec<_> = resolution
+            .wanted
+            .iter()
+            .zip(resolution.lacking.iter())
+            .map(|(&first, content)| Wanted {
+                first,
+                short: offer.shorts()[content.0 as usize],
+            })
+            .collect();
         let mut applier = Self {
             image,
             base: holdings.base_reader,
-            decoder: PageDecoder::new(resolution.wanted.len() as u64)?,
-            wanted: resolution.wanted,
+            decoder: PageDecoder::new(wanted.len() as u64)?,
+            round: (0..wanted.len() as u32).collect(),
+            failed: Vec::new(),
+            wanted,
+            shorts: Shorts {
+                salt: offer.salt(),
+                bits: offer.bits(),
+            },
             repeats: resolution.repeats,
             touched,
             counts: PageCounts {
@@ -176,22 +218,43 @@ impl<'a> Applier<'a> {
             base,
             decoder,
             wanted,
+            round,
+            failed,
+            shorts,
             repeats,
             counts,
             ..
         } = self;
-        decoder.push(chunk, &mut |position, kind, page| {
+        decoder.push(chunk, &mut |position, coded| {
             // The decoder announces no position that was not asked for.
-            let first = wanted[position as usize];
-            decode_page(*base, first, kind, page)?;
-            match kind {
-                PageKind::Literal => counts.literal += 1,
-                PageKind::Delta => counts.delta += 1,
-            }
+            let slot = round[position as usize];
+            let Wanted { first, short } = wanted[slot as usize];
+            let mut patched = ZERO_PAGE;
+            let page = match coded {
+                Coded::Literal(page) => {
+                    counts.literal += 1;
+                    page
+                }
+                Coded::Delta(page) => {
+                    undelta(*base, first, page)?;
+                    counts.delta += 1;
+                    &*page
+                }
+                Coded::Patch(mask, words) => {
+                    patch(image.reader(), first, &mask, words, &mut patched)?;
+                    if shorts.of(&patched) != short {
+                        failed.push(slot);
+                        counts.patch_failed += 1;
+                        return Ok(());
+                    }
+                    counts.patched += 1;
+                    &patched
+                }
+            };
             write(*image, first, page)?;
-            let start = repeats.partition_point(|&(slot, _)| u64::from(slot) < position);
-            for &(slot, index) in &repeats[start..] {
-                if u64::from(slot) != position {
+            let start = repeats.partition_point(|&(other, _)| other < slot);
+            for &(other, index) in &repeats[start..] {
+                if other != slot {
                     break;
                 }
                 write(*image, index, page)?;
@@ -201,15 +264,49 @@ impl<'a> Applier<'a> {
         })
     }
 
-    /// Ends the image; fails when pages are missing.
+    /// The pages whose patch did not fit so far, each the lowest that has its content.
+    pub fn failed(&self) -> PageSet {
+        let failed = self.failed.iter();
+        failed
+            .map(|&slot| self.wanted[slot as usize].first)
+            .collect()
+    }
+
+    /// Ends a round of pages and begins the next, of those whose patch did not fit.
+    ///
+    /// Returns them, to be asked for with [`PageSet::encode`]: the source sends them with
+    /// [`crate::encode_pages`], ascending and without a twin. When there are none the image is
+    /// complete. Fails when pages of this round are missing.
+    pub fn retry(&mut self) -> Result<PageSet, Error> {
+        self.decoder.finish()?;
+        let pages = self.failed();
+        self.decoder = PageDecoder::new(pages.len())?;
+        self.round = std::mem::take(&mut self.failed);
+        // Slots ascend as the pages do; patches come in order, but nothing rests on that here.
+        self.round.sort_unstable();
+        Ok(pages)
+    }
+
+    /// Ends the image; fails when pages are missing, be it because their patches did not fit.
     pub fn finish(self) -> Result<Applied, Error> {
         self.decoder.finish()?;
+        if !self.failed.is_empty() {
+            return Err(Error::Unpatched {
+                pages: self.failed.len() as u64,
+            });
+        }
         Ok(Applied {
             touched: PageSet::from_unsorted(self.touched),
             counts: self.counts,
             root: self.root,
             pages: self.image.pages(),
         })
+    }
+}
+
+impl Shorts {
+    fn of(&self, page: &Page) -> u64 {
+        short(&self.salt, self.bits, &PageHash::of(page))
     }
 }
 
@@ -236,192 +333,38 @@ fn overwritten(resolution: &Resolution) -> Vec<u64> {
         .collect()
 }
 
-fn write(image: &mut dyn Image, index: PageIndex, page: &Page) -> Result<(), Error> {
+pub(crate) fn write(image: &mut dyn Image, index: PageIndex, page: &Page) -> Result<(), Error> {
     image.write(index, page).map_err(|source| Error::Write {
         page: index,
         source,
     })
 }
 
-fn decode_page(
-    base: Option<&dyn ReadPages>,
-    index: PageIndex,
-    kind: PageKind,
-    page: &mut Page,
-) -> Result<(), Error> {
-    if kind == PageKind::Delta {
-        let base = base.ok_or(Error::NoBase { pages: 1 })?;
-        let mut old = ZERO_PAGE;
-        base.read(index, &mut old).map_err(|source| Error::Read {
-            image: "the base",
-            page: index,
-            source,
-        })?;
-        xor(page, &old);
-    }
+fn undelta(base: Option<&dyn ReadPages>, index: PageIndex, page: &mut Page) -> Result<(), Error> {
+    let base = base.ok_or(Error::NoBase { pages: 1 })?;
+    let mut old = ZERO_PAGE;
+    base.read(index, &mut old).map_err(|source| Error::Read {
+        image: "the base",
+        page: index,
+        source,
+    })?;
+    xor(page, &old);
     Ok(())
 }
 
-/// A new image that nobody has compared with the source's yet.
-#[derive(Clone, Debug)]
-#[must_use]
-pub struct Applied {
-    touched: PageSet,
-    counts: PageCounts,
-    root: Root,
-    pages: u64,
-}
-
-/// What comparing the root showed.
-#[derive(Debug)]
-pub enum Verification {
-    /// The image is the source's, bit for bit.
-    Verified(Verified),
-    /// It is not; see [`Mismatch`].
-    Mismatch(Mismatch),
-}
-
-impl Applied {
-    /// The pages that were written.
-    pub const fn touched(&self) -> &PageSet {
-        &self.touched
-    }
-
-    /// Reads and hashes the whole image.
-    pub fn verify(
-        self,
-        image: &dyn ReadPages,
-        progress: Progress<'_>,
-    ) -> Result<Verification, Error> {
-        let tree = ImageTree::build(image, progress)?;
-        Ok(self.compare(tree))
-    }
-
-    /// Reads and hashes the pages that were written; `before` is the tree that
-    /// [`Holdings::current`] was. For disks, whose other pages nobody can have changed.
-    pub fn verify_touched(
-        self,
-        image: &dyn ReadPages,
-        before: &ImageTree,
-    ) -> Result<Verification, Error> {
-        let mut tree = before.resized(self.pages)?;
-        tree.rehash(image, &self.touched)?;
-        Ok(self.compare(tree))
-    }
-
-    fn compare(self, tree: ImageTree) -> Verification {
-        if tree.root() == self.root {
-            Verification::Verified(Verified {
-                tree,
-                counts: self.counts,
-            })
-        } else {
-            Verification::Mismatch(Mismatch {
-                tree,
-                applied: self,
-            })
-        }
-    }
-}
-
-/// Proof that an image has the root that the source named.
-#[derive(Debug)]
-pub struct Verified {
-    tree: ImageTree,
-    counts: PageCounts,
-}
-
-impl Verified {
-    /// The tree of the image, to keep with the generation.
-    pub const fn tree(&self) -> &ImageTree {
-        &self.tree
-    }
-    /// The root, equal to the source's.
-    pub fn root(&self) -> Root {
-        self.tree.root()
-    }
-    /// How the pages came about.
-    pub const fn counts(&self) -> &PageCounts {
-        &self.counts
-    }
-    /// The tree and the counts.
-    pub fn into_parts(self) -> (ImageTree, PageCounts) {
-        (self.tree, self.counts)
-    }
-}
-
-/// An image that differs from the source's. [`crate::Descent`] finds where.
-#[derive(Debug)]
-pub struct Mismatch {
-    tree: ImageTree,
-    applied: Applied,
-}
-
-impl Mismatch {
-    /// What the image holds.
-    pub const fn tree(&self) -> &ImageTree {
-        &self.tree
-    }
-    /// What it should hold.
-    pub const fn expected(&self) -> Root {
-        self.applied.root
-    }
-
-    /// Takes these pages from the source anew; it sends them with [`crate::encode_pages`],
-    /// ascending and without a base.
-    pub fn repair<'a>(
-        self,
-        image: &'a mut dyn Image,
-        pages: &PageSet,
-    ) -> Result<Repairer<'a>, Error> {
-        Ok(Repairer {
-            image,
-            decoder: PageDecoder::new(pages.len())?,
-            pages: pages.iter().collect(),
-            mismatch: self,
-        })
-    }
-}
-
-/// Writes pages that are sent again.
-pub struct Repairer<'a> {
-    image: &'a mut dyn Image,
-    decoder: PageDecoder,
-    pages: Vec<PageIndex>,
-    mismatch: Mismatch,
-}
-
-impl Repairer<'_> {
-    /// Takes the next chunk.
-    pub fn push(&mut self, chunk: &PageChunk) -> Result<(), Error> {
-        let Self {
-            image,
-            decoder,
-            pages,
-            ..
-        } = self;
-        decoder.push(chunk, &mut |position, kind, page| {
-            let index = pages[position as usize];
-            decode_page(None, index, kind, page)?;
-            write(*image, index, page)
-        })
-    }
-
-    /// Ends the repair; compare again with [`Applied::verify_touched`], against the tree that
-    /// is returned, or with [`Applied::verify`].
-    pub fn finish(self) -> Result<(Applied, ImageTree), Error> {
-        self.decoder.finish()?;
-        let Mismatch { tree, mut applied } = self.mismatch;
-        applied.counts.refetched += self.pages.len() as u64;
-        applied.touched = applied.touched.union(&self.pages.into_iter().collect());
-        Ok((applied, tree))
-    }
-}
-
-impl fmt::Debug for Repairer<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Repairer")
-            .field("pages", &self.pages.len())
-            .finish_non_exhaustive()
-    }
+/// Reads a page of the image being built and lays words over it.
+fn patch(
+    image: &dyn ReadPages,
+    index: PageIndex,
+    mask: &Mask,
+    words: &[u8],
+    page: &mut Page,
+) -> Result<(), Error> {
+    image.read(index, page).map_err(|source| Error::Read {
+        image: "the replayed image",
+        page: index,
+        source,
+    })?;
+    mask.overlay(words, page);
+    Ok(())
 }

@@ -6,11 +6,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::apply::Mismatch;
 use crate::error::{Error, within};
 use crate::page::PageIndex;
 use crate::page_set::PageSet;
 use crate::tree::{FAN_OUT, ImageTree, NodeHash, Root, height, node_hash, root_hash, zero_node};
+use crate::verify::Mismatch;
 
 /// Nodes in one request; their children take 8 KiB each, 256 KiB in all.
 pub const MAX_NODES: usize = 32;

@@ -59,8 +59,14 @@ pub enum Error {
         /// How many.
         pages: u64,
     },
+    /// Patches did not fit what the target's replay made of these pages.
+    #[error("patches of {pages} pages do not fit the replayed image; ask for the pages again")]
+    Unpatched {
+        /// How many.
+        pages: u64,
+    },
     /// The compressor refused.
-    #[error("cannot compress the {stream} stream")]
+    #[error("cannot compress the {stream}")]
     Encode {
         /// Which stream.
         stream: &'static str,

@@ -11,22 +11,25 @@
 //!        ── Offer::encode, as BlobPart ──────────────►  Offer::decode, resolve
 //!  offer.decode_answer  ◄── Resolution::answer, as BlobPart ──
 //!                                                       Applier::new (local copies)
-//!  encode_pages ── PageChunk, PageChunk, ... ────────►  applier.push ... finish -> Applied
+//!  encode_pages ── PageChunk, PageChunk, ... ────────►  applier.push ...
+//!                       ◄── PageSet::encode ──          applier.retry, if a patch did not fit
+//!  encode_pages (no twin) ── PageChunk ... ──────────►  applier.push ... finish -> Applied
 //!                                                       applied.verify -> Verified
 //!                                          or Mismatch: Descent::new
 //!  NodeServer::answer  ◄── NodesRequest ──              descent.next_request
 //!        ── NodesReply ──────────────────────────────►  descent.take ... into_differing
 //!                       ◄── PageSet::encode ──          mismatch.repair
-//!  encode_pages (no base) ── PageChunk ... ──────────►  repairer.push ... finish, verify
+//!  encode_pages (neither) ── PageChunk ... ──────────►  repairer.push ... finish, verify
 //! ```
 //!
 //! Promises: only an image whose root is the source's becomes a [`Verified`]; decoders neither
 //! panic nor allocate beyond stated bounds, whatever they read; an exchange holds a few MiB,
-//! the trees (32 bytes per page that is not zero) and the compressor's window (at most 128
-//! MiB for each stream). Not promised: any result if an image changes while it is read.
+//! the trees (32 bytes per page that is not zero), some 80 bytes for each page that travels and
+//! the compressor's window (at most 128 MiB for each stream). Not promised: any result if an image changes while it is read.
 
 mod answer;
 mod apply;
+mod compress;
 mod descend;
 mod encode;
 mod error;
@@ -35,17 +38,19 @@ mod memory;
 mod offer;
 mod page;
 mod page_set;
+mod patch;
 mod resolve;
 mod spool;
 mod stats;
 mod stream;
 mod tree;
 mod tree_codec;
+mod verify;
 mod wire;
 
-pub use apply::{Applied, Applier, ApplyOptions, Mismatch, Repairer, Verification, Verified};
+pub use apply::{Applier, ApplyOptions};
 pub use descend::{Descent, MAX_NODES, NodeServer, NodesReply, NodesRequest};
-pub use encode::{Closed, EncodeOptions, EncodeStats, encode_pages, level_for};
+pub use encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages, level_for};
 pub use error::Error;
 pub use file::FilePages;
 pub use memory::{MAX_REPAIRS, Message, Options, Source, Stats, reconcile_in_memory};
@@ -59,4 +64,5 @@ pub use resolve::{Holdings, Place, PlaceKind, Resolution, resolve};
 pub use stats::PageCounts;
 pub use stream::{PageChunk, StreamId};
 pub use tree::{FAN_OUT, ImageTree, Progress, Root, no_progress};
+pub use verify::{Applied, Mismatch, Repairer, Verification, Verified};
 pub use wire::{BlobAssembler, BlobPart, MAX_CHUNK, blob_parts};

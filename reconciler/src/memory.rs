@@ -3,15 +3,17 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::apply::{Applied, Applier, ApplyOptions, Verification, Verified};
+use crate::apply::{Applier, ApplyOptions};
 use crate::descend::{Descent, NodeServer};
-use crate::encode::{EncodeOptions, EncodeStats, encode_pages};
+use crate::encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages};
 use crate::error::Error;
 use crate::offer::{Offer, OfferOptions};
-use crate::page::{Image, ReadPages};
-use crate::resolve::{Holdings, resolve};
+use crate::page::{Image, PageIndex, ReadPages};
+use crate::page_set::PageSet;
+use crate::resolve::{Holdings, Resolution, resolve};
 use crate::stats::PageCounts;
 use crate::tree::{ImageTree, no_progress};
+use crate::verify::{Applied, Verification, Verified};
 
 /// How often an image is repaired before giving up. Once is enough unless someone lies.
 pub const MAX_REPAIRS: u32 = 3;
@@ -27,6 +29,10 @@ pub struct Stats {
     pub answer_bytes: u64,
     /// The page streams.
     pub encoded: EncodeStats,
+    /// Bytes of asking for pages whose patch did not fit.
+    pub retry_bytes: u64,
+    /// The streams of those pages.
+    pub resent: EncodeStats,
     /// Bytes of tree nodes and of pages sent again.
     pub repair_bytes: u64,
 }
@@ -34,7 +40,12 @@ pub struct Stats {
 impl Stats {
     /// All bytes, both ways.
     pub const fn bytes(&self) -> u64 {
-        self.offer_bytes + self.answer_bytes + self.encoded.bytes() + self.repair_bytes
+        self.offer_bytes
+            + self.answer_bytes
+            + self.encoded.bytes()
+            + self.retry_bytes
+            + self.resent.bytes()
+            + self.repair_bytes
     }
 }
 
@@ -45,6 +56,8 @@ pub enum Message<'a> {
     Offer(&'a mut Vec<u8>),
     /// The answer to it.
     Answer(&'a mut Vec<u8>),
+    /// Pages whose patch did not fit, asked for again.
+    Retry(&'a mut Vec<u8>),
     /// A chunk of pages; emptied, it is lost.
     Pages(&'a mut Vec<u8>),
 }
@@ -60,6 +73,8 @@ pub struct Source<'a> {
     pub base: &'a ImageTree,
     /// The base itself, when the target can read it too.
     pub base_reader: Option<&'a dyn ReadPages>,
+    /// What the source's own replay made of the base, when there is one.
+    pub twin: Option<&'a dyn ReadPages>,
 }
 
 /// Options of both ends.
@@ -96,11 +111,15 @@ pub fn reconcile_in_memory(
     stats.answer_bytes = answer.len() as u64;
 
     let pages = offered.decode_answer(&answer)?;
-    let applied = apply(
-        source, &offer, holdings, resolution, image, &pages, options, on_the_way,
-    )?;
-    stats.encoded = applied.1;
-    let mut verification = applied.0.verify(image.reader(), &no_progress)?;
+    let mut transfer = Transfer {
+        source,
+        holdings,
+        options,
+        stats: &mut stats,
+        on_the_way,
+    };
+    let applied = transfer.run(&offer, resolution, image, &pages)?;
+    let mut verification = applied.verify(image.reader(), &no_progress)?;
     for _ in 0..MAX_REPAIRS {
         let mismatch = match verification {
             Verification::Verified(verified) => {
@@ -120,10 +139,11 @@ pub fn reconcile_in_memory(
         let pages: Vec<_> = differing.iter().collect();
         let mut repairer = mismatch.repair(image, &differing)?;
         let mut failed = None;
-        let sent = encode_pages(source.image, None, &pages, options.encode, &mut |chunk| {
+        let alone = References::default();
+        let sent = encode_pages(source.image, alone, &pages, options.encode, &mut |chunk| {
             repairer.push(&chunk).map_err(|error| {
                 failed = Some(error);
-                crate::encode::Closed
+                Closed
             })
         });
         stats.repair_bytes += failed.map_or(sent, Err)?.bytes();
@@ -141,35 +161,56 @@ pub fn reconcile_in_memory(
     }
 }
 
-#[allow(clippy::too_many_arguments)] // Both ends at once; no caller but the one above.
-fn apply(
-    source: Source<'_>,
-    offer: &Offer,
-    holdings: &Holdings<'_>,
-    resolution: crate::resolve::Resolution,
-    image: &mut dyn Image,
-    pages: &[crate::page::PageIndex],
-    options: &Options,
-    on_the_way: &mut dyn FnMut(Message<'_>),
-) -> Result<(Applied, EncodeStats), Error> {
-    let mut applier = Applier::new(offer, resolution, holdings, image, options.apply)?;
-    let mut failed = None;
-    let base = source
-        .base_reader
-        .filter(|_| holdings.base_reader.is_some());
-    let sent = encode_pages(
-        source.image,
-        base,
-        pages,
-        options.encode,
-        &mut |mut chunk| {
-            on_the_way(Message::Pages(&mut chunk.bytes));
+/// The way of the pages.
+struct Transfer<'a, 's> {
+    source: Source<'a>,
+    holdings: &'a Holdings<'a>,
+    options: &'a Options,
+    stats: &'s mut Stats,
+    on_the_way: &'s mut dyn FnMut(Message<'_>),
+}
+
+impl Transfer<'_, '_> {
+    fn run(
+        &mut self,
+        offer: &Offer,
+        resolution: Resolution,
+        image: &mut dyn Image,
+        pages: &[PageIndex],
+    ) -> Result<Applied, Error> {
+        let total = image.pages();
+        let mut applier =
+            Applier::new(offer, resolution, self.holdings, image, self.options.apply)?;
+        let shared = self.holdings.base_reader.is_some();
+        let base = self.source.base_reader.filter(|_| shared);
+        let twin = self.source.twin;
+        self.stats.encoded = self.send(&mut applier, References { base, twin }, pages)?;
+        let failed = applier.retry()?;
+        if !failed.is_empty() {
+            let mut request = failed.encode();
+            (self.on_the_way)(Message::Retry(&mut request));
+            self.stats.retry_bytes = request.len() as u64;
+            let pages: Vec<_> = PageSet::decode(&request, total)?.iter().collect();
+            self.stats.resent = self.send(&mut applier, References::base(base), &pages)?;
+        }
+        applier.finish()
+    }
+
+    fn send(
+        &mut self,
+        applier: &mut Applier<'_>,
+        references: References<'_>,
+        pages: &[PageIndex],
+    ) -> Result<EncodeStats, Error> {
+        let mut failed = None;
+        let (image, how) = (self.source.image, self.options.encode);
+        let sent = encode_pages(image, references, pages, how, &mut |mut chunk| {
+            (self.on_the_way)(Message::Pages(&mut chunk.bytes));
             applier.push(&chunk).map_err(|error| {
                 failed = Some(error);
-                crate::encode::Closed
+                Closed
             })
-        },
-    );
-    let sent = failed.map_or(sent, Err)?;
-    Ok((applier.finish()?, sent))
+        });
+        failed.map_or(sent, Err)
+    }
 }

@@ -158,6 +158,9 @@ impl Offer {
         self.bits
     }
 
+    pub(crate) const fn salt(&self) -> Salt {
+        self.salt
+    }
     pub(crate) fn shorts(&self) -> &[u64] {
         &self.shorts
     }

@@ -22,6 +22,11 @@ pub struct PageCounts {
     pub literal: u64,
     /// Sent as what differs from the base.
     pub delta: u64,
+    /// Made of what replay had made of them, and the words in which the source differs from
+    /// its twin.
+    pub patched: u64,
+    /// Sent as patches that did not fit; then sent anew, and counted as what they were then.
+    pub patch_failed: u64,
     /// Changed by replay alone, and put back.
     pub reverted: u64,
     /// Sent again because a short hash had matched the wrong page.

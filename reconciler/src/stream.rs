@@ -1,11 +1,15 @@
-//! The pages that the source sends, as three streams side by side.
+//! The pages that the source sends, as streams side by side.
 //!
 //! - `Kinds`: for each page in the order of the request, how it is coded, as runs.
 //! - `Literal`: the pages as they are, one after another, in one zstd frame.
 //! - `Delta`: pages XORed with the base's page at the same address, in a zstd frame of their
 //!   own, for rows of zeros with islands compress best among their kind.
+//! - `Masks` and `Words`, a frame each: for each patched page 512 bits that say which 8-byte
+//!   words it tells, lowest first, and those words.
 //!
-//! The kinds of a batch come before its pages. Streams are cut into chunks anywhere.
+//! The kinds of a batch come before its pages, and its masks before its words. Streams are cut
+//! into chunks anywhere. Held at a time are a page for each stream and the masks whose words
+//! have not come, of which there are no more than pages asked for.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -15,6 +19,7 @@ use zstd::stream::raw::{DParameter, Decoder, Operation};
 
 use crate::error::{Error, within};
 use crate::page::{PAGE_SIZE, Page, ZERO_PAGE};
+use crate::patch::{MASK_BYTES, Mask, WORD};
 use crate::wire::{Cursor, MAX_CHUNK, put_varint};
 
 /// The longest window a stream may ask for, as a power of two: 128 MiB of memory.
@@ -29,6 +34,22 @@ pub enum StreamId {
     Literal,
     /// Pages XORed with the base.
     Delta,
+    /// Which words of a page are told, the others being the target's.
+    Masks,
+    /// Those words.
+    Words,
+}
+
+impl StreamId {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Kinds => "kinds stream",
+            Self::Literal => "literal stream",
+            Self::Delta => "delta stream",
+            Self::Masks => "masks stream",
+            Self::Words => "words stream",
+        }
+    }
 }
 
 /// A piece of a stream.
@@ -46,22 +67,33 @@ pub struct PageChunk {
 pub(crate) enum PageKind {
     Literal,
     Delta,
+    Patch,
 }
 
 /// Codes the kinds of a batch of pages as runs.
 pub(crate) fn encode_kinds(kinds: &[PageKind]) -> Vec<u8> {
     let mut out = Vec::new();
     for run in kinds.chunk_by(PartialEq::eq) {
-        put_varint(
-            &mut out,
-            (run.len() as u64) << 1 | u64::from(run[0] == PageKind::Delta),
-        );
+        let kind = match run[0] {
+            PageKind::Literal => 0,
+            PageKind::Delta => 1,
+            PageKind::Patch => 2,
+        };
+        put_varint(&mut out, (run.len() as u64) << 2 | kind);
     }
     out
 }
 
-/// Gets a decoded page: its position in the request, how it was coded, its bytes.
-pub(crate) type OnPage<'a> = &'a mut dyn FnMut(u64, PageKind, &mut Page) -> Result<(), Error>;
+/// A page as it was sent.
+pub(crate) enum Coded<'a> {
+    Literal(&'a Page),
+    Delta(&'a mut Page),
+    /// The words of the mask, as many as it has.
+    Patch(Mask, &'a [u8]),
+}
+
+/// Gets a decoded page and its position in the request.
+pub(crate) type OnPage<'a> = &'a mut dyn FnMut(u64, Coded<'_>) -> Result<(), Error>;
 
 /// Turns chunks back into pages, each as soon as it is complete.
 pub(crate) struct PageDecoder {
@@ -69,26 +101,24 @@ pub(crate) struct PageDecoder {
     expected: u64,
     /// How many the kinds seen so far stand for.
     announced: u64,
-    literal: Lane,
-    delta: Lane,
+    literal: (Frame, Lane<PAGE_SIZE>),
+    delta: (Frame, Lane<PAGE_SIZE>),
+    masks: (Frame, Lane<MASK_BYTES>),
+    words: (Frame, Words),
     buffer: Vec<u8>,
 }
 
-/// One stream of pages.
-struct Lane {
-    kind: PageKind,
+/// A zstd frame that comes in pieces.
+struct Frame {
     name: &'static str,
     zstd: Decoder<'static>,
-    /// Positions of the pages to come.
-    due: VecDeque<Range<u64>>,
-    page: Page,
-    held: usize,
     started: bool,
     ended: bool,
 }
 
-impl Lane {
-    fn new(kind: PageKind, name: &'static str) -> Result<Self, Error> {
+impl Frame {
+    fn new(stream: StreamId) -> Result<Self, Error> {
+        let name = stream.name();
         let decode = |source| Error::Decode {
             stream: name,
             source,
@@ -96,24 +126,20 @@ impl Lane {
         let mut zstd = Decoder::new().map_err(decode)?;
         zstd.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))
             .map_err(decode)?;
-        let due = VecDeque::new();
         Ok(Self {
-            kind,
             name,
             zstd,
-            due,
-            page: ZERO_PAGE,
-            held: 0,
             started: false,
             ended: false,
         })
     }
 
+    /// Hands what comes out to `take`, at most a buffer at a time.
     fn push(
         &mut self,
         mut input: &[u8],
         buffer: &mut [u8],
-        on_page: OnPage<'_>,
+        mut take: impl FnMut(&[u8]) -> Result<(), Error>,
     ) -> Result<(), Error> {
         self.started |= !input.is_empty();
         let mut more = false;
@@ -134,39 +160,14 @@ impl Lane {
             input = &input[status.bytes_read..];
             self.ended = status.remaining == 0;
             more = !self.ended && status.bytes_written == buffer.len();
-            self.emit(&buffer[..status.bytes_written], on_page)?;
+            take(&buffer[..status.bytes_written])?;
         }
         Ok(())
     }
 
-    fn emit(&mut self, mut bytes: &[u8], on_page: OnPage<'_>) -> Result<(), Error> {
-        while !bytes.is_empty() {
-            let Some(run) = self.due.front_mut() else {
-                return Err(Error::malformed(
-                    self.name,
-                    "more pages than were announced",
-                ));
-            };
-            let taken = bytes.len().min(PAGE_SIZE - self.held);
-            self.page[self.held..self.held + taken].copy_from_slice(&bytes[..taken]);
-            self.held += taken;
-            bytes = &bytes[taken..];
-            if self.held == PAGE_SIZE {
-                self.held = 0;
-                let position = run.start;
-                run.start += 1;
-                if run.is_empty() {
-                    self.due.pop_front();
-                }
-                on_page(position, self.kind, &mut self.page)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn finish(&self) -> Result<(), Error> {
-        let complete = self.due.is_empty() && self.held == 0 && self.started == self.ended;
-        if complete {
+    /// Whether nothing is missing, given that its content is complete.
+    fn finish(&self, complete: bool) -> Result<(), Error> {
+        if complete && self.started == self.ended {
             Ok(())
         } else {
             Err(Error::malformed(self.name, "it ends early"))
@@ -174,50 +175,172 @@ impl Lane {
     }
 }
 
+/// Things of one size, for pages that were announced.
+struct Lane<const SIZE: usize> {
+    name: &'static str,
+    /// Positions of those to come.
+    due: VecDeque<Range<u64>>,
+    item: [u8; SIZE],
+    held: usize,
+}
+
+impl<const SIZE: usize> Lane<SIZE> {
+    fn new(stream: StreamId) -> Result<(Frame, Self), Error> {
+        let lane = Self {
+            name: stream.name(),
+            due: VecDeque::new(),
+            item: [0; SIZE],
+            held: 0,
+        };
+        Ok((Frame::new(stream)?, lane))
+    }
+
+    fn announce(&mut self, run: Range<u64>) {
+        match self.due.back_mut() {
+            Some(last) if last.end == run.start => last.end = run.end,
+            _ => self.due.push_back(run),
+        }
+    }
+
+    fn take(
+        &mut self,
+        mut bytes: &[u8],
+        mut on_item: impl FnMut(u64, &mut [u8; SIZE]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        while !bytes.is_empty() {
+            let Some(run) = self.due.front_mut() else {
+                return Err(Error::malformed(
+                    self.name,
+                    "more pages than were announced",
+                ));
+            };
+            let taken = bytes.len().min(SIZE - self.held);
+            self.item[self.held..self.held + taken].copy_from_slice(&bytes[..taken]);
+            self.held += taken;
+            bytes = &bytes[taken..];
+            if self.held == SIZE {
+                self.held = 0;
+                let position = run.start;
+                run.start += 1;
+                if run.is_empty() {
+                    self.due.pop_front();
+                }
+                on_item(position, &mut self.item)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn complete(&self) -> bool {
+        self.due.is_empty() && self.held == 0
+    }
+}
+
+/// The words of masks that have come.
+struct Words {
+    due: VecDeque<(u64, Mask)>,
+    page: Page,
+    held: usize,
+}
+
+impl Words {
+    fn expect(&mut self, position: u64, mask: Mask) -> Result<(), Error> {
+        if mask.words() == 0 {
+            let why = "a page of which nothing is told";
+            return Err(Error::malformed(StreamId::Masks.name(), why));
+        }
+        self.due.push_back((position, mask));
+        Ok(())
+    }
+
+    fn take(&mut self, mut bytes: &[u8], on_page: OnPage<'_>) -> Result<(), Error> {
+        while !bytes.is_empty() {
+            let Some(&(position, mask)) = self.due.front() else {
+                let why = "words before it is known where they belong";
+                return Err(Error::malformed(StreamId::Words.name(), why));
+            };
+            // At most a page, and more than is held.
+            let size = mask.words() * WORD;
+            let taken = bytes.len().min(size - self.held);
+            self.page[self.held..self.held + taken].copy_from_slice(&bytes[..taken]);
+            self.held += taken;
+            bytes = &bytes[taken..];
+            if self.held == size {
+                self.held = 0;
+                self.due.pop_front();
+                on_page(position, Coded::Patch(mask, &self.page[..size]))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn complete(&self) -> bool {
+        self.due.is_empty() && self.held == 0
+    }
+}
+
 impl PageDecoder {
     pub(crate) fn new(expected: u64) -> Result<Self, Error> {
+        let words = Words {
+            due: VecDeque::new(),
+            page: ZERO_PAGE,
+            held: 0,
+        };
         Ok(Self {
             expected,
             announced: 0,
-            literal: Lane::new(PageKind::Literal, "literal stream")?,
-            delta: Lane::new(PageKind::Delta, "delta stream")?,
+            literal: Lane::new(StreamId::Literal)?,
+            delta: Lane::new(StreamId::Delta)?,
+            masks: Lane::new(StreamId::Masks)?,
+            words: (Frame::new(StreamId::Words)?, words),
             buffer: vec![0; 32 * PAGE_SIZE],
         })
     }
 
     /// Takes the next chunk and hands on what it completes.
     pub(crate) fn push(&mut self, chunk: &PageChunk, on_page: OnPage<'_>) -> Result<(), Error> {
-        within(
-            "a chunk of pages",
-            chunk.bytes.len() as u64,
-            MAX_CHUNK as u64,
-        )?;
+        let (bytes, buffer) = (&chunk.bytes[..], &mut self.buffer[..]);
+        within("a chunk of pages", bytes.len() as u64, MAX_CHUNK as u64)?;
         match chunk.stream {
-            StreamId::Kinds => self.announce(&chunk.bytes),
-            StreamId::Literal => self.literal.push(&chunk.bytes, &mut self.buffer, on_page),
-            StreamId::Delta => self.delta.push(&chunk.bytes, &mut self.buffer, on_page),
+            StreamId::Kinds => self.announce(bytes),
+            StreamId::Literal => {
+                let (frame, lane) = &mut self.literal;
+                let mut on_item = |at, page: &mut Page| on_page(at, Coded::Literal(page));
+                frame.push(bytes, buffer, |raw| lane.take(raw, &mut on_item))
+            }
+            StreamId::Delta => {
+                let (frame, lane) = &mut self.delta;
+                let mut on_item = |at, page: &mut Page| on_page(at, Coded::Delta(page));
+                frame.push(bytes, buffer, |raw| lane.take(raw, &mut on_item))
+            }
+            StreamId::Masks => {
+                let ((frame, lane), words) = (&mut self.masks, &mut self.words.1);
+                let mut on_item = |at, mask: &mut [u8; MASK_BYTES]| words.expect(at, Mask(*mask));
+                frame.push(bytes, buffer, |raw| lane.take(raw, &mut on_item))
+            }
+            StreamId::Words => {
+                let (frame, words) = &mut self.words;
+                frame.push(bytes, buffer, |raw| words.take(raw, on_page))
+            }
         }
     }
 
     fn announce(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let mut cursor = Cursor::new("kinds stream", bytes);
+        let mut cursor = Cursor::new(StreamId::Kinds.name(), bytes);
         while cursor.remaining() > 0 {
             let coded = cursor.varint()?;
-            let count = coded >> 1;
+            let count = coded >> 2;
             if count == 0 || count > self.expected - self.announced {
                 return Err(cursor.malformed("it announces pages that were not asked for"));
             }
-            let lane = if coded & 1 == 1 {
-                &mut self.delta
-            } else {
-                &mut self.literal
-            };
             let run = self.announced..self.announced + count;
-            match lane.due.back_mut() {
-                Some(last) if last.end == run.start => last.end = run.end,
-                _ => lane.due.push_back(run.clone()),
-            }
             self.announced = run.end;
+            match coded & 3 {
+                0 => self.literal.1.announce(run),
+                1 => self.delta.1.announce(run),
+                2 => self.masks.1.announce(run),
+                _ => return Err(cursor.malformed("a page of unknown kind")),
+            }
         }
         Ok(())
     }
@@ -225,10 +348,12 @@ impl PageDecoder {
     /// Whether every page has come.
     pub(crate) fn finish(&self) -> Result<(), Error> {
         if self.announced != self.expected {
-            return Err(Error::malformed("kinds stream", "it ends early"));
+            return Err(Error::malformed(StreamId::Kinds.name(), "it ends early"));
         }
-        self.literal.finish()?;
-        self.delta.finish()
+        self.literal.0.finish(self.literal.1.complete())?;
+        self.delta.0.finish(self.delta.1.complete())?;
+        self.masks.0.finish(self.masks.1.complete())?;
+        self.words.0.finish(self.words.1.complete())
     }
 }
 
@@ -254,7 +379,7 @@ mod tests {
         let mut decoder = PageDecoder::new(expected)?;
         let mut pages = 0;
         for chunk in chunks {
-            decoder.push(chunk, &mut |position, _, _| {
+            decoder.push(chunk, &mut |position, _| {
                 assert!(position < expected);
                 pages += 1;
                 Ok(())
@@ -268,10 +393,16 @@ mod tests {
         #[test]
         fn any_chunks_end_well_or_in_an_error(
             chunks in prop::collection::vec(
-                (0usize..3, prop::collection::vec(any::<u8>(), 0..60)), 0..6),
+                (0usize..5, prop::collection::vec(any::<u8>(), 0..60)), 0..6),
             expected in 0u64..20,
         ) {
-            let streams = [StreamId::Kinds, StreamId::Literal, StreamId::Delta];
+            let streams = [
+                StreamId::Kinds,
+                StreamId::Literal,
+                StreamId::Delta,
+                StreamId::Masks,
+                StreamId::Words,
+            ];
             let chunks: Vec<_> =
                 chunks.iter().map(|(stream, bytes)| chunk(streams[*stream], bytes)).collect();
             if let Ok(pages) = decode(expected, &chunks) {
@@ -298,6 +429,36 @@ mod tests {
         }
     }
 
+    /// Masks of one word each, the last.
+    fn masks(pages: usize) -> Vec<u8> {
+        let mut mask = [0; MASK_BYTES];
+        mask[MASK_BYTES - 1] = 0x80;
+        zstd::bulk::compress(&mask.repeat(pages), 3).unwrap()
+    }
+
+    fn words(count: usize) -> Vec<u8> {
+        zstd::bulk::compress(&vec![7; count * WORD], 3).unwrap()
+    }
+
+    #[test]
+    fn patches_need_their_masks_first_and_their_words_whole() {
+        let three = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Patch; 3]));
+        let told = |count| chunk(StreamId::Masks, &masks(count));
+        let said = |count| chunk(StreamId::Words, &words(count));
+        assert_eq!(decode(3, &[three.clone(), told(3), said(3)]).unwrap(), 3);
+        assert!(decode(3, &[three.clone(), said(3), told(3)]).is_err());
+        assert!(decode(3, &[told(3), three.clone(), said(3)]).is_err());
+        for (masks, words) in [(2, 2), (4, 4), (3, 2), (3, 4), (3, 0), (2, 3)] {
+            let chunks = [three.clone(), told(masks), said(words)];
+            assert!(decode(3, &chunks).is_err(), "{masks} {words}");
+        }
+        let half = zstd::bulk::compress(&[7; 3 * WORD - 1], 3).unwrap();
+        assert!(decode(3, &[three.clone(), told(3), chunk(StreamId::Words, &half)]).is_err());
+        let nothing = zstd::bulk::compress(&[0; 3 * MASK_BYTES], 3).unwrap();
+        assert!(decode(3, &[three, chunk(StreamId::Masks, &nothing)]).is_err());
+        assert!(decode(1, &[chunk(StreamId::Kinds, &[1 << 2 | 3])]).is_err());
+    }
+
     #[test]
     fn pages_too_many_too_few_or_unannounced_are_refused() {
         let two = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Literal; 2]));
@@ -317,7 +478,16 @@ mod tests {
     fn a_bomb_is_refused_at_its_first_page_too_many() {
         // 64 MiB of zeros in a few kB.
         let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 3).unwrap();
-        let one = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Literal]));
-        assert!(decode(1, &[one, chunk(StreamId::Literal, &bomb)]).is_err());
+        for (kind, stream) in [
+            (PageKind::Literal, StreamId::Literal),
+            (PageKind::Delta, StreamId::Delta),
+            (PageKind::Patch, StreamId::Masks),
+        ] {
+            let one = chunk(StreamId::Kinds, &encode_kinds(&[kind]));
+            assert!(decode(1, &[one, chunk(stream, &bomb)]).is_err());
+        }
+        let one = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Patch]));
+        let mask = chunk(StreamId::Masks, &masks(1));
+        assert!(decode(1, &[one, mask, chunk(StreamId::Words, &bomb)]).is_err());
     }
 }

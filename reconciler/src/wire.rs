@@ -212,7 +212,10 @@ mod tests {
     #[test]
     fn an_integer_has_one_coding() {
         for overlong in [&[0x80, 0x00][..], &[0xff, 0x80, 0x00]] {
-            assert!(Cursor::new("test", overlong).varint().is_err(), "{overlong:x?}");
+            assert!(
+                Cursor::new("test", overlong).varint().is_err(),
+                "{overlong:x?}"
+            );
         }
         assert_eq!(Cursor::new("test", &[0x80, 0x01]).varint().unwrap(), 128);
     }

@@ -115,6 +115,7 @@ struct Case {
     salt: u8,
     force_bits: Option<u32>,
     deltas: bool,
+    twin: Option<Vec<u8>>,
     spool_memory: usize,
 }
 
@@ -125,6 +126,8 @@ fn cases() -> impl Strategy<Value = Case> {
         edits(12),
         edits(6),
         prop::collection::vec(0u8..16, 0..10),
+        prop::option::of((0usize..3, edits(4))),
+        prop::collection::vec((any::<usize>(), 0usize..512, 1u8..8), 0..20),
     );
     let how = (
         any::<u8>(),
@@ -132,21 +135,49 @@ fn cases() -> impl Strategy<Value = Case> {
         any::<bool>(),
         prop_oneof![Just(0), Just(2 * PAGE_SIZE), Just(64 << 20)],
     );
-    (images, how).prop_map(|((base, common, used, strayed, disk), how)| {
+    (images, how).prop_map(|(images, how)| {
+        let (base, common, used, strayed, disk, twin, volatile) = images;
         let base: Vec<u8> = base.into_iter().flat_map(page).collect();
         let after = edited(&base, &common);
         let (salt, force_bits, deltas, spool_memory) = how;
+        let disk: Vec<u8> = disk.into_iter().flat_map(page).collect();
+        let mut source = edited(&after, &used);
+        let mut replayed = edited(&after, &strayed);
+        let mut twin = twin.map(|(near, edits)| {
+            let from = [&source, &replayed, &disk][near];
+            let mut twin = edited(from, &edits);
+            twin.resize(source.len(), 0);
+            twin
+        });
+        for (page, word, images) in volatile {
+            change(&mut source, (page, word), images & 1);
+            change(&mut replayed, (page, word), images & 2);
+            change(
+                twin.as_mut().unwrap_or(&mut Vec::new()),
+                (page, word),
+                images & 4,
+            );
+        }
         Case {
-            source: edited(&after, &used),
-            replayed: edited(&after, &strayed),
-            disk: disk.into_iter().flat_map(page).collect(),
             base,
+            source,
+            replayed,
+            disk,
             salt,
             force_bits,
             deltas,
+            twin,
             spool_memory,
         }
     })
+}
+
+/// Puts a value of its own into a word, as times and addresses are; 0 changes nothing.
+fn change(image: &mut [u8], (page, word): (usize, usize), value: u8) {
+    let pages = image.len() / PAGE_SIZE;
+    if value > 0 && pages > 0 {
+        image[(page % pages) * PAGE_SIZE + word * 8 + 3] = 0xf0 | value;
+    }
 }
 
 /// The image that came out, and what it took.
@@ -190,11 +221,13 @@ fn run(case: &Case, spoil: &mut dyn FnMut(Message<'_>)) -> (Vec<u8>, Result<Stat
             spool_memory: case.spool_memory,
         },
     };
+    let twin = case.twin.as_deref().map(SlicePages);
     let from = Source {
         image: &source,
         tree: &source_tree,
         base: &base_tree,
         base_reader: case.deltas.then_some(&base as _),
+        twin: twin.as_ref().map(|twin| twin as _),
     };
     let mut image = case.replayed.clone();
     image.resize(case.source.len(), 0);
@@ -227,21 +260,29 @@ proptest! {
         let differing = tree(&case.source).differing(&tree(&case.base)).len();
         let pages = &stats.pages;
         let moved: u64 = pages.moved.values().sum();
-        let built = pages.zero + pages.same + moved + pages.repeated + pages.literal + pages.delta;
+        let sent = pages.literal + pages.delta + pages.patched;
+        let built = pages.zero + pages.same + moved + pages.repeated + sent;
         prop_assert_eq!(built, differing);
+        prop_assert_eq!(stats.encoded.patch_pages, pages.patched + pages.patch_failed);
+        let resent = stats.resent.literal_pages + stats.resent.delta_pages;
+        prop_assert_eq!(resent, pages.patch_failed);
+        prop_assert_eq!(stats.retry_bytes > 0, pages.patch_failed > 0);
     }
 
     #[test]
     fn damage_on_the_way_never_passes(
         case in cases(),
-        which in 0usize..6,
+        which in 0usize..10,
         at: prop::sample::Index,
         bit in 0u32..8,
         lose: bool,
     ) {
         let mut message = 0;
         let (image, stats) = run(&case, &mut |sent| {
-            let (Message::Offer(bytes) | Message::Answer(bytes) | Message::Pages(bytes)) = sent;
+            let (Message::Offer(bytes)
+            | Message::Answer(bytes)
+            | Message::Retry(bytes)
+            | Message::Pages(bytes)) = sent;
             if message == which && !bytes.is_empty() {
                 let at = at.index(bytes.len());
                 if lose {
@@ -270,6 +311,7 @@ fn unlike(salt: u8, force_bits: Option<u32>) -> Case {
         salt,
         force_bits,
         deltas: false,
+        twin: None,
         spool_memory: 0,
     }
 }
@@ -323,6 +365,7 @@ fn each_recipe_is_used_where_it_is_cheapest() {
         salt: 1,
         force_bits: None,
         deltas: true,
+        twin: None,
         spool_memory: 0,
     };
     let (image, stats) = run(&case, &mut |_| {});
@@ -334,4 +377,69 @@ fn each_recipe_is_used_where_it_is_cheapest() {
         pages.moved.into_iter().collect::<Vec<_>>(),
         [(PlaceKind::Disk, 1)]
     );
+}
+
+/// A source of so many pages of text, and what two replays of it came to: each with its own
+/// values in three words of each page, which `elsewhere` puts in other places at the target.
+fn replays(pages: usize, elsewhere: usize) -> Case {
+    let texts = (0..pages).flat_map(|i| {
+        let mut text = page(7);
+        text[8..16].copy_from_slice(&(i as u64).to_le_bytes());
+        text
+    });
+    let mut source: Vec<u8> = texts.collect();
+    let (mut twin, mut replayed) = (source.clone(), source.clone());
+    for i in 0..pages {
+        for word in [5, 6, 400] {
+            change(&mut source, (i, word), 1);
+            change(&mut twin, (i, word), 2);
+            change(&mut replayed, (i, word + elsewhere), 3);
+        }
+    }
+    Case {
+        base: vec![0; source.len()],
+        source,
+        replayed,
+        disk: Vec::new(),
+        salt: 0,
+        force_bits: None,
+        deltas: true,
+        twin: Some(twin),
+        spool_memory: 0,
+    }
+}
+
+#[test]
+fn the_twin_tells_which_words_are_volatile() {
+    let case = replays(600, 0);
+    let (image, stats) = run(&case, &mut |_| {});
+    let stats = stats.unwrap();
+    assert!(image == case.source);
+    assert_eq!((stats.pages.patched, stats.pages.patch_failed), (600, 0));
+    let without = Case { twin: None, ..case };
+    let (_, all) = run(&without, &mut |_| {});
+    assert!(stats.bytes() < all.unwrap().bytes());
+}
+
+#[test]
+fn a_patch_is_laid_over_every_page_of_its_content() {
+    let mut case = replays(3, 0);
+    let first = case.source[..PAGE_SIZE].to_vec();
+    case.source[2 * PAGE_SIZE..].copy_from_slice(&first);
+    let (image, stats) = run(&case, &mut |_| {});
+    let pages = stats.unwrap().pages;
+    assert!(image == case.source);
+    assert_eq!((pages.patched, pages.repeated), (2, 1));
+}
+
+#[test]
+fn patches_that_do_not_fit_are_sent_again() {
+    let case = replays(600, 1);
+    let (image, stats) = run(&case, &mut |_| {});
+    let stats = stats.unwrap();
+    assert!(image == case.source);
+    let pages = &stats.pages;
+    assert_eq!((pages.patched, pages.patch_failed), (0, 600));
+    assert_eq!((pages.literal, pages.refetched), (600, 0));
+    assert_eq!(stats.resent.literal_pages, 600);
 }

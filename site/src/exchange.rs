@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use reconciler::{
     BlobAssembler, Closed, EncodeOptions, EncodeStats, NodeServer, Offer, OfferOptions, Page,
-    PageChunk, PageIndex, PageSet, ReadPages, Salt, blob_parts,
+    PageChunk, PageIndex, PageSet, ReadPages, References, Salt, blob_parts,
 };
 use tokio::sync::mpsc;
 use vm_host::RamMap;
@@ -230,11 +230,13 @@ async fn send_pages(
                     image,
                     bytes: &counter,
                 };
+                let mut encode = |base: Option<&dyn ReadPages>| {
+                    let references = References::base(base);
+                    reconciler::encode_pages(&image, references, &pages, options, &mut sink)
+                };
                 match &base {
-                    Some(base) => base.with_pages(kind, |base| {
-                        reconciler::encode_pages(&image, base, &pages, options, &mut sink)
-                    }),
-                    None => reconciler::encode_pages(&image, None, &pages, options, &mut sink),
+                    Some(base) => base.with_pages(kind, encode),
+                    None => encode(None),
                 }
             })
             .map_err(Error::reconcile("cannot read and compress pages"))

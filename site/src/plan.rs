@@ -7,7 +7,7 @@
 
 use reconciler::{
     EncodeOptions, Holdings, ImageTree, Offer, OfferOptions, PageIndex, Place, PlaceKind,
-    ReadPages, Salt, SlicePages,
+    ReadPages, References, Salt, SlicePages,
 };
 use serde::{Deserialize, Serialize};
 use vm_host::RamMap;
@@ -266,7 +266,8 @@ fn packed(
     let step = lacking.len().div_ceil(SAMPLE);
     let sample: Vec<PageIndex> = lacking.iter().copied().step_by(step).collect();
     let options = EncodeOptions::for_line(SAMPLED_LINE);
-    let stats = reconciler::encode_pages(image, base.1, &sample, options, &mut |_| Ok(()))
+    let references = References::base(base.1);
+    let stats = reconciler::encode_pages(image, references, &sample, options, &mut |_| Ok(()))
         .map_err(failed())?;
     Ok(hashes as f64 + stats.bytes() as f64 / sample.len() as f64 * lacking.len() as f64)
 }
