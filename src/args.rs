@@ -99,6 +99,9 @@ pub(crate) enum GuestCommand {
         /// Only the disk: do not boot it once and keep the checkpoint
         #[arg(long)]
         no_boot: bool,
+        /// Keep the checkpoint of a guest as `vm create --replay-friendly` makes it
+        #[arg(long)]
+        replay_friendly: bool,
     },
 }
 
@@ -202,6 +205,10 @@ pub(crate) struct CreateArgs {
     /// Virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) cpus: u8,
+    /// Take chance out of a Linux guest that boots a kernel: no address-space randomisation for
+    /// its programs (a defence less), freed memory zeroed
+    #[arg(long)]
+    pub(crate) replay_friendly: bool,
     /// The line on the guest's serial port that says that its desktop is up
     #[arg(long, value_name = "TEXT")]
     pub(crate) ready_marker: Option<String>,

@@ -12,7 +12,11 @@ use crate::args::GuestCommand;
 use crate::output::Output;
 
 pub(crate) async fn run(command: GuestCommand, output: &Output) -> anyhow::Result<()> {
-    let GuestCommand::Build { out, no_boot } = command;
+    let GuestCommand::Build {
+        out,
+        no_boot,
+        replay_friendly,
+    } = command;
     let options = BuildOptions {
         out,
         cache: guest::default_cache()?,
@@ -29,7 +33,10 @@ pub(crate) async fn run(command: GuestCommand, output: &Output) -> anyhow::Resul
     let state = if no_boot {
         None
     } else {
-        let new = new_vm(&image)?;
+        let new = NewVm {
+            replay_friendly,
+            ..new_vm(&image)?
+        };
         Some(booted::ensure(&booted_cache()?, &new, &|text| output.say(text)).await?)
     };
     let result = json!({ "dir": image.dir, "disk": image.disk, "booted": state });
@@ -57,6 +64,7 @@ fn new_vm(image: &GuestImage) -> anyhow::Result<NewVm> {
         },
         ready_marker: Some(image.ready_marker.clone()),
         booted: Some(booted_cache()?),
+        replay_friendly: false,
     })
 }
 

@@ -115,8 +115,10 @@ async fn create(vm: &VmDir, args: &CreateArgs, output: &Output) -> anyhow::Resul
             hardware: Hardware::new(programs::default_machine(&programs::qemu())?),
             ready_marker: None,
             booted: None,
+            replay_friendly: false,
         }
     };
+    new.replay_friendly = args.replay_friendly;
     if let Some(memory) = args.memory {
         new.hardware.memory_mib = memory;
     }

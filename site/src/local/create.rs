@@ -10,6 +10,17 @@ use crate::lease::Lease;
 use crate::store::VmDir;
 use crate::vm::{BootFiles, Id, VmRecord};
 
+/// Kernel parameters that take chance out of a Linux guest, so that a replay comes closer.
+///
+/// - `norandmaps`: programs get the same addresses in every run. It costs address-space
+///   randomisation, a defence against exploits of memory errors in programs.
+/// - `init_on_free=1`: freed memory is zero and not garbage that no replay repeats. It costs some
+///   time, and is a defence.
+/// - `random.trust_cpu=off`: the kernel's random numbers are not stirred by the host's RDRAND.
+///
+/// See `kernel-parameters.txt` of Linux.
+pub const REPLAY_FRIENDLY: &str = "norandmaps init_on_free=1 random.trust_cpu=off";
+
 /// What to make a VM from.
 #[derive(Clone, Debug)]
 pub struct NewVm {
@@ -22,6 +33,8 @@ pub struct NewVm {
     pub hardware: Hardware,
     /// The line that the guest writes to its serial port once its desktop is up.
     pub ready_marker: Option<String>,
+    /// Boot it with [`REPLAY_FRIENDLY`].
+    pub replay_friendly: bool,
     /// The cache of booted guests, see [`crate::booted`]: a VM that is in it need not boot.
     pub booted: Option<PathBuf>,
 }
@@ -50,6 +63,12 @@ pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
             vm.name()
         )));
     }
+    if new.replay_friendly && new.boot.is_none() {
+        return Err(Error::Refused(format!(
+            "a disk that boots by itself has its own kernel parameters: add {REPLAY_FRIENDLY:?} \
+             in the guest, or boot it with --kernel"
+        )));
+    }
     let store = vm.store();
     let boot = match &new.boot {
         None => None,
@@ -59,7 +78,13 @@ pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
                 .as_deref()
                 .map(|path| store.import_file(path))
                 .transpose()?,
-            append: append.clone(),
+            append: if new.replay_friendly {
+                format!("{append} {REPLAY_FRIENDLY}")
+                    .trim_start()
+                    .to_owned()
+            } else {
+                append.clone()
+            },
         }),
     };
     let record = VmRecord {

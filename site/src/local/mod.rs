@@ -24,7 +24,7 @@ use crate::vm::VmRecord;
 pub use checkpoint::{checkpoint, suspend};
 pub(crate) use checkpoint::{checkpoint_locked, next_generation};
 pub(crate) use create::create;
-pub use create::{NewVm, create_from};
+pub use create::{NewVm, REPLAY_FRIENDLY, create_from};
 
 /// What the overlays of a VM's last run rest on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -78,7 +78,8 @@ pub(super) async fn ship_generation(
         base: common,
     })
     .await?;
-    let sent = exchange::send_images(line, &state, &base, None, rate, &mut |_| {}, progress).await?;
+    let sent =
+        exchange::send_images(line, &state, &base, None, rate, &mut |_| {}, progress).await?;
     line.send(ToTarget::Publish).await?;
     match line.recv(Phase::Base).await? {
         ToSource::Published => Ok(sent),

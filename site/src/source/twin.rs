@@ -56,7 +56,11 @@ impl Twin {
             device: work.device().to_vec(),
         };
         let fork = Fork::start(vm, record, files, Options::default()).await?;
-        Ok(Some(Self { fork, ram, playing: false }))
+        Ok(Some(Self {
+            fork,
+            ram,
+            playing: false,
+        }))
     }
 
     /// Gives it the same piece of the log as the target.
@@ -77,7 +81,9 @@ impl Twin {
             Ok(())
         });
         settled.await.unwrap_or_else(|_| {
-            Err(Error::Refused("the replay at this site takes too long".into()))
+            Err(Error::Refused(
+                "the replay at this site takes too long".into(),
+            ))
         })
     }
 

@@ -48,6 +48,9 @@ struct Options {
     /// Where to put everything
     #[arg(long, default_value = "target/demo", value_name = "DIR")]
     out: PathBuf,
+    /// With a guest that chance is taken out of, see `vm create --replay-friendly`
+    #[arg(long)]
+    replay_friendly: bool,
     /// Keep the sites' state directories
     #[arg(long)]
     keep: bool,
@@ -87,7 +90,7 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
     let program = site::program()?;
     let session = read_session(&options.session)?;
     let out = clear(&program, &options.out)?;
-    let guest = build_guest(&program, &out).await?;
+    let guest = build_guest(&program, &out, options.replay_friendly).await?;
 
     heading("Four sites on this machine");
     let [a, b, c, d] = ["a", "b", "c", "d"].map(|name| Site::new(&program, name, out.join(name)));
@@ -95,10 +98,9 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
     let agents = open_sites(&mut sites, &guest).await?;
 
     heading("The desktop at A");
-    sites
-        .a
-        .json(&["vm", "create", VM, "--disk", &guest])
-        .await?;
+    let mut create = vec!["vm", "create", VM, "--disk", &guest];
+    create.extend(options.replay_friendly.then_some("--replay-friendly"));
+    sites.a.json(&create).await?;
     let created = Instant::now();
     sites.a.json(&["vm", "start", VM]).await?;
     println!("runs after {:.1} s", created.elapsed().as_secs_f64());
@@ -238,13 +240,15 @@ fn clear(program: &Path, out: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// The folder of the guest.
-async fn build_guest(program: &Path, out: &Path) -> anyhow::Result<String> {
+async fn build_guest(program: &Path, out: &Path, replay_friendly: bool) -> anyhow::Result<String> {
     heading("The guest: a Debian desktop");
     let begun = Instant::now();
     // No site's state is needed for it, and none is made.
     let builder = Site::new(program, "builder", out.join("builder"));
+    let mut command = vec!["guest", "build"];
+    command.extend(replay_friendly.then_some("--replay-friendly"));
     let built = builder
-        .spawn(&["guest", "build"])?
+        .spawn(&command)?
         .finish(GUEST_LIMIT)
         .await?
         .success()?;
