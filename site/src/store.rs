@@ -12,6 +12,8 @@
 //! vms/NAME/live/run/       the overlays of the running VM, and what it rests on
 //! vms/NAME/log/N.rmlog     what was typed on top of generation N
 //! vms/NAME/incoming/ID/    a migration that is arriving; removed when it ends, however it ends
+//! deleted/ID.json          the last lease of a VM that was deleted here
+//! void/ID                  a hand-over that was given up, never to be taken
 //! ```
 //!
 //! Overlays name their backing file relative to themselves, and all of them lie at the same
@@ -33,7 +35,7 @@ use crate::generation::{self, GenerationFiles, Manifest};
 use crate::identity::Identity;
 use crate::lease::Lease;
 use crate::peers::PeerStore;
-use crate::vm::{BaseFile, FileHash, VmName, VmRecord};
+use crate::vm::{BaseFile, FileHash, Id, VmName, VmRecord};
 
 /// The version of the state directory's form.
 const VERSION: u32 = 1;
@@ -131,6 +133,15 @@ impl Store {
         }
         vms.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(vms)
+    }
+
+    /// The fencing number that a VM had when it was deleted here, if it ever was.
+    pub(crate) fn deleted_fence(&self, id: Id) -> Result<Option<u64>> {
+        Ok(Lease::load(&self.deleted_path(id))?.map(|lease| lease.fence()))
+    }
+
+    fn deleted_path(&self, id: Id) -> PathBuf {
+        self.root.join("deleted").join(format!("{id}.json"))
     }
 
     /// Where a base file lies, if this site has it.
@@ -306,6 +317,15 @@ impl VmDir {
             path: self.lease_path(),
             reason: "it is missing".into(),
         })
+    }
+
+    /// Writes down, outside the VM's folder, that it was here and by which lease: a giver that
+    /// asks later whether it was taken must not hear that it never was.
+    pub(crate) fn note_deleted(&self) -> Result<()> {
+        let path = self.store.deleted_path(self.record()?.id);
+        files::make_dir(path.parent().unwrap_or(&self.store.root))?;
+        // Without a readable lease there is nothing to answer by, and no reason to keep the rest.
+        self.lease().map_or(Ok(()), |lease| lease.store(&path))
     }
 
     /// Locks the VM against other processes of this site.

@@ -436,6 +436,7 @@ pub async fn delete(vm: &VmDir) -> Result<()> {
     vm.record()?;
     discard(vm).await?;
     let _lock = vm.lock()?;
+    vm.note_deleted()?;
     files::remove_dir(vm.dir())
 }
 
@@ -463,6 +464,30 @@ pub(crate) async fn blocking<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_was_deleted_is_known_to_have_been_here() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = crate::store::Store::open(dir.path()).unwrap();
+        let vm = store.vm(&"desk".parse().unwrap());
+        let record = VmRecord {
+            id: crate::vm::Id([1; 16]),
+            name: vm.name().clone(),
+            hardware: Hardware::new("pc-q35-7.2"),
+            disks: Vec::new(),
+            boot: None,
+            ready_marker: None,
+        };
+        let lease = Lease::Held {
+            fence: 5,
+            transfer: None,
+        };
+        vm.create(&record, &lease).unwrap();
+        assert_eq!(store.deleted_fence(record.id).unwrap(), None);
+        delete(&vm).await.unwrap();
+        assert!(!vm.dir().exists());
+        assert_eq!(store.deleted_fence(record.id).unwrap(), Some(5));
+    }
 
     fn live(ran: bool) -> Live {
         Live {

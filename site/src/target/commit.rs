@@ -144,6 +144,8 @@ fn was_taken(vm: &VmDir, hello: &Hello, transfer: Id) -> Result<bool> {
             // It was taken, and handed on since.
             lease => lease.fence() > hello.fence,
         };
+    let deleted = vm.store().deleted_fence(hello.vm.id)?;
+    let taken = taken || deleted.is_some_and(|fence| fence > hello.fence);
     if !taken {
         void(vm, transfer)?;
     }
@@ -222,6 +224,9 @@ mod tests {
         take(&vm, hello.transfer, 8).unwrap();
         assert!(was_taken(&vm, &hello, hello.transfer).unwrap());
         elsewhere(&vm, 9).store(&vm.lease_path()).unwrap();
+        assert!(was_taken(&vm, &hello, hello.transfer).unwrap());
+        vm.note_deleted().unwrap();
+        files::remove_dir(vm.dir()).unwrap();
         assert!(was_taken(&vm, &hello, hello.transfer).unwrap());
     }
 
