@@ -124,9 +124,8 @@ pub async fn migrate(
     if let Some(twin) = twin {
         twin.kill().await;
     }
-    let cleaned = clean_leftovers(vm).await;
+    warn_unclean(clean_leftovers(vm).await);
     if undone? {
-        cleaned?;
         Err(error)
     } else {
         Err(Error::NotResumed {
@@ -344,11 +343,8 @@ impl Migration<'_> {
         // The VM is at the target, whether or not it runs there yet: nothing that fails from
         // here on changes that.
         let generation = manifest.generation;
-        let kept = async {
-            clean_leftovers(self.vm).await?;
-            keep(self.vm, self.qemu, &live, state, manifest).await
-        };
-        if let Err(error) = kept.await {
+        warn_unclean(clean_leftovers(self.vm).await);
+        if let Err(error) = keep(self.vm, self.qemu, &live, state, manifest).await {
             tracing::warn!(error = error.chain(), "no stale copy was kept here");
         }
         resumed?;
@@ -498,6 +494,16 @@ impl Migration<'_> {
             .store(&self.vm.lease_path()),
             _ => Err(line.unexpected(Phase::Commit, "no word that it took the VM")),
         }
+    }
+}
+
+/// What a replay here left behind hinders nobody, and the next migration clears it away.
+fn warn_unclean(cleaned: Result<()>) {
+    if let Err(error) = cleaned {
+        tracing::warn!(
+            error = error.chain(),
+            "a replay at this site left something"
+        );
     }
 }
 
