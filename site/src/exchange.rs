@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use reconciler::{
     BlobAssembler, Closed, EncodeOptions, EncodeStats, NodeServer, Offer, OfferOptions, Page,
-    PageChunk, PageIndex, PageSet, ReadPages, References, Salt, blob_parts,
+    PageChunk, PageIndex, PageSet, ReadPages, References, Salt, SlicePages, blob_parts,
 };
 use tokio::sync::mpsc;
 use vm_host::RamMap;
@@ -52,21 +52,42 @@ struct Offered {
     encoded: Vec<u8>,
 }
 
+/// What is sent, and what it is sent against.
+pub(crate) struct Outgoing<'a> {
+    /// The state.
+    pub state: &'a Arc<State>,
+    /// What the target has as well.
+    pub base: &'a Arc<Base>,
+    /// RAM as this site's own replay left it, if the target has replayed.
+    pub twin: Option<&'a Arc<RamMap>>,
+    /// The line's rate, in bits per second.
+    pub rate: f64,
+    /// Hears how it gets on.
+    pub progress: &'a dyn Progress,
+}
+
+/// What pages may be told against.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Against {
+    /// The base and the twin.
+    All,
+    /// The base alone: a patch has failed.
+    Base,
+    /// Nothing: the base itself is in doubt.
+    Nothing,
+}
+
 /// Sends all images of a state to a target that has `base`; returns when it has verified them.
 ///
-/// `rate` is the line's, in bits per second; `enter` hears which phase begins.
+/// `enter` hears which phase begins.
 pub(crate) async fn send_images(
     line: &mut Line,
-    state: &Arc<State>,
-    base: &Arc<Base>,
-    twin: Option<&Arc<RamMap>>,
-    rate: f64,
+    out: &Outgoing<'_>,
     enter: &mut (dyn FnMut(Phase) + Send),
-    progress: &dyn Progress,
 ) -> Result<Vec<Sent>> {
     enter(Phase::Device);
     let salt = salt()?;
-    let (for_offers, base_for_offers) = (state.clone(), base.clone());
+    let (for_offers, base_for_offers) = (out.state.clone(), out.base.clone());
     let offers = blocking(move || {
         let state = for_offers;
         let options = OfferOptions {
@@ -107,20 +128,12 @@ pub(crate) async fn send_images(
     for offered in offers {
         let phase = offered.head.kind.phase();
         enter(phase);
-        sent.push(send_image(line, state, base, twin, offered, rate, progress).await?);
+        sent.push(send_image(line, out, offered).await?);
     }
     Ok(sent)
 }
 
-async fn send_image(
-    line: &mut Line,
-    state: &Arc<State>,
-    base: &Arc<Base>,
-    twin: Option<&Arc<RamMap>>,
-    offered: Offered,
-    rate: f64,
-    progress: &dyn Progress,
-) -> Result<Sent> {
+async fn send_image(line: &mut Line, out: &Outgoing<'_>, offered: Offered) -> Result<Sent> {
     let Offered {
         head,
         offer,
@@ -144,12 +157,12 @@ async fn send_image(
         .map_err(Error::reconcile("the answer to an offer is malformed"))?;
     let begun = Instant::now();
     tracing::debug!(?head, lacking = pages.len(), "answer");
-    let mut encoded = send_pages(line, state, Some(base), head.kind, pages, rate, progress).await?;
+    let mut encoded = send_pages(line, out, Against::All, head.kind, pages).await?;
     let mut payload = encoded.bytes();
     loop {
         match line.recv(phase).await? {
             ToSource::Verified(outcome) => {
-                if outcome.root != state.tree(head.kind).root() {
+                if outcome.root != out.state.tree(head.kind).root() {
                     return Err(line.unexpected(phase, "it verified another image"));
                 }
                 let seconds = begun.elapsed().as_secs_f64();
@@ -162,7 +175,7 @@ async fn send_image(
                 });
             }
             ToSource::Differs(request) => {
-                let reply = with(state, move |state| {
+                let reply = with(out.state, move |state| {
                     NodeServer::new(state.tree(head.kind))
                         .answer(&request)
                         .map_err(Error::reconcile("the target asks for what there is not"))
@@ -171,10 +184,16 @@ async fn send_image(
                 hashes += reply.children.len() as u64;
                 line.send(ToTarget::Nodes(reply)).await?;
             }
+            ToSource::Unpatched(part) => {
+                let pages = requested(line, phase, part, &offer).await?;
+                encoded = send_pages(line, out, Against::Base, head.kind, pages).await?;
+                payload += encoded.bytes();
+            }
             ToSource::Refetch(part) => {
-                let pages = refetch_set(line, phase, part, &offer).await?;
-                progress.note(&format!("{} pages are sent again", pages.len()));
-                encoded = send_pages(line, state, None, head.kind, pages, rate, progress).await?;
+                let pages = requested(line, phase, part, &offer).await?;
+                out.progress
+                    .note(&format!("{} pages are sent again", pages.len()));
+                encoded = send_pages(line, out, Against::Nothing, head.kind, pages).await?;
                 payload += encoded.bytes();
             }
             _ => return Err(line.unexpected(phase, "no verdict on an image")),
@@ -182,7 +201,8 @@ async fn send_image(
     }
 }
 
-async fn refetch_set(
+/// The pages that a request names, of which `first` is the first part.
+async fn requested(
     line: &mut Line,
     phase: Phase,
     first: reconciler::BlobPart,
@@ -196,7 +216,7 @@ async fn refetch_set(
             break bytes;
         }
         part = match line.recv(phase).await? {
-            ToSource::Refetch(part) => part,
+            ToSource::Refetch(part) | ToSource::Unpatched(part) => part,
             _ => return Err(line.unexpected(phase, "half a request for pages")),
         };
     };
@@ -208,20 +228,22 @@ async fn refetch_set(
 
 async fn send_pages(
     line: &mut Line,
-    state: &Arc<State>,
-    base: Option<&Arc<Base>>,
+    out: &Outgoing<'_>,
+    against: Against,
     kind: ImageKind,
     pages: Vec<PageIndex>,
-    rate: f64,
-    progress: &dyn Progress,
 ) -> Result<EncodeStats> {
     let (sender, mut receiver) = mpsc::channel::<PageChunk>(QUEUE);
-    let (state, base) = (state.clone(), base.cloned());
+    let (state, base) = (out.state.clone(), out.base.clone());
+    let twin = out
+        .twin
+        .filter(|_| against == Against::All && kind == ImageKind::Ram)
+        .cloned();
     // How well pages compress is known only at the end, so progress counts them as read.
     let read = Arc::new(AtomicU64::new(0));
     let counter = read.clone();
     let total = pages.len() as u64 * reconciler::PAGE_SIZE as u64;
-    let options = EncodeOptions::for_line(rate as u64);
+    let options = EncodeOptions::for_line(out.rate as u64);
     let encoding = tokio::spawn(blocking(move || {
         let mut sink = |chunk| sender.blocking_send(chunk).map_err(|_| Closed);
         state
@@ -230,20 +252,21 @@ async fn send_pages(
                     image,
                     bytes: &counter,
                 };
-                let mut encode = |base: Option<&dyn ReadPages>| {
-                    let references = References::base(base);
+                let twin = twin.as_ref().map(|ram| SlicePages(ram));
+                base.with_pages(kind, |base| {
+                    let references = References {
+                        base: base.filter(|_| against != Against::Nothing),
+                        twin: twin.as_ref().map(|twin| twin as &dyn ReadPages),
+                    };
                     reconciler::encode_pages(&image, references, &pages, options, &mut sink)
-                };
-                match &base {
-                    Some(base) => base.with_pages(kind, encode),
-                    None => encode(None),
-                }
+                })
             })
             .map_err(Error::reconcile("cannot read and compress pages"))
     }));
     while let Some(chunk) = receiver.recv().await {
         line.send(ToTarget::Pages(chunk)).await?;
-        progress.advance(kind.phase(), read.load(Ordering::Relaxed), Some(total));
+        out.progress
+            .advance(kind.phase(), read.load(Ordering::Relaxed), Some(total));
     }
     line.send(ToTarget::PagesEnd).await?;
     line.flush().await?;

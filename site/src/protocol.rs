@@ -24,6 +24,8 @@
 //!   | -- Image (which, size), Offer.. ---------------->  |  all images at once, before any answer
 //!   | <---------------------------------------- Lacks..  |  one image after the other from here
 //!   | -- Pages.., PagesEnd --------------------------->  |
+//!   | <-------------------------------------- Unpatched..  |  patches that do not fit: sent whole
+//!   | -- Pages.., PagesEnd --------------------------->  |
 //!   | <---------------------- Verified (root) | Differs   |
 //!   | -- Nodes --------------------------------------->  |  only after Differs: descends the tree
 //!   | <---------------------------------------- Refetch..  |  then the pages that are wrong
@@ -121,6 +123,9 @@ pub enum ToSource {
     Verified(ImageOutcome),
     /// It is not; these parts of the tree are asked for.
     Differs(NodesRequest),
+    /// These pages were told as patches that do not fit what is here: part of
+    /// [`reconciler::PageSet::encode`]. They are to be sent whole.
+    Unpatched(BlobPart),
     /// These pages are: part of [`reconciler::PageSet::encode`]. They are to be sent again.
     Refetch(BlobPart),
     /// The VM is this site's now.

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use vm_host::{Status, Vm};
 
 use crate::error::{Error, Result};
-use crate::exchange::{self, Sent};
+use crate::exchange::{self, Outgoing, Sent};
 use crate::generation::{GenerationId, Manifest};
 use crate::lease::Lease;
 use crate::line::{Line, LinkHistory};
@@ -275,18 +275,15 @@ impl Migration<'_> {
             None => None,
         };
         let clock = &mut self.clock;
-        let sent = exchange::send_images(
-            &mut line,
-            &state,
-            &base_images,
-            twin.as_ref(),
+        let out = Outgoing {
+            state: &state,
+            base: &base_images,
+            twin: twin.as_ref(),
             rate,
-            &mut |phase| {
-                clock.enter(phase);
-            },
-            self.progress,
-        )
-        .await?;
+            progress: self.progress,
+        };
+        let mut enter = |phase| clock.enter(phase);
+        let sent = exchange::send_images(&mut line, &out, &mut enter).await?;
         account(&mut bytes, &sent);
 
         self.clock.enter(Phase::Verify);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::exchange::{self, Sent};
+use crate::exchange::{self, Outgoing, Sent};
 use crate::line::{Line, LinkHistory};
 use crate::local::{self};
 use crate::peers::Peer;
@@ -78,8 +78,14 @@ pub(super) async fn ship_generation(
         base: common,
     })
     .await?;
-    let sent =
-        exchange::send_images(line, &state, &base, None, rate, &mut |_| {}, progress).await?;
+    let out = Outgoing {
+        state: &state,
+        base: &base,
+        twin: None,
+        rate,
+        progress,
+    };
+    let sent = exchange::send_images(line, &out, &mut |_| {}).await?;
     line.send(ToTarget::Publish).await?;
     match line.recv(Phase::Base).await? {
         ToSource::Published => Ok(sent),

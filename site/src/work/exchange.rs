@@ -93,6 +93,15 @@ pub(super) fn exchange(
     let mut applier = Applier::new(offer, resolution, holdings, image, ApplyOptions::default())
         .map_err(failed("cannot begin to build an image"))?;
     talk.pages(|chunk| applier.push(chunk))?;
+    let unpatched = applier
+        .retry()
+        .map_err(failed("an image is not complete"))?;
+    if !unpatched.is_empty() {
+        for part in blob_parts(&unpatched.encode()) {
+            talk.send(ToSource::Unpatched(part))?;
+        }
+        talk.pages(|chunk| applier.push(chunk))?;
+    }
     let applied = applier
         .finish()
         .map_err(failed("an image is not complete"))?;
@@ -149,6 +158,8 @@ fn tell(talk: &mut Talk<'_>, verified: Verified) -> Result<ImageTree> {
         ("repeated", counts.repeated),
         ("literal", counts.literal),
         ("delta", counts.delta),
+        ("patched", counts.patched),
+        ("patch_failed", counts.patch_failed),
         ("reverted", counts.reverted),
         ("refetched", counts.refetched),
     ]
