@@ -155,6 +155,7 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
             after = Some(screenshot(&sites.b, &out.join("b.png")).await?);
         }
     }
+    identical &= same_state(&sites.a, &sites.d).await?;
     let recorded: Value = recorder
         .process
         .finish(Duration::from_secs(30))
@@ -388,6 +389,29 @@ async fn same_images(from: &Site, to: &Site) -> anyhow::Result<bool> {
     }
     if same {
         println!("  images of generation {number} at both sites, and the paused VM: identical");
+    }
+    Ok(same)
+}
+
+/// Compares what left A with what came to D: all strategies faced one state only if it is the same.
+async fn same_state(first: &Site, last: &Site) -> anyhow::Result<bool> {
+    let (_, left) = newest_generation(first.dir(), VM)?;
+    let (_, right) = newest_generation(last.dir(), VM)?;
+    let compared = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
+        Ok([
+            compare_files(&left.join("ram.img"), &right.join("ram.img"))?,
+            compare_files(&left.join("device.bin"), &right.join("device.bin"))?,
+            compare_disks(&left.join("disk0.qcow2"), &right.join("disk0.qcow2"))?,
+        ])
+    })
+    .await??;
+    let same = compared
+        .iter()
+        .all(|difference| *difference == Difference::None);
+    if same {
+        println!("what left A and what came to D: identical, so all three moved the same state");
+    } else {
+        println!("what left A and what came to D: DIFFERENT, {compared:?}");
     }
     Ok(same)
 }
