@@ -5,9 +5,10 @@
 
 use proptest::prelude::*;
 use reconciler::{
-    ApplyOptions, EncodeOptions, Error, Holdings, ImageTree, Message, OfferOptions, Options,
-    PAGE_SIZE, Place, PlaceKind, Salt, SlicePages, SlicePagesMut, Source, Stats, no_progress,
-    reconcile_in_memory,
+    Applier, ApplyOptions, EncodeOptions, Error, Holdings, ImageTree, Message, Offer, OfferOptions,
+    Options, PAGE_SIZE, PageChunk, PageSet, Place, PlaceKind, References, Salt, SlicePages,
+    SlicePagesMut, Source, Stats, Verification, encode_pages, no_progress, reconcile_in_memory,
+    resolve,
 };
 
 /// A change to an image, as guests and replays make them.
@@ -442,4 +443,88 @@ fn patches_that_do_not_fit_are_sent_again() {
     assert_eq!((pages.patched, pages.patch_failed), (0, 600));
     assert_eq!((pages.literal, pages.refetched), (600, 0));
     assert_eq!(stats.resent.literal_pages, 600);
+}
+
+/// What goes over the wire for these pages of an image.
+fn encoded(image: &[u8], twin: Option<&[u8]>, pages: &PageSet) -> Vec<PageChunk> {
+    let twin = twin.map(SlicePages);
+    let references = References {
+        base: None,
+        twin: twin.as_ref().map(|twin| twin as _),
+    };
+    let how = EncodeOptions {
+        level: 1,
+        workers: 0,
+    };
+    let pages: Vec<_> = pages.iter().collect();
+    let mut chunks = Vec::new();
+    encode_pages(&SlicePages(image), references, &pages, how, &mut |chunk| {
+        chunks.push(chunk);
+        Ok(())
+    })
+    .unwrap();
+    chunks
+}
+
+#[test]
+fn a_patch_of_other_words_is_not_written_and_not_forgotten() {
+    let case = replays(5, 0);
+    let mut lie = case.source.clone();
+    change(&mut lie, (3, 6), 9);
+    let base = tree(&case.base);
+    let current = tree(&case.replayed);
+    let options = OfferOptions {
+        salt: Salt([1; 32]),
+        candidates: 100,
+        force_bits: None,
+    };
+    let offer = Offer::new(&tree(&case.source), &base, &options).unwrap();
+    let holdings = Holdings {
+        base: &base,
+        base_reader: None,
+        current: &current,
+        places: &[],
+    };
+    let all = PageSet::from_range(0..5);
+    let wrong = encoded(&lie, case.twin.as_deref(), &all);
+    for again in [None, Some(&lie), Some(&case.source)] {
+        let resolution = resolve(&offer, &holdings).unwrap();
+        let mut image = case.replayed.clone();
+        let mut built = SlicePagesMut(&mut image);
+        let mut applier = Applier::new(
+            &offer,
+            resolution,
+            &holdings,
+            &mut built,
+            ApplyOptions::default(),
+        )
+        .unwrap();
+        assert!(applier.retry().is_err(), "no page has come");
+        for chunk in &wrong {
+            applier.push(chunk).unwrap();
+        }
+        assert_eq!(applier.failed(), PageSet::from_range(3..4));
+        let Some(again) = again else {
+            let ended = applier.finish();
+            assert!(
+                matches!(ended, Err(Error::Unpatched { pages: 1 })),
+                "{ended:?}"
+            );
+            assert!(
+                image[3 * PAGE_SIZE..4 * PAGE_SIZE] == case.replayed[3 * PAGE_SIZE..4 * PAGE_SIZE]
+            );
+            continue;
+        };
+        let failed = applier.retry().unwrap();
+        for chunk in encoded(again, None, &failed) {
+            applier.push(&chunk).unwrap();
+        }
+        assert!(applier.retry().unwrap().is_empty());
+        let applied = applier.finish().unwrap();
+        let honest = again == &case.source;
+        match applied.verify(&SlicePages(&image), &no_progress).unwrap() {
+            Verification::Verified(_) => assert!(honest && image == case.source),
+            Verification::Mismatch(_) => assert!(!honest),
+        }
+    }
 }
