@@ -96,7 +96,7 @@ pub(crate) enum Choice {
 /// a half and seven eighths was within 1 % of the best.
 ///
 /// A patch has to save a third against the other two, for it may not fit, and its words are
-/// those that compress worst. In a session on a 768 MiB desktop with settled addresses (6,469
+/// those that compress worst. In an 80 s session on a 768 MiB desktop (6,469
 /// pages left by replay, level 9) a twin brought all bytes from 2.16 MB to 1.75 MB: 2,671
 /// patches fitted and 633 did not. Where patches had only to be shorter 842 did not fit, and it
 /// was 1.78 MB; any bound between a half and two thirds came within 1 % of the best.
