@@ -36,6 +36,8 @@ pub enum Lease {
         to: SiteKey,
         /// The target's name here, for messages.
         to_name: String,
+        /// Whether the guest ran until then, and is to run again if the target did not take it.
+        was_running: bool,
     },
     /// Another site may run it; what is here is a stale copy.
     Elsewhere {

@@ -37,6 +37,7 @@ pub(super) async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
         transfer,
         to,
         to_name,
+        was_running,
     } = vm.lease()?
     else {
         return Ok(true);
@@ -89,6 +90,9 @@ pub(super) async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
             transfer: None,
         }
         .store(&vm.lease_path())?;
+        if was_running && let Some(qemu) = qemu {
+            local::resume_live(vm, qemu).await?;
+        }
     }
     Ok(!taken)
 }

@@ -241,18 +241,25 @@ impl Migration<'_> {
         self.stopped = true;
         self.clock.down();
         let what = |what: &str| format!("cannot {what} {}", self.vm.name());
-        let twin = self.twin.take().map(|twin| tokio::spawn(twin.stop()));
-        self.qemu
-            .pause()
-            .await
-            .map_err(Error::host(what("pause")))?;
-        line.send(ToTarget::Freeze).await?;
-        line.flush().await?;
-        let device = self
-            .qemu
-            .save_device_state()
-            .await
-            .map_err(Error::host(what("save the devices of")))?;
+        // The twin stops while the VM's devices are saved. Both end if this is interrupted.
+        let twin = self.twin.take();
+        let stop_twin = async {
+            match twin {
+                Some(twin) => without_twin(twin.stop().await).map(Arc::new),
+                None => None,
+            }
+        };
+        let qemu = self.qemu;
+        let stop_guest = async {
+            qemu.pause().await.map_err(Error::host(what("pause")))?;
+            line.send(ToTarget::Freeze).await?;
+            line.flush().await?;
+            qemu.save_device_state()
+                .await
+                .map_err(Error::host(what("save the devices of")))
+        };
+        let (device, twin) = tokio::join!(stop_guest, stop_twin);
+        let device = device?;
         let state = {
             let (vm, record, live) = (self.vm.clone(), self.record.clone(), live.clone());
             let ram = self.vm.runtime_dir("live")?.join("ram.img");
@@ -263,17 +270,6 @@ impl Migration<'_> {
             Arc::new(local::blocking(work).await?)
         };
 
-        let twin = match twin {
-            Some(stopping) => match stopping.await {
-                Ok(Ok(ram)) => Some(Arc::new(ram)),
-                Ok(Err(error)) => {
-                    tracing::warn!(error = error.chain(), "going on without the twin");
-                    None
-                }
-                Err(error) => std::panic::resume_unwind(error.into_panic()),
-            },
-            None => None,
-        };
         let clock = &mut self.clock;
         let out = Outgoing {
             state: &state,
@@ -475,6 +471,7 @@ impl Migration<'_> {
             transfer: self.transfer,
             to: self.peer.key,
             to_name: self.peer.name.to_string(),
+            was_running: self.was_running,
         }
         .store(&self.vm.lease_path())?;
         let request = CommitRequest {

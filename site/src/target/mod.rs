@@ -25,6 +25,9 @@ use crate::work::{Received, Work};
 use check::check_host;
 use receive::{receive_file, receive_log};
 
+/// How long the source may take to say how the VM goes on, once it is here.
+const RESUME_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// Talks with one peer until it is done.
 pub(crate) async fn converse(store: &Store, mut line: TargetLine) {
     let peer = line.peer().name.to_string();
@@ -302,8 +305,9 @@ impl Session {
                     self.phase = Phase::Resume;
                     let paused = told.is_ok()
                         && matches!(
-                            line.receive(self.phase).await,
-                            Ok(ToTarget::Resume { paused: true })
+                            // The user waits: a line that went silent just now is not waited for.
+                            tokio::time::timeout(RESUME_LIMIT, line.receive(self.phase)).await,
+                            Ok(Ok(ToTarget::Resume { paused: true }))
                         );
                     self.resume(kept, paused).await?;
                     let line = self.line(slot)?;
