@@ -16,10 +16,13 @@ use crate::vm::{BootFiles, Id, VmRecord};
 ///   randomisation, a defence against exploits of memory errors in programs.
 /// - `init_on_free=1`: freed memory is zero and not garbage that no replay repeats. It costs some
 ///   time, and is a defence.
+/// - `transparent_hugepage=never`: the kernel does not move memory about in idle time, which the
+///   original has more of than its copy. It costs some speed in programs with much memory.
 /// - `random.trust_cpu=off`: the kernel's random numbers are not stirred by the host's RDRAND.
 ///
 /// See `kernel-parameters.txt` of Linux.
-pub const REPLAY_FRIENDLY: &str = "norandmaps init_on_free=1 random.trust_cpu=off";
+pub const REPLAY_FRIENDLY: &str =
+    "norandmaps init_on_free=1 transparent_hugepage=never random.trust_cpu=off";
 
 /// What to make a VM from.
 #[derive(Clone, Debug)]
