@@ -242,7 +242,11 @@ fn clear(program: &Path, out: &Path) -> anyhow::Result<PathBuf> {
 
 /// The folder of the guest.
 async fn build_guest(program: &Path, out: &Path, replay_friendly: bool) -> anyhow::Result<String> {
-    heading("The guest: a Debian desktop");
+    heading(if replay_friendly {
+        "The guest: a Debian desktop that chance is taken out of"
+    } else {
+        "The guest: a Debian desktop"
+    });
     let begun = Instant::now();
     // No site's state is needed for it, and none is made.
     let builder = Site::new(program, "builder", out.join("builder"));
