@@ -3,6 +3,12 @@
 //! All share one guest from the cache, booted once. Each has sites of its own in a temporary
 //! folder, and leaves no process behind, also when it fails.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "what can't go on fails the test"
+)]
+
 mod bad_input;
 mod common;
 mod help;
