@@ -3,10 +3,11 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use replayer::{Options, Replay, ReplayReport};
 use tokio::sync::mpsc;
-use traces::Record;
+use traces::{GuestTime, Record};
 use vm_host::screen::Observer;
 use vm_host::{Accelerator, Network, Vm};
 
@@ -29,14 +30,24 @@ pub(crate) struct ForkFiles {
 pub(crate) enum Played {
     /// On the way.
     Progress(replayer::Progress),
-    /// The piece is played, and the guest has come to rest, or the limit for that has passed.
+    /// The step is over; this is how all of them went so far.
     Done(Box<ReplayReport>),
+}
+
+/// What a fork is to do next.
+enum Step {
+    /// Play a piece of the log.
+    Play(Vec<Record>),
+    /// Come to rest, or let the limit for that pass.
+    Settle,
+    /// Go on until this recorded time, for so long at most.
+    Idle(GuestTime, Duration),
 }
 
 /// A fork that replays what it is given, piece by piece.
 pub(crate) struct Fork {
     qemu: Arc<Vm>,
-    pieces: mpsc::Sender<Vec<Record>>,
+    steps: mpsc::Sender<Step>,
     played: mpsc::Receiver<Result<Played>>,
     playing: tokio::task::JoinHandle<()>,
 }
@@ -81,7 +92,7 @@ impl Fork {
                 return Err(error);
             }
         };
-        let (pieces, mut inbox) = mpsc::channel::<Vec<Record>>(1);
+        let (steps, mut inbox) = mpsc::channel(1);
         let (outbox, played) = mpsc::channel(16);
         let guest = qemu.clone();
         let playing = tokio::spawn(async move {
@@ -92,14 +103,21 @@ impl Fork {
                     return;
                 }
             };
-            while let Some(records) = inbox.recv().await {
+            while let Some(step) = inbox.recv().await {
                 let told = |progress: &replayer::Progress| {
                     // When the line is busy, the next one will do.
                     let _ = outbox.try_send(Ok(Played::Progress(*progress)));
                 };
-                let outcome = match replay.play(&records, told).await {
-                    Ok(()) => replay.settle().await,
-                    Err(error) => Err(error),
+                let outcome = match step {
+                    Step::Play(records) => {
+                        let played = replay.play(&records, told).await;
+                        played.map(|()| replay.report())
+                    }
+                    Step::Settle => replay.settle().await,
+                    Step::Idle(until, limit) => {
+                        replay.idle(until, limit).await;
+                        Ok(replay.report())
+                    }
                 };
                 let outcome = outcome
                     .map(|report| Played::Done(Box::new(report)))
@@ -111,7 +129,7 @@ impl Fork {
         });
         Ok(Self {
             qemu,
-            pieces,
+            steps,
             played,
             playing,
         })
@@ -119,7 +137,31 @@ impl Fork {
 
     /// Gives it the next piece of the log; then [`Self::played`] until that is done.
     pub(crate) async fn play(&self, records: Vec<Record>) -> Result<()> {
-        self.pieces.send(records).await.map_err(|_| Self::lost())
+        self.step(Step::Play(records)).await
+    }
+
+    /// Has it come to rest; then [`Self::played`] until that is done.
+    pub(crate) async fn settle(&self) -> Result<()> {
+        self.step(Step::Settle).await
+    }
+
+    /// Lets it go on by itself until this recorded time, for at most `limit`; then
+    /// [`Self::played`] until that is done.
+    pub(crate) async fn idle(&self, until: GuestTime, limit: Duration) -> Result<()> {
+        self.step(Step::Idle(until, limit)).await
+    }
+
+    async fn step(&self, step: Step) -> Result<()> {
+        self.steps.send(step).await.map_err(|_| Self::lost())
+    }
+
+    /// Waits for a step, past its progress.
+    pub(crate) async fn done(&mut self) -> Result<ReplayReport> {
+        loop {
+            if let Played::Done(report) = self.played().await? {
+                return Ok(*report);
+            }
+        }
     }
 
     /// How the replay gets on.

@@ -13,7 +13,9 @@
 
 pub mod agent;
 pub mod booted;
+pub mod capture;
 mod disks;
+mod entropy;
 mod error;
 mod exchange;
 mod files;

@@ -300,6 +300,7 @@ mod tests {
                 }],
                 boot: None,
                 ready_marker: None,
+                replay_friendly: false,
             },
             transfer: Id([3; 16]),
             fence: 1,

@@ -6,8 +6,8 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use recorder::{Clock, Listen, RecordSink, SinkClosed};
@@ -18,8 +18,8 @@ use tokio::sync::oneshot;
 use traces::{GuestTime, Log, LogId, LogWriter, Record};
 use vm_host::GuestClock;
 
+use crate::entropy;
 use crate::error::{Error, Result};
-use crate::files::FileLock;
 use crate::local;
 use crate::store::VmDir;
 
@@ -102,14 +102,16 @@ fn require_free(listen: &Listen) -> Result<()> {
 }
 
 /// Guest time since the checkpoint that the log rests on.
+#[derive(Clone)]
 struct SinceCheckpoint {
-    clock: GuestClock,
+    clock: Arc<GuestClock>,
     origin: Duration,
 }
 
 impl Clock for SinceCheckpoint {
     fn now(&self) -> GuestTime {
-        let since = self.clock.now().saturating_sub(self.origin);
+        let clock: &GuestClock = &self.clock;
+        let since = clock.now().saturating_sub(self.origin);
         GuestTime {
             micros: since.as_micros() as u64,
         }
@@ -133,15 +135,18 @@ impl RecordSink for LogSink {
 
 enum ToWriter {
     Record(Record),
-    Flush(oneshot::Sender<Result<u64>>),
+    Flush(oneshot::Sender<Result<()>>),
 }
 
 /// The recorder's answer on its control socket.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Answer {
-    /// Records that are on disk.
-    Flushed(u64),
+    /// What was recorded is on disk.
+    Flushed {
+        /// The guest time since the checkpoint, in microseconds.
+        at: u64,
+    },
     Stopping,
     Failed(String),
 }
@@ -155,9 +160,9 @@ pub async fn record(
     begun: impl FnOnce(&Recording),
     stop: impl Future<Output = ()>,
 ) -> Result<Recorded> {
-    vm.record()?;
+    let friendly = vm.record()?.replay_friendly;
     local::require_lease(vm)?;
-    let _recording = FileLock::try_take(&vm.dir().join("record.lock"))?
+    let _recording = entropy::recording_lock(vm)?
         .ok_or_else(|| Error::Refused(format!("{} is being recorded already", vm.name())))?;
     let qemu = local::attach_running(vm).await?;
     let listen = parse_listen(&options.listen)?;
@@ -166,19 +171,23 @@ pub async fn record(
     let clock = GuestClock::follow(qemu.clock_qmp_socket(), Duration::ZERO)
         .await
         .map_err(Error::host(what("follow the clock of")))?;
-    let origin = Mutex::new(Duration::ZERO);
+    let still = Mutex::new((Duration::ZERO, None));
     let manifest = {
         let _lock = vm.lock()?;
-        let at_checkpoint = || {
-            if let Ok(mut origin) = origin.lock() {
-                *origin = clock.now();
+        let prepare = || {
+            if let Ok(mut still) = still.lock() {
+                *still = (clock.now(), friendly.then(|| entropy::hold(vm)).flatten());
             }
         };
-        local::checkpoint_locked(vm, &qemu, Some(&at_checkpoint)).await?
+        local::checkpoint_locked(vm, &qemu, Some(&prepare)).await
     };
-    let origin = origin.into_inner().unwrap_or_default();
+    let (origin, held) = still.into_inner().unwrap_or_default();
+    let manifest = manifest?;
     let vnc = qemu.vnc_socket().to_owned();
-    let clock = SinceCheckpoint { clock, origin };
+    let clock = SinceCheckpoint {
+        clock: Arc::new(clock),
+        origin,
+    };
     let log = vm.log_path(manifest.generation);
     let writer = open_log(vm, &log, manifest.generation)?;
     let (sender, receiver) = mpsc::channel();
@@ -188,7 +197,7 @@ pub async fn record(
         evdev: options.evdev.clone(),
         ..recorder::RecorderConfig::new(vnc)
     };
-    let recorder = recorder::Recorder::start(config, LogSink(sender.clone()), clock)
+    let recorder = recorder::Recorder::start(config, LogSink(sender.clone()), clock.clone())
         .await
         .map_err(Error::Recorder)?;
     let socket = ControlSocket::bind(vm)?;
@@ -199,11 +208,15 @@ pub async fn record(
     });
     let ended = tokio::select! {
         () = stop => Ended::Stopped,
-        ended = serve_control(&socket.listener, &sender) => ended?,
+        ended = serve_control(&socket.listener, &sender, &clock) => ended?,
         // Others drive QEMU meanwhile: a migration, before all.
         _ = qemu.death_from_afar() => Ended::VmEnded,
     };
     drop(socket);
+    match held {
+        Some(held) if ended != Ended::Stopped => held.forget(),
+        held => drop(held),
+    }
     recorder.shutdown().await.map_err(Error::Recorder)?;
     drop(sender);
     let (records, log_bytes) = local::blocking(move || match writing.join() {
@@ -249,7 +262,7 @@ fn write_log(mut log: LogWriter, inbox: &mpsc::Receiver<ToWriter>) -> Result<(u6
             Ok(ToWriter::Record(record)) => log.append(record).map_err(failed)?,
             Ok(ToWriter::Flush(answer)) => {
                 let result = log.flush().and_then(|()| log.sync()).map_err(failed);
-                let _ = answer.send(result.map(|()| log.records()));
+                let _ = answer.send(result);
             }
             Err(RecvTimeoutError::Timeout) => log.flush().map_err(failed)?,
             Err(RecvTimeoutError::Disconnected) => {
@@ -290,7 +303,11 @@ fn control_path(vm: &VmDir) -> Result<PathBuf> {
     Ok(vm.runtime_dir("live")?.join("record.sock"))
 }
 
-async fn serve_control(listener: &UnixListener, writer: &mpsc::Sender<ToWriter>) -> Result<Ended> {
+async fn serve_control(
+    listener: &UnixListener,
+    writer: &mpsc::Sender<ToWriter>,
+    clock: &SinceCheckpoint,
+) -> Result<Ended> {
     loop {
         let (stream, _) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -303,7 +320,7 @@ async fn serve_control(listener: &UnixListener, writer: &mpsc::Sender<ToWriter>)
             }
         };
         // One after the other: the only caller is a migration, and it has the VM's lock.
-        match tokio::time::timeout(CONTROL_LIMIT, answer(stream, writer)).await {
+        match tokio::time::timeout(CONTROL_LIMIT, answer(stream, writer, clock)).await {
             Ok(Ok(Some(ended))) => return Ok(ended),
             Ok(Ok(None)) => {}
             Ok(Err(error)) => tracing::warn!(%error, "control socket"),
@@ -312,7 +329,11 @@ async fn serve_control(listener: &UnixListener, writer: &mpsc::Sender<ToWriter>)
     }
 }
 
-async fn answer(stream: UnixStream, writer: &mpsc::Sender<ToWriter>) -> io::Result<Option<Ended>> {
+async fn answer(
+    stream: UnixStream,
+    writer: &mpsc::Sender<ToWriter>,
+    clock: &SinceCheckpoint,
+) -> io::Result<Option<Ended>> {
     let mut stream = BufReader::new(stream);
     let mut line = String::new();
     tokio::io::AsyncReadExt::take(&mut stream, 64)
@@ -320,10 +341,12 @@ async fn answer(stream: UnixStream, writer: &mpsc::Sender<ToWriter>) -> io::Resu
         .await?;
     let (answer, ended) = match line.trim() {
         "flush" => {
+            // What happens from here on may be missing; what happened before is not.
+            let at = clock.now().micros;
             let (sender, receiver) = oneshot::channel();
             let _ = writer.send(ToWriter::Flush(sender));
             match receiver.await {
-                Ok(Ok(records)) => (Answer::Flushed(records), None),
+                Ok(Ok(())) => (Answer::Flushed { at }, None),
                 Ok(Err(error)) => (Answer::Failed(error.chain()), None),
                 Err(_) => (
                     Answer::Failed("the log can't be written any more".into()),
@@ -378,10 +401,12 @@ async fn ask(vm: &VmDir, request: &str) -> Result<Option<Answer>> {
     }
 }
 
-/// Has the recorder write what it has; without a recorder there is nothing to do.
-pub(crate) async fn flush(vm: &VmDir) -> Result<()> {
+/// Has the recorder write what it has, and says what guest time it is; without a recorder there
+/// is nothing to do.
+pub(crate) async fn flush(vm: &VmDir) -> Result<Option<GuestTime>> {
     match ask(vm, "flush").await? {
-        None | Some(Answer::Flushed(_)) => Ok(()),
+        None => Ok(None),
+        Some(Answer::Flushed { at }) => Ok(Some(GuestTime { micros: at })),
         Some(Answer::Failed(reason)) => Err(Error::Refused(format!(
             "the recorder of {} failed: {reason}",
             vm.name()

@@ -59,16 +59,15 @@ pub async fn replay_and_discard(
         let mut fork = Fork::start(vm, &record, files, options).await?;
         let played = async {
             fork.play(log.records).await?;
-            loop {
-                match fork.played().await? {
-                    Played::Progress(so_far) => progress.advance(
-                        Phase::Replay,
-                        so_far.played.as_millis() as u64,
-                        Some(so_far.of_recorded.as_millis() as u64),
-                    ),
-                    Played::Done(report) => return Ok(ReplaySummary::of(&report)),
-                }
+            while let Played::Progress(so_far) = fork.played().await? {
+                progress.advance(
+                    Phase::Replay,
+                    so_far.played.as_millis() as u64,
+                    Some(so_far.of_recorded.as_millis() as u64),
+                );
             }
+            fork.settle().await?;
+            Ok(ReplaySummary::of(&fork.done().await?))
         };
         let summary = played.await;
         fork.kill().await?;

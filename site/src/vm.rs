@@ -187,6 +187,9 @@ pub struct VmRecord {
     pub boot: Option<BootFiles>,
     /// The line that the guest writes to its serial port once its desktop is up.
     pub ready_marker: Option<String>,
+    /// Chance is taken out of the guest as far as that goes, see
+    /// [`crate::local::REPLAY_FRIENDLY`].
+    pub replay_friendly: bool,
 }
 
 impl VmRecord {

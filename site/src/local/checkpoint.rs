@@ -26,33 +26,35 @@ pub async fn checkpoint(vm: &VmDir) -> Result<Manifest> {
     checkpoint_locked(vm, &qemu, None).await
 }
 
-/// As [`checkpoint`], with the lock held; `at_checkpoint` runs while the guest stands still.
+/// As [`checkpoint`], with the lock held; `for_recording` runs while the guest stands still, before
+/// its state is taken.
 pub(crate) async fn checkpoint_locked(
     vm: &VmDir,
     qemu: &Vm,
-    at_checkpoint: Option<&(dyn Fn() + Sync)>,
+    for_recording: Option<&(dyn Fn() + Sync)>,
 ) -> Result<Manifest> {
     let record = vm.record()?;
     let live = Live::of_running(vm, qemu).await?;
     let was_running = guest_status(vm, qemu).await? == Status::Running;
+    // A recording may change the guest's state: what is there already is not enough then.
+    let changes = for_recording.is_some() && record.replay_friendly;
     if !was_running
         && !live.ran
+        && !changes
         && let Some(number) = live.generation
         && let Some(manifest) = vm.generation(number).load_manifest()?
     {
-        if let Some(notify) = at_checkpoint {
-            notify();
+        if let Some(prepare) = for_recording {
+            prepare();
         }
         return Ok(manifest);
     }
     let what = |what: &str| format!("cannot {what} {}", vm.name());
     qemu.pause().await.map_err(Error::host(what("pause")))?;
-    let taken = take_state(vm, qemu, &record, &live).await;
-    if taken.is_ok()
-        && let Some(notify) = at_checkpoint
-    {
-        notify();
+    if let Some(prepare) = for_recording {
+        prepare();
     }
+    let taken = take_state(vm, qemu, &record, &live).await;
     if was_running {
         // Whatever happened above, the user's desktop goes on.
         resume_live(vm, qemu).await?;

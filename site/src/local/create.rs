@@ -19,10 +19,12 @@ use crate::vm::{BootFiles, Id, VmRecord};
 /// - `transparent_hugepage=never`: the kernel does not move memory about in idle time, which the
 ///   original has more of than its copy. It costs some speed in programs with much memory.
 /// - `random.trust_cpu=off`: the kernel's random numbers are not stirred by the host's RDRAND.
+/// - `randomize_kstack_offset=off`: system calls get the same stack in every run. It costs a
+///   defence against exploits of memory errors in the kernel.
 ///
 /// See `kernel-parameters.txt` of Linux.
-pub const REPLAY_FRIENDLY: &str =
-    "norandmaps init_on_free=1 transparent_hugepage=never random.trust_cpu=off";
+pub const REPLAY_FRIENDLY: &str = "norandmaps init_on_free=1 transparent_hugepage=never random.trust_cpu=off \
+     randomize_kstack_offset=off";
 
 /// What to make a VM from.
 #[derive(Clone, Debug)]
@@ -97,6 +99,7 @@ pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
         disks: vec![store.import_disk(&new.disk)?],
         boot,
         ready_marker: new.ready_marker.clone(),
+        replay_friendly: new.replay_friendly,
     };
     record.validate()?;
     vm.create(

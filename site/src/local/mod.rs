@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use vm_host::{Accelerator, Boot, Hardware, Launch, Network, Status, Vm, programs};
 
 use crate::disks::{self};
+use crate::entropy;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::Manifest;
@@ -428,7 +429,8 @@ pub async fn pause(vm: &VmDir) -> Result<()> {
 pub async fn resume(vm: &VmDir) -> Result<()> {
     let _lock = vm.lock()?;
     let qemu = attach_running(vm).await?;
-    resume_live(vm, &qemu).await
+    resume_live(vm, &qemu).await?;
+    entropy::release_unless_recorded(vm).await
 }
 
 /// Removes a VM with all its generations and logs. Base files stay.
@@ -477,6 +479,7 @@ mod tests {
             disks: Vec::new(),
             boot: None,
             ready_marker: None,
+            replay_friendly: false,
         };
         let lease = Lease::Held {
             fence: 5,

@@ -16,7 +16,7 @@ use traces::Record;
 use vm_host::{RamMap, probe};
 
 use crate::error::{Error, Result};
-use crate::fork::{Fork, ForkFiles, Played};
+use crate::fork::{Fork, ForkFiles};
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
 use crate::work::Work;
@@ -72,11 +72,12 @@ impl Twin {
     /// Waits until it has played what it was given, as long as that is worth it.
     pub(super) async fn settle(&mut self) -> Result<()> {
         let settled = tokio::time::timeout(PATIENCE, async {
-            while self.playing {
-                if let Played::Done(report) = self.fork.played().await? {
-                    self.playing = false;
-                    tracing::info!(missed = report.missed.len(), "the twin is done");
-                }
+            if self.playing {
+                self.fork.done().await?;
+                self.playing = false;
+                self.fork.settle().await?;
+                let report = self.fork.done().await?;
+                tracing::info!(missed = report.missed.len(), "the twin is done");
             }
             Ok(())
         });

@@ -98,6 +98,16 @@ impl Session {
             Ok(()) => local::resume_live(&self.vm, &qemu).await,
             Err(error) => Err(error),
         };
+        if resumed.is_ok() && !paused {
+            // The images are the source's bit for bit by now, and verified; what follows is the
+            // VM's own life, of which this is a part.
+            if let Err(error) = crate::entropy::release_unless_recorded(&self.vm).await {
+                tracing::warn!(
+                    error = error.chain(),
+                    "the guest's random numbers stay held"
+                );
+            }
+        }
         if resumed.is_err() {
             let _ = qemu.kill().await;
             files::remove_dir(&self.vm.live_dir())?;
@@ -188,6 +198,7 @@ mod tests {
             }],
             boot: None,
             ready_marker: None,
+            replay_friendly: false,
         };
         vm.create(&record, &elsewhere(&vm, 7)).unwrap();
         let transfer = Id([3; 16]);

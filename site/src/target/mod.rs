@@ -409,6 +409,7 @@ impl Session {
             return Err(self.out_of_place("a replay"));
         };
         fork.play(records).await?;
+        let mut settling = false;
         loop {
             let played = tokio::select! {
                 played = fork.played() => played?,
@@ -424,6 +425,10 @@ impl Session {
                     let total = progress.of_recorded.as_millis() as u64;
                     line.send(ToSource::Replaying { done, total }).await?;
                     line.flush().await?;
+                }
+                Played::Done(_) if !settling => {
+                    settling = true;
+                    fork.settle().await?;
                 }
                 Played::Done(report) => return Ok(ReplaySummary::of(&report)),
             }
