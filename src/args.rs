@@ -84,9 +84,26 @@ pub(crate) enum Command {
         #[arg(long, default_value_t = 1.0, value_name = "X")]
         speed: f64,
     },
+    /// Save the images of a recorded session: base, source and replayed states
+    Capture(CaptureArgs),
     /// The interaction logs
     #[command(subcommand)]
     Log(LogCommand),
+}
+
+#[derive(clap::Args, Debug)]
+pub(crate) struct CaptureArgs {
+    /// The VM, which is being recorded
+    pub name: String,
+    /// The folder to make
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Think time runs this many times faster in the replays
+    #[arg(long, default_value_t = 1.0, value_name = "X")]
+    pub speed: f64,
+    /// Replay once only: no `twin`
+    #[arg(long)]
+    pub no_twin: bool,
 }
 
 #[derive(Debug, Subcommand)]

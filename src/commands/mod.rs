@@ -1,5 +1,6 @@
 //! One file per command.
 
+mod capture;
 mod checkpoint;
 mod doctor;
 mod guest;
@@ -45,6 +46,7 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
         Command::Replay { name, log, speed } => {
             replay::run(&vm_of(&store()?, &name)?, &log, speed, output).await
         }
+        Command::Capture(args) => capture::run(&vm_of(&store()?, &args.name)?, args, output).await,
         Command::Log(command) => log::run(&store()?, command, output),
     }
 }

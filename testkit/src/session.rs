@@ -88,6 +88,29 @@ pub struct Played {
     pub limits: Vec<usize>,
 }
 
+impl Session {
+    /// The session of this name, or in this file.
+    ///
+    /// # Errors
+    /// If there is no such session and no such file, or it can't be followed.
+    pub fn named(name: &str) -> std::io::Result<Self> {
+        let text = match name {
+            "demo" => DEMO.to_owned(),
+            "reference" => REFERENCE.to_owned(),
+            "short" => SHORT.to_owned(),
+            path => std::fs::read_to_string(path).map_err(|error| {
+                let kind = error.kind();
+                std::io::Error::new(
+                    kind,
+                    format!("{path} is no session of the suite, and no file: {error}"),
+                )
+            })?,
+        };
+        text.parse()
+            .map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))
+    }
+}
+
 impl FromStr for Session {
     type Err = SessionError;
 

@@ -17,7 +17,7 @@ use image::RgbImage;
 use serde_json::{Value, json};
 use testkit::link::{Link, LinkProfile, Rate, parse_delay};
 use testkit::robot::{Robot, Waited};
-use testkit::session::{DEMO, Played, REFERENCE, SHORT, Session};
+use testkit::session::{Played, Session};
 use testkit::site::{
     self, Agent, Difference, Site, compare_disks, compare_files, newest_generation,
 };
@@ -88,7 +88,7 @@ struct Sites {
 /// Whether all images were identical.
 async fn run(options: &Options) -> anyhow::Result<bool> {
     let program = site::program()?;
-    let session = read_session(&options.session)?;
+    let session = Session::named(&options.session)?;
     let out = clear(&program, &options.out)?;
     let guest = build_guest(&program, &out, options.replay_friendly).await?;
 
@@ -212,16 +212,6 @@ fn heading(text: &str) {
 
 fn mebibytes(bytes: u64) -> String {
     format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20))
-}
-
-fn read_session(name: &str) -> anyhow::Result<Session> {
-    let text = match name {
-        "demo" => DEMO.to_owned(),
-        "reference" => REFERENCE.to_owned(),
-        "short" => SHORT.to_owned(),
-        path => std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?,
-    };
-    Ok(text.parse()?)
 }
 
 /// Removes what an earlier demonstration left, its processes first.

@@ -1,0 +1,28 @@
+//! `replay-migrate capture`
+
+use site::VmDir;
+use site::capture::{CaptureOptions, capture};
+
+use crate::args::CaptureArgs;
+use crate::output::Output;
+
+pub(crate) async fn run(vm: &VmDir, args: CaptureArgs, output: &Output) -> anyhow::Result<()> {
+    let options = CaptureOptions {
+        out: args.out,
+        speed: args.speed,
+        twin: !args.no_twin,
+    };
+    let progress = output.progress();
+    let captured = capture(vm, &options, progress.as_ref()).await?;
+    drop(progress);
+    output.result(&captured, |captured| {
+        format!(
+            "{}: {:.1} s of {} after generation {}, replayed {} times",
+            options.out.display(),
+            captured.micros as f64 / 1e6,
+            captured.vm,
+            captured.generation,
+            captured.replays.len()
+        )
+    })
+}

@@ -1,0 +1,101 @@
+//! `make capture SESSION=…`: records a session anew, by a robot at a real viewer, and captures it.
+//!
+//! One site, one guest: what the session makes of the base, and what replays of its log do. The
+//! captures are what `bench reconcile` and the ablation of replay work on.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use serde_json::Value;
+use testkit::robot::Robot;
+use testkit::session::Session;
+use testkit::site::{self, Site};
+
+const VM: &str = "desk";
+/// A build of the guest downloads packages, and a first boot is emulated.
+const GUEST_LIMIT: Duration = Duration::from_secs(1800);
+/// Two replays of a session of a few minutes.
+const CAPTURE_LIMIT: Duration = Duration::from_secs(1800);
+
+/// Records a session of a robot at a real desktop, and captures its states.
+#[derive(Parser)]
+#[command(name = "session")]
+struct Options {
+    /// What the user does: the name of a session of the suite, or a file
+    #[arg(long, default_value = "demo")]
+    session: String,
+    /// The folder to make
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// With a guest that chance is taken out of, see `vm create --replay-friendly`
+    #[arg(long)]
+    replay_friendly: bool,
+    /// The replays pass pauses this many times faster
+    #[arg(long, default_value_t = 1.0)]
+    speed: f64,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let options = Options::parse();
+    let outcome = tokio::select! {
+        outcome = run(&options) => outcome,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: &Options) -> anyhow::Result<()> {
+    let program = site::program()?;
+    let session = Session::named(&options.session)?;
+    if options.out.exists() {
+        bail!("{} is there already", options.out.display());
+    }
+    let temporary = tempfile::tempdir().context("cannot make a folder for the site")?;
+    let site = Site::new(&program, "session", temporary.path().join("site"));
+    let outcome = record(options, &site, &session).await;
+    Site::clear_leftovers(&program, site.dir());
+    outcome
+}
+
+async fn record(options: &Options, site: &Site, session: &Session) -> anyhow::Result<()> {
+    let friendly = options.replay_friendly.then_some("--replay-friendly");
+    let mut build = vec!["guest", "build"];
+    build.extend(friendly);
+    let built = site.spawn(&build)?.finish(GUEST_LIMIT).await?.success()?;
+    let built: Value = built.last()?;
+    let guest = built["dir"]
+        .as_str()
+        .context("`guest build` does not say where the guest is")?;
+    let mut create = vec!["vm", "create", VM, "--disk", guest];
+    create.extend(friendly);
+    site.json(&create).await?;
+    site.json(&["vm", "start", VM]).await?;
+    let recorder = site.record(VM).await?;
+    let mut robot = Robot::connect(&recorder.vnc).await?;
+    let played = session
+        .play(&mut robot, None, |at, text| {
+            println!("{:5.0} s  the user {text}", at.as_secs_f64());
+        })
+        .await?;
+    drop(robot);
+    println!("{:5.0} s  captured", played.time.as_secs_f64());
+    let speed = options.speed.to_string();
+    let out = std::path::absolute(&options.out)?;
+    let out = out.to_string_lossy();
+    let capture = ["capture", VM, "--out", &out, "--speed", &speed];
+    let captured = site.spawn(&capture)?.finish(CAPTURE_LIMIT).await?;
+    let captured: Value = captured.success()?.last()?;
+    println!("{}", serde_json::to_string_pretty(&captured)?);
+    recorder.process.stop().await?.success()?;
+    Ok(())
+}
