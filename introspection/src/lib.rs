@@ -12,12 +12,14 @@
 pub mod entropy;
 mod kallsyms;
 mod physical;
+mod spaces;
 #[cfg(test)]
 mod testing;
 mod vmcoreinfo;
 
 use kallsyms::Kallsyms;
 pub use physical::Physical;
+pub use spaces::{AddressSpace, address_spaces};
 use vmcoreinfo::Vmcoreinfo;
 
 /// Where the kernel image is mapped in the kernel's address space, before it is moved at random
@@ -81,7 +83,7 @@ mod tests {
         /// A guest may write what it likes: nothing is read outside RAM, and it always ends.
         #[test]
         fn a_forged_kernel_does_no_harm(
-            forged in prop::collection::vec((0..0x10000_usize, any::<u8>()), 1..200),
+            forged in prop::collection::vec((0..0x20000_usize, any::<u8>()), 1..200),
         ) {
             let mut ram = testing::kernel();
             for (at, byte) in forged {
@@ -90,6 +92,11 @@ mod tests {
             if let Some(linux) = Linux::find(Physical::new(&ram)) {
                 let found = linux.variables(["jiffies_64", "base_crng", "missing"]);
                 prop_assert!(found.into_iter().flatten().all(|at| at < ram.len()));
+                for space in address_spaces(&linux) {
+                    let within = |page: &(u64, u64)| page.1 < (ram.len() / 4096) as u64;
+                    prop_assert!(space.pages.iter().all(within));
+                    prop_assert!(space.pages.is_sorted_by(|a, b| a.0 < b.0));
+                }
             }
             if let Some(generator) = entropy::find(&ram) {
                 for (at, bytes) in [generator.hold(), generator.release()] {

@@ -1,4 +1,4 @@
-//! A kernel made up for tests: just the tables that are read, in a RAM of 64 KiB.
+//! A kernel made up for tests: just the tables that are read, in a RAM of 128 KiB.
 
 use crate::KERNEL_MAP;
 
@@ -8,6 +8,13 @@ const BASE: u64 = 0x4000;
 pub(crate) const CRNG: usize = 0xa000;
 pub(crate) const READY: usize = 0xb000;
 pub(crate) const JIFFIES: usize = 0xc000;
+/// The kernel's own top-level page table.
+const TOP: usize = 0xd000;
+
+/// Where a process's stack is, and the page below, in virtual pages and those of RAM.
+pub(crate) const STACK: [(u64, u64); 2] = [(0x7_ffff_fffd, 0x14), (0x7_ffff_fffe, 0x15)];
+/// Its name.
+pub(crate) const NAME: &[u8] = b"/usr/bin/desk";
 
 /// The time that it is.
 pub(crate) const NOW: u64 = 0xffff_1234;
@@ -24,7 +31,7 @@ fn token_tables() -> (Vec<u8>, Vec<u8>) {
 
 /// A kernel that was seeded five seconds ago.
 pub(crate) fn kernel() -> Vec<u8> {
-    let mut ram = vec![0; 0x10000];
+    let mut ram = vec![0; 0x20000];
     let mut put = |at: usize, bytes: &[u8]| ram[at..at + bytes.len()].copy_from_slice(bytes);
     let (table, index) = token_tables();
     let symbols = [
@@ -32,6 +39,7 @@ pub(crate) fn kernel() -> Vec<u8> {
         ("bbase_crng", CRNG),
         ("dcrng_init", READY),
         ("Djiffies_64", JIFFIES),
+        ("Dinit_top_pgt", TOP),
     ];
     let mut names = Vec::new();
     let mut offsets = Vec::new();
@@ -43,7 +51,7 @@ pub(crate) fn kernel() -> Vec<u8> {
         offsets.extend_from_slice(&(offset as i32).to_le_bytes());
     }
     let parts: [(&str, usize, Vec<u8>); 6] = [
-        ("kallsyms_num_syms", 0x5000, 4_u32.to_le_bytes().to_vec()),
+        ("kallsyms_num_syms", 0x5000, 5_u32.to_le_bytes().to_vec()),
         (
             "kallsyms_relative_base",
             0x5008,
@@ -65,5 +73,21 @@ pub(crate) fn kernel() -> Vec<u8> {
     put(CRNG + 32, &(NOW - 5 * 250).to_le_bytes());
     put(READY, &2_u32.to_le_bytes());
     put(JIFFIES, &NOW.to_le_bytes());
+    // A process: four tables, and a stack with its name at the top.
+    let kernel = 0x0123_4063_u64.to_le_bytes();
+    put(TOP + 511 * 8, &kernel);
+    put(0x10000 + 511 * 8, &kernel);
+    let mut table = 0x10000;
+    for (level, next) in [(27, 0x11000), (18, 0x12000), (9, 0x13000)] {
+        let index = (STACK[0].0 >> level) as usize & 511;
+        put(table + index * 8, &(next as u64 | 0x67).to_le_bytes());
+        table = next;
+    }
+    for (number, page) in STACK {
+        let entry = 1 << 63 | page << 12 | 0x67;
+        put(table + (number as usize & 511) * 8, &entry.to_le_bytes());
+    }
+    let end = 0x16000 - 9;
+    put(end - NAME.len(), NAME);
     ram
 }
