@@ -6,9 +6,9 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use reconciler::{
-    Applier, ApplyOptions, EncodeOptions, Holdings, ImageTree, Offer, OfferOptions, PAGE_SIZE,
-    PageIndex, Place, PlaceKind, References, Salt, SlicePages, SlicePagesMut, encode_pages,
-    no_progress, resolve,
+    Applier, ApplyOptions, Codec, Effort, EncodeOptions, Holdings, ImageTree, Offer, OfferOptions,
+    PAGE_SIZE, PageIndex, Place, PlaceKind, References, Salt, SlicePages, SlicePagesMut,
+    encode_pages, no_progress, resolve,
 };
 
 const GUEST_PAGES: usize = 768 << 8;
@@ -187,9 +187,16 @@ fn pages(c: &mut Criterion) {
         .sample_size(10)
         .throughput(Throughput::Bytes((wanted.len() * PAGE_SIZE) as u64));
     let references = References::base(Some(&base_pages));
-    for level in [1, 3, 6, 9] {
-        group.bench_function(format!("encode, level {level}"), |b| {
-            let how = EncodeOptions { level, workers: 2 };
+    let codecs = [
+        Codec::Zstd(1),
+        Codec::Zstd(3),
+        Codec::Zstd(9),
+        Codec::Lzma(Effort::Fast),
+        Codec::Lzma(Effort::Normal),
+    ];
+    for codec in codecs {
+        group.bench_function(format!("encode, {codec:?}"), |b| {
+            let how = EncodeOptions { codec, workers: 2 };
             b.iter(|| {
                 encode_pages(&source_pages, references, &wanted, how, &mut |_| Ok(()))
                     .unwrap()
@@ -199,7 +206,7 @@ fn pages(c: &mut Criterion) {
     }
     let mut chunks = Vec::new();
     let how = EncodeOptions {
-        level: 3,
+        codec: Codec::Zstd(3),
         workers: 2,
     };
     encode_pages(&source_pages, references, &wanted, how, &mut |chunk| {

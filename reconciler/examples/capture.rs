@@ -12,8 +12,9 @@ use std::fs;
 use std::time::Instant;
 
 use reconciler::{
-    ApplyOptions, EncodeOptions, Holdings, ImageTree, OfferOptions, Options, Place, PlaceKind,
-    ReadPages, Salt, SlicePages, SlicePagesMut, Source, no_progress, reconcile_in_memory,
+    ApplyOptions, Codec, Effort, EncodeOptions, Holdings, ImageTree, OfferOptions, Options, Place,
+    PlaceKind, ReadPages, Salt, SlicePages, SlicePagesMut, Source, no_progress,
+    reconcile_in_memory,
 };
 
 fn main() {
@@ -38,8 +39,14 @@ fn main() {
     let twins: [(&str, Option<&dyn ReadPages>); 2] =
         [("no twin", None), ("twin", Some(&readers[3]))];
     for (name, twin) in twins {
-        for level in [3, 9, 15] {
-            measure(name, twin, level, &images, &trees, &places);
+        for codec in [
+            Codec::Zstd(3),
+            Codec::Zstd(9),
+            Codec::Lzma(Effort::Fast),
+            Codec::Lzma(Effort::Normal),
+            Codec::Lzma(Effort::Strong),
+        ] {
+            measure(name, twin, codec, &images, &trees, &places);
         }
     }
 }
@@ -47,7 +54,7 @@ fn main() {
 fn measure(
     name: &str,
     twin: Option<&dyn ReadPages>,
-    level: i32,
+    codec: Codec,
     images: &[Vec<u8>],
     trees: &[ImageTree],
     places: &[Place<'_>],
@@ -72,7 +79,7 @@ fn measure(
             candidates: holdings.candidates(),
             force_bits: None,
         },
-        encode: EncodeOptions { level, workers: 2 },
+        encode: EncodeOptions { codec, workers: 2 },
         apply: ApplyOptions::default(),
     };
     let mut built = images[2].clone();
@@ -87,7 +94,7 @@ fn measure(
     .unwrap();
     assert!(built == images[1]);
     println!(
-        "{name}, level {level}: {} bytes in {:.1} s\n  {:?}\n  first {:?}\n  again {:?}",
+        "{name}, {codec:?}: {} bytes in {:.1} s\n  {:?}\n  first {:?}\n  again {:?}",
         stats.bytes(),
         begun.elapsed().as_secs_f64(),
         verified.counts(),

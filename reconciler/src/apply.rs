@@ -115,7 +115,7 @@ impl<'a> Applier<'a> {
         let mut applier = Self {
             image,
             base: holdings.base_reader,
-            decoder: PageDecoder::new(wanted.len() as u64)?,
+            decoder: PageDecoder::new(wanted.len() as u64),
             round: (0..wanted.len() as u32).collect(),
             failed: Vec::new(),
             wanted,
@@ -280,7 +280,7 @@ impl<'a> Applier<'a> {
     pub fn retry(&mut self) -> Result<PageSet, Error> {
         self.decoder.finish()?;
         let pages = self.failed();
-        self.decoder = PageDecoder::new(pages.len())?;
+        self.decoder = PageDecoder::new(pages.len());
         self.round = std::mem::take(&mut self.failed);
         // Slots ascend as the pages do; patches come in order, but nothing rests on that here.
         self.round.sort_unstable();

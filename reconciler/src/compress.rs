@@ -3,12 +3,14 @@
 use std::io::{self, Write};
 
 use crossbeam::channel::{Receiver, Sender};
+use liblzma::stream::Action;
 use zstd::stream::raw::CParameter;
 use zstd::stream::write::Encoder;
 
+use crate::codec::{Codec, LzmaEncoder, MAX_WINDOW_LOG, ZSTD_TAG};
 use crate::encode::EncodeOptions;
 use crate::error::Error;
-use crate::stream::{MAX_WINDOW_LOG, PageChunk, StreamId};
+use crate::stream::{PageChunk, StreamId};
 use crate::wire::MAX_CHUNK;
 
 /// Raw bytes in one job of zstd's own threads.
@@ -20,8 +22,14 @@ pub(crate) struct StreamWriter<'a> {
     stream: StreamId,
     chunks: &'a Sender<PageChunk>,
     options: EncodeOptions,
-    window_log: u32,
-    encoder: Option<Encoder<'static, ChunkWriter<'a>>>,
+    most: u64,
+    packer: Option<Packer<'a>>,
+}
+
+/// The compressor of a stream, and where what it writes goes.
+enum Packer<'a> {
+    Zstd(Encoder<'static, ChunkWriter<'a>>),
+    Lzma(LzmaEncoder, ChunkWriter<'a>),
 }
 
 impl<'a> StreamWriter<'a> {
@@ -32,13 +40,12 @@ impl<'a> StreamWriter<'a> {
         options: EncodeOptions,
         most: u64,
     ) -> Self {
-        let window_log = most.next_power_of_two().trailing_zeros();
         Self {
             stream,
             chunks,
             options,
-            window_log: window_log.clamp(17, MAX_WINDOW_LOG),
-            encoder: None,
+            most,
+            packer: None,
         }
     }
 
@@ -52,45 +59,65 @@ impl<'a> StreamWriter<'a> {
         }
     }
 
-    fn begin(&self) -> io::Result<Encoder<'static, ChunkWriter<'a>>> {
-        let out = ChunkWriter {
+    fn begin(&self) -> io::Result<Packer<'a>> {
+        let mut out = ChunkWriter {
             stream: self.stream,
             chunks: self.chunks,
             bytes: Vec::with_capacity(MAX_CHUNK),
         };
-        let mut encoder = Encoder::new(out, self.options.level)?;
+        let level = match self.options.codec {
+            Codec::Zstd(level) => level,
+            Codec::Lzma(effort) => {
+                let (tag, encoder) = LzmaEncoder::new(effort, self.most)?;
+                out.bytes.push(tag);
+                return Ok(Packer::Lzma(encoder, out));
+            }
+        };
+        out.bytes.push(ZSTD_TAG);
+        let window_log = self.most.next_power_of_two().trailing_zeros();
+        let mut encoder = Encoder::new(out, level)?;
         encoder.include_checksum(true)?;
-        encoder.set_parameter(CParameter::WindowLog(self.window_log))?;
+        encoder.set_parameter(CParameter::WindowLog(window_log.clamp(17, MAX_WINDOW_LOG)))?;
         encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
         if self.options.workers > 0 {
             encoder.multithread(self.options.workers)?;
             encoder.set_parameter(CParameter::JobSize(JOB_BYTES))?;
         }
-        Ok(encoder)
+        Ok(Packer::Zstd(encoder))
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        if self.encoder.is_none() {
-            self.encoder = Some(self.begin().map_err(|source| self.error(source))?);
+        if self.packer.is_none() {
+            self.packer = Some(self.begin().map_err(|source| self.error(source))?);
         }
-        let written = self
-            .encoder
-            .as_mut()
-            .map_or(Ok(()), |to| to.write_all(bytes));
+        let written = match &mut self.packer {
+            Some(Packer::Zstd(encoder)) => encoder.write_all(bytes),
+            Some(Packer::Lzma(encoder, out)) => encoder.run(bytes, Action::Run, out),
+            None => Ok(()),
+        };
         written.map_err(|source| self.error(source))
     }
 
     /// Sends all that was written; takes some bytes.
     pub(crate) fn flush(&mut self) -> Result<(), Error> {
-        let flushed = self.encoder.as_mut().map_or(Ok(()), Write::flush);
+        let flushed = match &mut self.packer {
+            Some(Packer::Zstd(encoder)) => encoder.flush(),
+            Some(Packer::Lzma(encoder, out)) => encoder
+                .run(&[], Action::SyncFlush, out)
+                .and_then(|()| out.flush()),
+            None => Ok(()),
+        };
         flushed.map_err(|source| self.error(source))
     }
 
     pub(crate) fn finish(mut self) -> Result<(), Error> {
-        let ended = self
-            .encoder
-            .take()
-            .map_or(Ok(()), |encoder| encoder.finish()?.flush());
+        let ended = match self.packer.take() {
+            Some(Packer::Zstd(encoder)) => encoder.finish().and_then(|mut out| out.flush()),
+            Some(Packer::Lzma(mut encoder, mut out)) => encoder
+                .run(&[], Action::Finish, &mut out)
+                .and_then(|()| out.flush()),
+            None => Ok(()),
+        };
         ended.map_err(|source| self.error(source))
     }
 

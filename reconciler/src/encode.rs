@@ -9,6 +9,7 @@ use std::thread;
 use crossbeam::channel::{Sender, bounded};
 use serde::{Deserialize, Serialize};
 
+use crate::codec::Codec;
 use crate::compress::StreamWriter;
 use crate::error::Error;
 use crate::page::{PAGE_SIZE, Page, PageIndex, ReadPages, ZERO_PAGE};
@@ -23,36 +24,19 @@ const QUEUE: usize = 4;
 /// How pages are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EncodeOptions {
-    /// zstd level; see [`level_for`].
-    pub level: i32,
-    /// Threads of zstd for each stream.
+    /// The codec of every stream.
+    pub codec: Codec,
+    /// Threads of zstd for each stream; LZMA has one.
     pub workers: u32,
 }
 
 impl EncodeOptions {
-    /// What suits a line of this speed on two cores.
-    pub fn for_line(bits_per_second: u64) -> Self {
+    /// What suits a line of this speed on two cores; see [`Codec::for_line`].
+    pub const fn for_line(bits_per_second: u64) -> Self {
         Self {
-            level: level_for(bits_per_second),
+            codec: Codec::for_line(bits_per_second),
             workers: 2,
         }
-    }
-}
-
-/// The zstd level whose output keeps a line of this speed busy and no more, on two cores.
-///
-/// Measured on a 768 MiB desktop after replay (6,469 pages, 26 MB, which compress about 13:1),
-/// two busy cores: level 3 took in some 160 MB/s, 9 some 55, 15 some 5, 19 some 2. A level pays
-/// while it takes in thirteen times what the line carries. Levels 12 and 15 save 1 and 2 %
-/// against 9, level 19 a sixth: only a very slow line has the time.
-pub const fn level_for(bits_per_second: u64) -> i32 {
-    match bits_per_second {
-        0..=800_000 => 19,
-        800_001..=3_000_000 => 15,
-        3_000_001..=40_000_000 => 9,
-        40_000_001..=100_000_000 => 6,
-        100_000_001..=1_000_000_000 => 3,
-        _ => 1,
     }
 }
 
@@ -109,7 +93,7 @@ impl<'a> References<'a> {
 ///
 /// For patches each page must be the lowest that has its content, as [`crate::Offer`]'s answer
 /// names it: the target lays them over its page at that address. `sink` may block: that is how
-/// a slow line holds everything back. Nothing but a few MiB (and zstd's windows) is held at a
+/// a slow line holds everything back. Nothing but a few MiB (and the compressors' windows) is held at a
 /// time.
 pub fn encode_pages(
     image: &dyn ReadPages,
@@ -318,7 +302,7 @@ mod tests {
     const ALONE: References<'_> = References::base(None);
 
     const FAST: EncodeOptions = EncodeOptions {
-        level: 1,
+        codec: Codec::Zstd(1),
         workers: 1,
     };
 
@@ -379,7 +363,7 @@ mod tests {
         let pages: Vec<_> = (0..16_000).map(PageIndex).collect();
         let mut at_first_data = None;
         let options = EncodeOptions {
-            level: 1,
+            codec: Codec::Zstd(1),
             workers: 0,
         };
         encode_pages(&watched, ALONE, &pages, options, &mut |chunk| {
@@ -419,11 +403,5 @@ mod tests {
             ),
             "{ended:?}"
         );
-    }
-
-    #[test]
-    fn slower_lines_get_stronger_levels() {
-        let speeds = [1, 10, 50, 100, 500, 1000, 10_000].map(|mbit| level_for(mbit * 1_000_000));
-        assert!(speeds.is_sorted_by(|a, b| a >= b) && speeds[0] > speeds[6]);
     }
 }

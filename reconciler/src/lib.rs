@@ -25,10 +25,12 @@
 //! Promises: only an image whose root is the source's becomes a [`Verified`]; decoders neither
 //! panic nor allocate beyond stated bounds, whatever they read; an exchange holds a few MiB,
 //! the trees (32 bytes per page that is not zero), some 80 bytes for each page that travels and
-//! the compressor's window (at most 128 MiB for each stream). Not promised: any result if an image changes while it is read.
+//! what the compressors hold: at most 190 MiB for each stream where they write, 128 MiB where
+//! they read. Not promised: any result if an image changes while it is read.
 
 mod answer;
 mod apply;
+mod codec;
 mod compress;
 mod descend;
 mod encode;
@@ -49,8 +51,9 @@ mod verify;
 mod wire;
 
 pub use apply::{Applier, ApplyOptions};
+pub use codec::{Codec, Effort};
 pub use descend::{Descent, MAX_NODES, NodeServer, NodesReply, NodesRequest};
-pub use encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages, level_for};
+pub use encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages};
 pub use error::Error;
 pub use file::FilePages;
 pub use memory::{MAX_REPAIRS, Message, Options, Source, Stats, reconcile_in_memory};

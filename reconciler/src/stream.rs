@@ -1,29 +1,26 @@
 //! The pages that the source sends, as streams side by side.
 //!
 //! - `Kinds`: for each page in the order of the request, how it is coded, as runs.
-//! - `Literal`: the pages as they are, one after another, in one zstd frame.
-//! - `Delta`: pages XORed with the base's page at the same address, in a zstd frame of their
+//! - `Literal`: the pages as they are, one after another, compressed as one stream.
+//! - `Delta`: pages XORed with the base's page at the same address, in a stream of their
 //!   own, for rows of zeros with islands compress best among their kind.
-//! - `Masks` and `Words`, a frame each: for each patched page 512 bits that say which 8-byte
+//! - `Masks` and `Words`, compressed each: for each patched page 512 bits that say which 8-byte
 //!   words it tells, lowest first, and those words.
 //!
 //! The kinds of a batch come before its pages, and its masks before its words. Streams are cut
-//! into chunks anywhere. Held at a time are a page for each stream and the masks whose words
+//! into chunks anywhere. Each but `Kinds` begins with the byte that names its codec. Held at a time are a page for each stream and the masks whose words
 //! have not come, of which there are no more than pages asked for.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
-use zstd::stream::raw::{DParameter, Decoder, Operation};
 
+use crate::codec::Unpacker;
 use crate::error::{Error, within};
 use crate::page::{PAGE_SIZE, Page, ZERO_PAGE};
 use crate::patch::{MASK_BYTES, Mask, WORD};
 use crate::wire::{Cursor, MAX_CHUNK, put_varint};
-
-/// The longest window a stream may ask for, as a power of two: 128 MiB of memory.
-pub(crate) const MAX_WINDOW_LOG: u32 = 27;
 
 /// One of the streams that pages travel in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -108,30 +105,21 @@ pub(crate) struct PageDecoder {
     buffer: Vec<u8>,
 }
 
-/// A zstd frame that comes in pieces.
+/// A compressed stream that comes in pieces.
 struct Frame {
     name: &'static str,
-    zstd: Decoder<'static>,
-    started: bool,
+    /// None before its first byte.
+    unpacker: Option<Unpacker>,
     ended: bool,
 }
 
 impl Frame {
-    fn new(stream: StreamId) -> Result<Self, Error> {
-        let name = stream.name();
-        let decode = |source| Error::Decode {
-            stream: name,
-            source,
-        };
-        let mut zstd = Decoder::new().map_err(decode)?;
-        zstd.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))
-            .map_err(decode)?;
-        Ok(Self {
-            name,
-            zstd,
-            started: false,
+    const fn new(stream: StreamId) -> Self {
+        Self {
+            name: stream.name(),
+            unpacker: None,
             ended: false,
-        })
+        }
     }
 
     /// Hands what comes out to `take`, at most a buffer at a time.
@@ -141,33 +129,39 @@ impl Frame {
         buffer: &mut [u8],
         mut take: impl FnMut(&[u8]) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.started |= !input.is_empty();
+        let name = self.name;
+        let decode = |source| Error::Decode {
+            stream: name,
+            source,
+        };
+        let unpacker = match (&mut self.unpacker, input.split_first()) {
+            (Some(unpacker), _) => unpacker,
+            (None, None) => return Ok(()),
+            (slot, Some((&tag, rest))) => {
+                input = rest;
+                slot.insert(Unpacker::new(tag).map_err(decode)?)
+            }
+        };
         let mut more = false;
         while !input.is_empty() || more {
             if self.ended {
-                return Err(Error::malformed(self.name, "bytes follow its end"));
+                return Err(Error::malformed(name, "bytes follow its end"));
             }
-            let status =
-                self.zstd
-                    .run_on_buffers(input, buffer)
-                    .map_err(|source| Error::Decode {
-                        stream: self.name,
-                        source,
-                    })?;
-            if status.bytes_read == 0 && status.bytes_written == 0 && !input.is_empty() {
-                return Err(Error::malformed(self.name, "it does not go on"));
+            let step = unpacker.step(input, buffer).map_err(decode)?;
+            if step.read == 0 && step.written == 0 && !input.is_empty() {
+                return Err(Error::malformed(name, "it does not go on"));
             }
-            input = &input[status.bytes_read..];
-            self.ended = status.remaining == 0;
-            more = !self.ended && status.bytes_written == buffer.len();
-            take(&buffer[..status.bytes_written])?;
+            input = &input[step.read..];
+            self.ended = step.ended;
+            more = !self.ended && step.written == buffer.len();
+            take(&buffer[..step.written])?;
         }
         Ok(())
     }
 
     /// Whether nothing is missing, given that its content is complete.
     fn finish(&self, complete: bool) -> Result<(), Error> {
-        if complete && self.started == self.ended {
+        if complete && self.unpacker.is_some() == self.ended {
             Ok(())
         } else {
             Err(Error::malformed(self.name, "it ends early"))
@@ -185,14 +179,14 @@ struct Lane<const SIZE: usize> {
 }
 
 impl<const SIZE: usize> Lane<SIZE> {
-    fn new(stream: StreamId) -> Result<(Frame, Self), Error> {
+    fn new(stream: StreamId) -> (Frame, Self) {
         let lane = Self {
             name: stream.name(),
             due: VecDeque::new(),
             item: [0; SIZE],
             held: 0,
         };
-        Ok((Frame::new(stream)?, lane))
+        (Frame::new(stream), lane)
     }
 
     fn announce(&mut self, run: Range<u64>) {
@@ -280,21 +274,21 @@ impl Words {
 }
 
 impl PageDecoder {
-    pub(crate) fn new(expected: u64) -> Result<Self, Error> {
+    pub(crate) fn new(expected: u64) -> Self {
         let words = Words {
             due: VecDeque::new(),
             page: ZERO_PAGE,
             held: 0,
         };
-        Ok(Self {
+        Self {
             expected,
             announced: 0,
-            literal: Lane::new(StreamId::Literal)?,
-            delta: Lane::new(StreamId::Delta)?,
-            masks: Lane::new(StreamId::Masks)?,
-            words: (Frame::new(StreamId::Words)?, words),
+            literal: Lane::new(StreamId::Literal),
+            delta: Lane::new(StreamId::Delta),
+            masks: Lane::new(StreamId::Masks),
+            words: (Frame::new(StreamId::Words), words),
             buffer: vec![0; 32 * PAGE_SIZE],
-        })
+        }
     }
 
     /// Takes the next chunk and hands on what it completes.
@@ -359,12 +353,41 @@ impl PageDecoder {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use proptest::prelude::*;
 
     use super::*;
+    use crate::codec::{Codec, Effort, MAX_WINDOW_LOG, ZSTD_TAG};
+    use crate::compress::StreamWriter;
+    use crate::encode::EncodeOptions;
+
+    /// A stream as the encoder makes it.
+    fn packed_by(codec: Codec, bytes: &[u8]) -> Vec<u8> {
+        let (to_wire, chunks) = crossbeam::channel::unbounded();
+        let how = EncodeOptions { codec, workers: 0 };
+        let most = bytes.len() as u64;
+        let mut writer = StreamWriter::new(StreamId::Literal, &to_wire, how, most);
+        writer.write(bytes).unwrap();
+        writer.finish().unwrap();
+        drop(to_wire);
+        chunks.into_iter().flat_map(|chunk| chunk.bytes).collect()
+    }
+
+    const CODECS: [Codec; 4] = [
+        Codec::Zstd(3),
+        Codec::Lzma(Effort::Fast),
+        Codec::Lzma(Effort::Normal),
+        Codec::Lzma(Effort::Strong),
+    ];
+
+    /// By one codec or the other.
+    fn packed(bytes: &[u8]) -> Vec<u8> {
+        packed_by(CODECS[bytes.len() / WORD % 2], bytes)
+    }
 
     fn frame(pages: usize) -> Vec<u8> {
-        zstd::bulk::compress(&vec![5; pages * PAGE_SIZE], 3).unwrap()
+        packed(&vec![5; pages * PAGE_SIZE])
     }
 
     fn chunk(stream: StreamId, bytes: &[u8]) -> PageChunk {
@@ -376,7 +399,7 @@ mod tests {
 
     /// How many pages came out.
     fn decode(expected: u64, chunks: &[PageChunk]) -> Result<u64, Error> {
-        let mut decoder = PageDecoder::new(expected)?;
+        let mut decoder = PageDecoder::new(expected);
         let mut pages = 0;
         for chunk in chunks {
             decoder.push(chunk, &mut |position, _| {
@@ -411,13 +434,16 @@ mod tests {
         }
 
         #[test]
-        fn frames_may_be_cut_anywhere(cuts in prop::collection::vec(1usize..20, 1..40)) {
+        fn frames_may_be_cut_anywhere(
+            cuts in prop::collection::vec(1usize..20, 1..40),
+            codec in prop::sample::select(&CODECS),
+        ) {
             let mut chunks = vec![chunk(
                 StreamId::Kinds,
                 &encode_kinds(&[PageKind::Literal, PageKind::Delta, PageKind::Literal]),
             )];
             for (stream, pages) in [(StreamId::Delta, 1), (StreamId::Literal, 2)] {
-                let bytes = frame(pages);
+                let bytes = packed_by(codec, &vec![5; pages * PAGE_SIZE]);
                 let mut rest = &bytes[..];
                 for &cut in cuts.iter().cycle().take(bytes.len()) {
                     let (piece, after) = rest.split_at(cut.min(rest.len()));
@@ -433,11 +459,11 @@ mod tests {
     fn masks(pages: usize) -> Vec<u8> {
         let mut mask = [0; MASK_BYTES];
         mask[MASK_BYTES - 1] = 0x80;
-        zstd::bulk::compress(&mask.repeat(pages), 3).unwrap()
+        packed(&mask.repeat(pages))
     }
 
     fn words(count: usize) -> Vec<u8> {
-        zstd::bulk::compress(&vec![7; count * WORD], 3).unwrap()
+        packed(&vec![7; count * WORD])
     }
 
     #[test]
@@ -452,9 +478,9 @@ mod tests {
             let chunks = [three.clone(), told(masks), said(words)];
             assert!(decode(3, &chunks).is_err(), "{masks} {words}");
         }
-        let half = zstd::bulk::compress(&[7; 3 * WORD - 1], 3).unwrap();
+        let half = packed(&[7; 3 * WORD - 1]);
         assert!(decode(3, &[three.clone(), told(3), chunk(StreamId::Words, &half)]).is_err());
-        let nothing = zstd::bulk::compress(&[0; 3 * MASK_BYTES], 3).unwrap();
+        let nothing = packed(&[0; 3 * MASK_BYTES]);
         assert!(decode(3, &[three, chunk(StreamId::Masks, &nothing)]).is_err());
         assert!(decode(1, &[chunk(StreamId::Kinds, &[1 << 2 | 3])]).is_err());
     }
@@ -476,18 +502,48 @@ mod tests {
 
     #[test]
     fn a_bomb_is_refused_at_its_first_page_too_many() {
-        // 64 MiB of zeros in a few kB.
-        let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 3).unwrap();
-        for (kind, stream) in [
-            (PageKind::Literal, StreamId::Literal),
-            (PageKind::Delta, StreamId::Delta),
-            (PageKind::Patch, StreamId::Masks),
-        ] {
-            let one = chunk(StreamId::Kinds, &encode_kinds(&[kind]));
-            assert!(decode(1, &[one, chunk(stream, &bomb)]).is_err());
+        for codec in CODECS {
+            // 64 MiB of zeros in a few kB.
+            let bomb = packed_by(codec, &vec![0; 64 << 20]);
+            for (kind, stream) in [
+                (PageKind::Literal, StreamId::Literal),
+                (PageKind::Delta, StreamId::Delta),
+                (PageKind::Patch, StreamId::Masks),
+            ] {
+                let one = chunk(StreamId::Kinds, &encode_kinds(&[kind]));
+                assert!(decode(1, &[one, chunk(stream, &bomb)]).is_err());
+            }
+            let one = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Patch]));
+            let mask = chunk(StreamId::Masks, &masks(1));
+            assert!(decode(1, &[one, mask, chunk(StreamId::Words, &bomb)]).is_err());
         }
-        let one = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Patch]));
-        let mask = chunk(StreamId::Masks, &masks(1));
-        assert!(decode(1, &[one, mask, chunk(StreamId::Words, &bomb)]).is_err());
+    }
+
+    #[test]
+    fn other_codecs_longer_windows_and_damage_are_refused() {
+        let one = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Literal]));
+        for codec in CODECS {
+            let good = packed_by(codec, &[5; PAGE_SIZE]);
+            assert_eq!(
+                decode(1, &[one.clone(), chunk(StreamId::Literal, &good)]).unwrap(),
+                1
+            );
+            for tag in (1..16).chain(27..=255) {
+                let mut bytes = good.clone();
+                bytes[0] = tag;
+                assert!(decode(1, &[one.clone(), chunk(StreamId::Literal, &bytes)]).is_err());
+            }
+            for len in 0..good.len() {
+                let cut = chunk(StreamId::Literal, &good[..len]);
+                assert!(decode(1, &[one.clone(), cut]).is_err());
+            }
+        }
+        // A frame that asks for more than 128 MiB.
+        let mut encoder = zstd::stream::write::Encoder::new(vec![ZSTD_TAG], 1).unwrap();
+        encoder.window_log(MAX_WINDOW_LOG + 1).unwrap();
+        encoder.long_distance_matching(true).unwrap();
+        encoder.write_all(&[5; PAGE_SIZE]).unwrap();
+        let long = chunk(StreamId::Literal, &encoder.finish().unwrap());
+        assert!(decode(1, &[one, long]).is_err());
     }
 }

@@ -125,7 +125,7 @@ impl Mismatch {
     ) -> Result<Repairer<'a>, Error> {
         Ok(Repairer {
             image,
-            decoder: PageDecoder::new(pages.len())?,
+            decoder: PageDecoder::new(pages.len()),
             pages: pages.iter().collect(),
             mismatch: self,
         })

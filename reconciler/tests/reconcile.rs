@@ -5,10 +5,10 @@
 
 use proptest::prelude::*;
 use reconciler::{
-    Applier, ApplyOptions, EncodeOptions, Error, Holdings, ImageTree, Message, Offer, OfferOptions,
-    Options, PAGE_SIZE, PageChunk, PageSet, Place, PlaceKind, References, Salt, SlicePages,
-    SlicePagesMut, Source, Stats, Verification, encode_pages, no_progress, reconcile_in_memory,
-    resolve,
+    Applier, ApplyOptions, Codec, Effort, EncodeOptions, Error, Holdings, ImageTree, Message,
+    Offer, OfferOptions, Options, PAGE_SIZE, PageChunk, PageSet, Place, PlaceKind, References,
+    Salt, SlicePages, SlicePagesMut, Source, Stats, Verification, encode_pages, no_progress,
+    reconcile_in_memory, resolve,
 };
 
 /// A change to an image, as guests and replays make them.
@@ -215,7 +215,11 @@ fn run(case: &Case, spoil: &mut dyn FnMut(Message<'_>)) -> (Vec<u8>, Result<Stat
             force_bits: case.force_bits,
         },
         encode: EncodeOptions {
-            level: 3,
+            codec: if case.salt.is_multiple_of(2) {
+                Codec::Zstd(3)
+            } else {
+                Codec::Lzma(Effort::Fast)
+            },
             workers: u32::from(case.salt % 3),
         },
         apply: ApplyOptions {
@@ -453,7 +457,7 @@ fn encoded(image: &[u8], twin: Option<&[u8]>, pages: &PageSet) -> Vec<PageChunk>
         twin: twin.as_ref().map(|twin| twin as _),
     };
     let how = EncodeOptions {
-        level: 1,
+        codec: Codec::Zstd(1),
         workers: 0,
     };
     let pages: Vec<_> = pages.iter().collect();
