@@ -41,6 +41,8 @@ mod offer;
 mod page;
 mod page_set;
 mod patch;
+mod realign;
+mod realign_landmarks;
 mod resolve;
 mod spool;
 mod stats;
@@ -63,6 +65,7 @@ pub use page::{
     WritePages, ZERO_PAGE, is_zero, pages_for,
 };
 pub use page_set::PageSet;
+pub use realign::{Layout, Overlaid, Processes, Realigned, Space};
 pub use resolve::{Holdings, Place, PlaceKind, Resolution, resolve};
 pub use stats::PageCounts;
 pub use stream::{PageChunk, StreamId};

@@ -11,12 +11,12 @@ use std::time::Instant;
 
 use reconciler::{
     BlobAssembler, Closed, EncodeOptions, EncodeStats, NodeServer, Offer, OfferOptions, Page,
-    PageChunk, PageIndex, PageSet, ReadPages, References, Salt, SlicePages, blob_parts,
+    PageChunk, PageIndex, PageSet, ReadPages, References, Salt, blob_parts,
 };
 use tokio::sync::mpsc;
-use vm_host::RamMap;
 
 use crate::error::{Error, Result};
+use crate::layout::TwinRam;
 use crate::line::Line;
 use crate::local::blocking;
 use crate::phase::Phase;
@@ -59,7 +59,7 @@ pub(crate) struct Outgoing<'a> {
     /// What the target has as well.
     pub base: &'a Arc<Base>,
     /// RAM as this site's own replay left it, if the target has replayed.
-    pub twin: Option<&'a Arc<RamMap>>,
+    pub twin: Option<&'a Arc<TwinRam>>,
     /// The line's rate, in bits per second.
     pub rate: f64,
     /// Hears how it gets on.
@@ -252,13 +252,18 @@ async fn send_pages(
                     image,
                     bytes: &counter,
                 };
-                let twin = twin.as_ref().map(|ram| SlicePages(ram));
                 base.with_pages(kind, |base| {
-                    let references = References {
-                        base: base.filter(|_| against != Against::Nothing),
-                        twin: twin.as_ref().map(|twin| twin as &dyn ReadPages),
+                    let mut encode = |twin: Option<&dyn ReadPages>| {
+                        let references = References {
+                            base: base.filter(|_| against != Against::Nothing),
+                            twin,
+                        };
+                        reconciler::encode_pages(&image, references, &pages, options, &mut sink)
                     };
-                    reconciler::encode_pages(&image, references, &pages, options, &mut sink)
+                    match &twin {
+                        Some(twin) => twin.with_pages(|twin| encode(Some(twin))),
+                        None => encode(None),
+                    }
                 })
             })
             .map_err(Error::reconcile("cannot read and compress pages"))

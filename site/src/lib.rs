@@ -22,6 +22,7 @@ mod files;
 mod fork;
 pub mod generation;
 pub mod identity;
+mod layout;
 pub mod lease;
 mod line;
 pub mod local;

@@ -14,6 +14,7 @@
 //!   | -- Log.. --------------------------------------->  |  Log: restores a fork, replays
 //!   | <----------------------- Replaying.., Replayed     |  Replay; again with the tail of the log
 //!   | -- Freeze -------------------------------------->  |  Stop: both sides stand still
+//!   | -- Layout.. ----------------------------------->  |  after a replay with a twin
 //!   | -- <images> ------------------------------------>  |  Device, Disk, Ram
 //!   | -- Commit (manifest) --------------------------->  |  durable, lease held there
 //!   | <--------------------------------------- Committed |
@@ -78,6 +79,9 @@ pub enum ToTarget {
     Log(BlobPart),
     /// No more replay; the source stands still.
     Freeze,
+    /// Part of [`reconciler::Layout::encode`]: how the guest's processes lie in the RAM that
+    /// follows, so that a replayed one can be brought into the same layout.
+    Layout(BlobPart),
     /// An image, and what is different in it.
     Image(ImageHead),
     /// Part of [`reconciler`]'s offer.

@@ -149,6 +149,11 @@ impl State {
     pub(crate) fn device(&self) -> &[u8] {
         &self.device
     }
+
+    /// The guest's RAM.
+    pub(crate) fn ram(&self) -> &[u8] {
+        &self.ram
+    }
 }
 
 /// What both sides have before anything is sent: a common generation, or only the base images.

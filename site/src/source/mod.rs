@@ -11,12 +11,14 @@ mod twin;
 
 use std::sync::Arc;
 
+use reconciler::Layout;
 use tokio_util::sync::CancellationToken;
 use vm_host::{Status, Vm};
 
 use crate::error::{Error, Result};
 use crate::exchange::{self, Outgoing, Sent};
 use crate::generation::{GenerationId, Manifest};
+use crate::layout::TwinRam;
 use crate::lease::Lease;
 use crate::line::{Line, LinkHistory};
 use crate::local::{self, Live};
@@ -245,7 +247,7 @@ impl Migration<'_> {
         let twin = self.twin.take();
         let stop_twin = async {
             match twin {
-                Some(twin) => without_twin(twin.stop().await).map(Arc::new),
+                Some(twin) => without_twin(twin.stop().await),
                 None => None,
             }
         };
@@ -269,6 +271,21 @@ impl Migration<'_> {
             };
             Arc::new(local::blocking(work).await?)
         };
+
+        let twin = match twin {
+            Some(twin) => without_twin(realign(twin, &state, &base_images).await),
+            None => None,
+        };
+        let (twin, layout) = twin.unzip();
+        if let Some(layout) = layout.flatten() {
+            let encoded = layout
+                .encode()
+                .map_err(Error::reconcile("cannot say how RAM lies"))?;
+            bytes.hashes += encoded.len() as u64;
+            for part in reconciler::blob_parts(&encoded) {
+                line.send(ToTarget::Layout(part)).await?;
+            }
+        }
 
         let clock = &mut self.clock;
         let out = Outgoing {
@@ -499,6 +516,20 @@ fn warn_unclean(cleaned: Result<()>) {
             "a replay at this site left something"
         );
     }
+}
+
+/// Brings the twin's RAM to the layout of the state; the target is told how to do the same.
+async fn realign(
+    mut twin: TwinRam,
+    state: &Arc<State>,
+    base: &Arc<Base>,
+) -> Result<(Arc<TwinRam>, Option<Layout>)> {
+    let (state, base) = (state.clone(), base.clone());
+    local::blocking(move || {
+        let layout = twin.realign(&state, &base)?;
+        Ok((Arc::new(twin), layout))
+    })
+    .await
 }
 
 /// A twin that fails is done without.

@@ -17,6 +17,8 @@ use vm_host::{RamMap, probe};
 
 use crate::error::{Error, Result};
 use crate::fork::{Fork, ForkFiles};
+use crate::layout::TwinRam;
+use crate::local;
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
 use crate::work::Work;
@@ -89,9 +91,14 @@ impl Twin {
     }
 
     /// Stops it; the RAM it leaves.
-    pub(super) async fn stop(self) -> Result<RamMap> {
+    pub(super) async fn stop(self) -> Result<TwinRam> {
         self.fork.freeze().await?;
-        RamMap::open(&self.ram).map_err(Error::host("cannot read the twin's RAM"))
+        local::blocking(move || {
+            TwinRam::new(
+                RamMap::open(&self.ram).map_err(Error::host("cannot read the twin's RAM"))?,
+            )
+        })
+        .await
     }
 
     /// Ends it at once.

@@ -23,7 +23,7 @@ use crate::store::{Store, VmDir};
 use crate::work::{Received, Work};
 
 use check::check_host;
-use receive::{receive_file, receive_log};
+use receive::{receive_file, receive_layout, receive_log};
 
 /// How long the source may take to say how the VM goes on, once it is here.
 const RESUME_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
@@ -290,6 +290,12 @@ impl Session {
                         work = Some(state.replayed(fork.freeze().await?).await?);
                     }
                 }
+                ToTarget::Layout(part) => {
+                    let Some(state) = work.as_mut() else {
+                        return Err(self.out_of_place("a layout"));
+                    };
+                    state.set_layout(receive_layout(line, part, state.ram_pages()).await?);
+                }
                 ToTarget::Commit(request) => {
                     let (Some(state), Some(trees)) = (work.take(), received.take()) else {
                         return Err(self.out_of_place("commit"));
@@ -329,7 +335,7 @@ impl Session {
             ToTarget::Probe(_) => true,
             _ if self.lock.is_none() || self.committed => false,
             ToTarget::Generation { .. } | ToTarget::Prepare => self.fork.is_none(),
-            ToTarget::Image(_) => self.fork.is_none() && work && !received,
+            ToTarget::Image(_) | ToTarget::Layout(_) => self.fork.is_none() && work && !received,
             ToTarget::Log(_) | ToTarget::Freeze => migrates && !received,
             ToTarget::Commit(_) => migrates && received,
             _ => true,

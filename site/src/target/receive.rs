@@ -38,6 +38,26 @@ pub(super) async fn receive_log(
     traces::decode_records(&bytes, LOG_LIMITS).map_err(Error::log("the log sent is malformed"))
 }
 
+pub(super) async fn receive_layout(
+    line: &mut TargetLine,
+    first: reconciler::BlobPart,
+    pages: u64,
+) -> Result<reconciler::Layout> {
+    let malformed = || Error::reconcile("the layout sent is malformed");
+    let mut assembler = reconciler::BlobAssembler::new(reconciler::Layout::max_encoded_len(pages));
+    let mut part = first;
+    let bytes = loop {
+        if let Some(bytes) = assembler.push(&part).map_err(malformed())? {
+            break bytes;
+        }
+        part = match line.receive(Phase::Stop).await? {
+            ToTarget::Layout(part) => part,
+            _ => return Err(line.unexpected(Phase::Stop, "half a layout")),
+        };
+    };
+    reconciler::Layout::decode(&bytes, pages).map_err(malformed())
+}
+
 /// Receives a base file; it is kept only if its content has the announced hash.
 pub(super) async fn receive_file(
     store: &Store,

@@ -8,7 +8,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use reconciler::{Holdings, ImageTree, Offer, Place, PlaceKind, SlicePages, SlicePagesMut};
+use reconciler::{
+    Holdings, ImageTree, Layout, Offer, PageHash, Place, PlaceKind, Processes, SlicePages,
+    SlicePagesMut,
+};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use vm_host::RamMapMut;
@@ -17,6 +20,7 @@ use crate::disks::{self, DiskImage, WorkDisk};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::{GenerationFiles, Manifest};
+use crate::layout;
 use crate::lease::Lease;
 use crate::line::TargetLine;
 use crate::local::blocking;
@@ -42,6 +46,8 @@ pub(crate) struct Work {
     device: Vec<u8>,
     /// The tree of RAM as the replay left it; without one, RAM is the base's.
     replayed: Option<ImageTree>,
+    /// How the source's RAM lies, as far as it said so.
+    layout: Option<Layout>,
     /// Lays the base's RAM down on the disk meanwhile.
     laying: Option<JoinHandle<Result<()>>>,
 }
@@ -93,6 +99,7 @@ impl Work {
                 base_number,
                 base,
                 replayed: None,
+                layout: None,
                 laying: None,
             };
             if let Some(number) = base_number {
@@ -326,6 +333,7 @@ impl Work {
                 Ok(tree)
             }
             ImageKind::Ram => {
+                let displaced = self.realign(&base_tree)?;
                 let mut ram = RamMapMut::open(&self.ram_path())
                     .map_err(Error::host("cannot write the guest's RAM"))?;
                 let current = self.replayed.as_ref().unwrap_or(&base_tree).clone();
@@ -339,6 +347,14 @@ impl Work {
                     places.push(Place {
                         kind: PlaceKind::Base,
                         tree: &base_tree,
+                        reader,
+                    });
+                }
+                let displaced_pages = displaced.as_ref().map(|(pages, _)| SlicePages(pages));
+                if let (Some((_, tree)), Some(reader)) = (&displaced, &displaced_pages) {
+                    places.push(Place {
+                        kind: PlaceKind::Replayed,
+                        tree,
                         reader,
                     });
                 }
@@ -422,6 +438,50 @@ impl Work {
 }
 
 impl Work {
+    /// Notes how the source's RAM lies.
+    pub(crate) fn set_layout(&mut self, layout: Layout) {
+        self.layout = Some(layout);
+    }
+
+    /// How many pages the guest's RAM has.
+    pub(crate) fn ram_pages(&self) -> u64 {
+        reconciler::pages_for(self.record.hardware.memory_bytes())
+    }
+
+    /// Brings the replayed RAM into the source's layout; what was in the pages that this changed.
+    fn realign(&mut self, base: &ImageTree) -> Result<Option<(Vec<u8>, ImageTree)>> {
+        let (Some(layout), Some(replayed)) = (self.layout.take(), &mut self.replayed) else {
+            return Ok(None);
+        };
+        let path = self.runtime.join("ram.img");
+        let ram = vm_host::RamMap::open(&path).map_err(Error::host("cannot read the RAM"))?;
+        let spaces = layout::spaces(&ram);
+        let processes = Processes {
+            ram: &ram,
+            tree: replayed,
+            spaces: &spaces,
+        };
+        let pages = layout.realign(processes, base);
+        drop(ram);
+        let mut ram =
+            RamMapMut::open(&path).map_err(Error::host("cannot write the guest's RAM"))?;
+        let mut displaced = Vec::with_capacity(pages.len() * reconciler::PAGE_SIZE);
+        for (index, page) in &pages {
+            let start = index.0 as usize * reconciler::PAGE_SIZE;
+            let Some(there) = ram.get_mut(start..start + reconciler::PAGE_SIZE) else {
+                continue;
+            };
+            displaced.extend_from_slice(there);
+            there.copy_from_slice(&**page);
+            replayed
+                .set(*index, PageHash::of(page))
+                .map_err(Error::reconcile("cannot realign RAM"))?;
+        }
+        tracing::info!(pages = pages.len(), "RAM realigned");
+        let tree = tree_of(&SlicePages(&displaced), "what was realigned")?;
+        Ok(Some((displaced, tree)))
+    }
+
     /// Brings the RAM laid down by [`Self::lay_ram`] to what was received.
     fn write_changed_ram(&self, tree: &ImageTree) -> Result<()> {
         let kept = self.kept_ram();
