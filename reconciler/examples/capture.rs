@@ -94,11 +94,13 @@ fn measure(
     .unwrap();
     assert!(built == images[1]);
     println!(
-        "{name}, {codec:?}: {} bytes in {:.1} s\n  {:?}\n  first {:?}\n  again {:?}",
+        "{name}, {codec:?}: {} bytes in {:.1} s\n  {:?}\n  first {:?}\n  asked for again in {} bytes\n  again {:?}\n  whole {:?}",
         stats.bytes(),
         begun.elapsed().as_secs_f64(),
         verified.counts(),
         stats.encoded,
+        stats.retry_bytes,
         stats.resent,
+        stats.whole,
     );
 }

@@ -7,12 +7,14 @@
 //!
 //! A patch is laid over the page that the image holds at the lowest address of its content.
 //! That page is as it was before: zeros, copies and pages put back go only to pages that
-//! nothing was asked for, and each page asked for is written once. Where the result has not the
-//! short hash that the offer names, the page is left as it was and asked for again.
+//! nothing was asked for, and each page asked for is written once in a round. Where the result has not the
+//! short hash that the offer names, it stays as a guess, and the page is asked for again: first
+//! with hashes of the guess's lines, so that those which differ are laid over it, then whole.
 
 use std::fmt;
 
 use crate::error::Error;
+use crate::lines::Unpatched;
 use crate::offer::{Offer, Salt, short};
 use crate::page::{Image, Page, PageHash, PageIndex, ReadPages, ZERO_PAGE};
 use crate::page_set::PageSet;
@@ -49,11 +51,24 @@ pub struct Applier<'a> {
     round: Vec<u32>,
     /// Those of them whose patch did not fit.
     failed: Vec<u32>,
+    /// How often pages were asked for again.
+    retries: u32,
     shorts: Shorts,
     repeats: Vec<(u32, PageIndex)>,
     touched: Vec<u64>,
     counts: PageCounts,
     root: Root,
+}
+
+/// What is to be asked for after a round of pages.
+#[derive(Debug)]
+pub enum Retry {
+    /// Nothing: the image is complete.
+    Complete,
+    /// These pages, as what differs from what is here: [`Unpatched::encode`].
+    Lines(Unpatched),
+    /// These pages, in whole: [`PageSet::encode`].
+    Whole(PageSet),
 }
 
 /// A content that was asked for.
@@ -118,6 +133,7 @@ impl<'a> Applier<'a> {
             decoder: PageDecoder::new(wanted.len() as u64),
             round: (0..wanted.len() as u32).collect(),
             failed: Vec::new(),
+            retries: 0,
             wanted,
             shorts: Shorts {
                 salt: offer.salt(),
@@ -220,6 +236,7 @@ impl<'a> Applier<'a> {
             wanted,
             round,
             failed,
+            retries,
             shorts,
             repeats,
             counts,
@@ -242,12 +259,18 @@ impl<'a> Applier<'a> {
                 }
                 Coded::Patch(mask, words) => {
                     patch(image.reader(), first, &mask, words, &mut patched)?;
-                    if shorts.of(&patched) != short {
+                    let fits = shorts.of(&patched) == short;
+                    let count = match (*retries, fits) {
+                        (0, true) => &mut counts.patched,
+                        (0, false) => &mut counts.patch_failed,
+                        (_, true) => &mut counts.lines,
+                        (_, false) => &mut counts.lines_failed,
+                    };
+                    *count += 1;
+                    if !fits {
                         failed.push(slot);
-                        counts.patch_failed += 1;
-                        return Ok(());
+                        return write(*image, first, &patched);
                     }
-                    counts.patched += 1;
                     &patched
                 }
             };
@@ -274,17 +297,41 @@ impl<'a> Applier<'a> {
 
     /// Ends a round of pages and begins the next, of those whose patch did not fit.
     ///
-    /// Returns them, to be asked for with [`PageSet::encode`]: the source sends them with
-    /// [`crate::encode_pages`], ascending and without a twin. When there are none the image is
-    /// complete. Fails when pages of this round are missing.
-    pub fn retry(&mut self) -> Result<PageSet, Error> {
+    /// The source sends them with [`crate::encode_pages`], ascending and without a twin. Fails
+    /// when pages of this round are missing, and when not even pages asked for whole fit.
+    pub fn retry(&mut self) -> Result<Retry, Error> {
         self.decoder.finish()?;
-        let pages = self.failed();
-        self.decoder = PageDecoder::new(pages.len());
-        self.round = std::mem::take(&mut self.failed);
         // Slots ascend as the pages do; patches come in order, but nothing rests on that here.
-        self.round.sort_unstable();
-        Ok(pages)
+        self.failed.sort_unstable();
+        let pages = self.failed();
+        let retry = match self.retries {
+            _ if pages.is_empty() => Retry::Complete,
+            0 => Retry::Lines(self.guesses(&pages)?),
+            1 => Retry::Whole(pages),
+            _ => {
+                return Err(Error::Unpatched { pages: pages.len() });
+            }
+        };
+        self.decoder = PageDecoder::new(self.failed.len() as u64);
+        self.round = std::mem::take(&mut self.failed);
+        self.retries += 1;
+        Ok(retry)
+    }
+
+    /// What the image has of these pages.
+    fn guesses(&self, pages: &PageSet) -> Result<Unpatched, Error> {
+        let mut unpatched = Unpatched::new(self.shorts.salt);
+        let mut page = ZERO_PAGE;
+        for index in pages.iter() {
+            let read = self.image.reader().read(index, &mut page);
+            read.map_err(|source| Error::Read {
+                image: "the image being built",
+                page: index,
+                source,
+            })?;
+            unpatched.push(index, &page);
+        }
+        Ok(unpatched)
     }
 
     /// Ends the image; fails when pages are missing, be it because their patches did not fit.

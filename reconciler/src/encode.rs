@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::codec::Codec;
 use crate::compress::StreamWriter;
 use crate::error::Error;
+use crate::lines::Unpatched;
 use crate::page::{PAGE_SIZE, Page, PageIndex, ReadPages, ZERO_PAGE};
 use crate::patch::{Choice, MASK_BYTES, choose, xor};
 use crate::stream::{PageChunk, PageKind, StreamId, encode_kinds};
@@ -49,11 +50,13 @@ pub struct EncodeStats {
     pub delta_pages: u64,
     /// Pages sent as the words that differ from the twin.
     pub patch_pages: u64,
+    /// Pages sent as the lines that differ from the target's guess.
+    pub line_pages: u64,
     /// Compressed bytes of literals.
     pub literal_bytes: u64,
     /// Compressed bytes of deltas.
     pub delta_bytes: u64,
-    /// Compressed bytes of patches: which words, and what they hold.
+    /// Compressed bytes of patches and lines: which words, and what they hold.
     pub patch_bytes: u64,
     /// Bytes that say which page is which.
     pub kinds_bytes: u64,
@@ -80,12 +83,18 @@ pub struct References<'a> {
     /// target's replay made of it. `None` when the target did not replay, and when it asks
     /// again for pages that its replay got too wrong for a patch.
     pub twin: Option<&'a dyn ReadPages>,
+    /// What the target says it has of pages whose patch did not fit.
+    pub unpatched: Option<&'a Unpatched>,
 }
 
 impl<'a> References<'a> {
     /// The base alone.
     pub const fn base(base: Option<&'a dyn ReadPages>) -> Self {
-        Self { base, twin: None }
+        Self {
+            base,
+            twin: None,
+            unpatched: None,
+        }
     }
 }
 
@@ -169,6 +178,7 @@ pub fn encode_pages(
             literal_pages: pages.literal_pages,
             delta_pages: pages.delta_pages,
             patch_pages: pages.patch_pages,
+            line_pages: pages.line_pages,
             ..bytes
         })
     })
@@ -221,10 +231,13 @@ impl ReadStage<'_> {
         if let Some(image) = self.references.twin {
             read(image, "the twin", index, &mut twin)?;
         }
+        let unpatched = self.references.unpatched;
+        let lines = unpatched.and_then(|unpatched| unpatched.differing(index, &page));
         let choice = choose(
             &page,
             self.references.base.map(|_| &base),
             self.references.twin.map(|_| &twin),
+            lines,
         );
         batch.kinds.push(match choice {
             Choice::Literal => {
@@ -238,10 +251,13 @@ impl ReadStage<'_> {
                 self.stats.delta_pages += 1;
                 PageKind::Delta
             }
-            Choice::Patch(mask) => {
+            Choice::Patch(mask) | Choice::Lines(mask) => {
                 batch.masks.extend_from_slice(&mask.0);
                 mask.gather(&page, &mut batch.words);
-                self.stats.patch_pages += 1;
+                match choice {
+                    Choice::Lines(_) => self.stats.line_pages += 1,
+                    _ => self.stats.patch_pages += 1,
+                }
                 PageKind::Patch
             }
         });

@@ -12,7 +12,9 @@
 //!  offer.decode_answer  ◄── Resolution::answer, as BlobPart ──
 //!                                                       Applier::new (local copies)
 //!  encode_pages ── PageChunk, PageChunk, ... ────────►  applier.push ...
-//!                       ◄── PageSet::encode ──          applier.retry, if a patch did not fit
+//!                     ◄── Unpatched::encode ──          applier.retry, if a patch did not fit
+//!  encode_pages (lines) ── PageChunk ... ────────────►  applier.push ...
+//!                       ◄── PageSet::encode ──          applier.retry, if lines did not fit
 //!  encode_pages (no twin) ── PageChunk ... ──────────►  applier.push ... finish -> Applied
 //!                                                       applied.verify -> Verified
 //!                                          or Mismatch: Descent::new
@@ -36,6 +38,7 @@ mod descend;
 mod encode;
 mod error;
 mod file;
+mod lines;
 mod memory;
 mod offer;
 mod page;
@@ -52,12 +55,13 @@ mod tree_codec;
 mod verify;
 mod wire;
 
-pub use apply::{Applier, ApplyOptions};
+pub use apply::{Applier, ApplyOptions, Retry};
 pub use codec::{Codec, Effort};
 pub use descend::{Descent, MAX_NODES, NodeServer, NodesReply, NodesRequest};
 pub use encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages};
 pub use error::Error;
 pub use file::FilePages;
+pub use lines::Unpatched;
 pub use memory::{MAX_REPAIRS, Message, Options, Source, Stats, reconcile_in_memory};
 pub use offer::{Offer, OfferOptions, Salt, short_bits};
 pub use page::{

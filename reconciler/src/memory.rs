@@ -3,10 +3,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::apply::{Applier, ApplyOptions};
+use crate::apply::{Applier, ApplyOptions, Retry};
 use crate::descend::{Descent, NodeServer};
 use crate::encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages};
 use crate::error::Error;
+use crate::lines::Unpatched;
 use crate::offer::{Offer, OfferOptions};
 use crate::page::{Image, PageIndex, ReadPages};
 use crate::page_set::PageSet;
@@ -31,8 +32,10 @@ pub struct Stats {
     pub encoded: EncodeStats,
     /// Bytes of asking for pages whose patch did not fit.
     pub retry_bytes: u64,
-    /// The streams of those pages.
+    /// The streams of those pages, by lines where that is less.
     pub resent: EncodeStats,
+    /// The streams of pages whose lines did not fit either.
+    pub whole: EncodeStats,
     /// Bytes of tree nodes and of pages sent again.
     pub repair_bytes: u64,
 }
@@ -45,6 +48,7 @@ impl Stats {
             + self.encoded.bytes()
             + self.retry_bytes
             + self.resent.bytes()
+            + self.whole.bytes()
             + self.repair_bytes
     }
 }
@@ -184,16 +188,34 @@ impl Transfer<'_, '_> {
         let shared = self.holdings.base_reader.is_some();
         let base = self.source.base_reader.filter(|_| shared);
         let twin = self.source.twin;
-        self.stats.encoded = self.send(&mut applier, References { base, twin }, pages)?;
-        let failed = applier.retry()?;
-        if !failed.is_empty() {
-            let mut request = failed.encode();
-            (self.on_the_way)(Message::Retry(&mut request));
-            self.stats.retry_bytes = request.len() as u64;
-            let pages: Vec<_> = PageSet::decode(&request, total)?.iter().collect();
-            self.stats.resent = self.send(&mut applier, References::base(base), &pages)?;
+        let alone = References::base(base);
+        self.stats.encoded = self.send(&mut applier, References { twin, ..alone }, pages)?;
+        loop {
+            match applier.retry()? {
+                Retry::Complete => return applier.finish(),
+                Retry::Lines(unpatched) => {
+                    let request = self.ask(unpatched.encode());
+                    let most = self.stats.encoded.patch_pages;
+                    let unpatched = Unpatched::decode(&request, offer, most)?;
+                    let guesses = References {
+                        unpatched: Some(&unpatched),
+                        ..alone
+                    };
+                    self.stats.resent = self.send(&mut applier, guesses, unpatched.pages())?;
+                }
+                Retry::Whole(pages) => {
+                    let request = self.ask(pages.encode());
+                    let pages: Vec<_> = PageSet::decode(&request, total)?.iter().collect();
+                    self.stats.whole = self.send(&mut applier, alone, &pages)?;
+                }
+            }
         }
-        applier.finish()
+    }
+
+    fn ask(&mut self, mut request: Vec<u8>) -> Vec<u8> {
+        (self.on_the_way)(Message::Retry(&mut request));
+        self.stats.retry_bytes += request.len() as u64;
+        request
     }
 
     fn send(

@@ -30,11 +30,18 @@ pub(crate) const MASK_BYTES: usize = WORDS / 8;
 /// them is hardly ever the same at the target.
 const MOST_WORDS: usize = WORDS / 2;
 
+/// Pages of which lines with more words than this differ from the target's guess are sent
+/// whole.
+const MOST_IN_LINES: usize = WORDS / 2;
+
 /// Some words of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mask(pub(crate) [u8; MASK_BYTES]);
 
 impl Mask {
+    /// No words.
+    pub(crate) const NONE: Self = Self([0; MASK_BYTES]);
+
     /// The words in which two pages differ.
     fn differing(page: &Page, other: &Page) -> Self {
         let mut mask = [0; MASK_BYTES];
@@ -87,6 +94,8 @@ pub(crate) enum Choice {
     Literal,
     Delta,
     Patch(Mask),
+    /// The words of lines in which the target's guess differs.
+    Lines(Mask),
 }
 
 /// Chooses by how many 8-byte words each way has to tell.
@@ -103,7 +112,19 @@ pub(crate) enum Choice {
 ///
 /// A page that equals the twin is no patch: the target does not have it, so its own replay
 /// came out otherwise in words that nobody here can tell.
-pub(crate) fn choose(page: &Page, base: Option<&Page>, twin: Option<&Page>) -> Choice {
+///
+/// Lines that differ from the target's guess are sent unless that is most of the page.
+pub(crate) fn choose(
+    page: &Page,
+    base: Option<&Page>,
+    twin: Option<&Page>,
+    lines: Option<Mask>,
+) -> Choice {
+    if let Some(lines) = lines
+        && (1..=MOST_IN_LINES).contains(&lines.words())
+    {
+        return Choice::Lines(lines);
+    }
     let full = words_of(page)
         .iter()
         .filter(|&word| *word != [0; WORD])
@@ -154,10 +175,13 @@ mod tests {
         let mut touched = old;
         touched[100] ^= 1;
         let text = [b'x'; PAGE_SIZE];
-        assert_eq!(choose(&touched, Some(&old), None), Choice::Delta);
-        assert_eq!(choose(&text, Some(&old), None), Choice::Literal);
-        assert_eq!(choose(&touched, Some(&ZERO_PAGE), None), Choice::Literal);
-        assert_eq!(choose(&touched, None, None), Choice::Literal);
+        assert_eq!(choose(&touched, Some(&old), None, None), Choice::Delta);
+        assert_eq!(choose(&text, Some(&old), None, None), Choice::Literal);
+        assert_eq!(
+            choose(&touched, Some(&ZERO_PAGE), None, None),
+            Choice::Literal
+        );
+        assert_eq!(choose(&touched, None, None, None), Choice::Literal);
         xor(&mut touched, &old);
         assert_eq!(touched.iter().filter(|&&byte| byte != 0).count(), 1);
     }
@@ -166,17 +190,20 @@ mod tests {
     fn a_twin_pays_when_it_is_nearer_than_the_base() {
         let (new, old) = (noise(1), noise(2));
         let mut twin = new;
-        assert_eq!(choose(&new, None, Some(&twin)), Choice::Literal);
+        assert_eq!(choose(&new, None, Some(&twin), None), Choice::Literal);
         twin[8..24].fill(0);
-        let Choice::Patch(mask) = choose(&new, Some(&old), Some(&twin)) else {
+        let Choice::Patch(mask) = choose(&new, Some(&old), Some(&twin), None) else {
             panic!("no patch");
         };
         assert_eq!((mask.0[0], mask.words()), (0b110, 2));
-        assert_eq!(choose(&new, Some(&twin), Some(&twin)), Choice::Delta);
+        assert_eq!(choose(&new, Some(&twin), Some(&twin), None), Choice::Delta);
         twin[..MOST_WORDS * WORD].fill(0);
-        assert!(matches!(choose(&new, None, Some(&twin)), Choice::Patch(_)));
+        assert!(matches!(
+            choose(&new, None, Some(&twin), None),
+            Choice::Patch(_)
+        ));
         twin[..(MOST_WORDS + 1) * WORD].fill(0);
-        assert_eq!(choose(&new, None, Some(&twin)), Choice::Literal);
+        assert_eq!(choose(&new, None, Some(&twin), None), Choice::Literal);
     }
 
     proptest! {

@@ -27,6 +27,10 @@ pub struct PageCounts {
     pub patched: u64,
     /// Sent as patches that did not fit; then sent anew, and counted as what they were then.
     pub patch_failed: u64,
+    /// Made of a patch that did not fit and the lines in which the source still differed.
+    pub lines: u64,
+    /// Sent as lines that did not fit either; then sent whole, and counted as that.
+    pub lines_failed: u64,
     /// Changed by replay alone, and put back.
     pub reverted: u64,
     /// Sent again because a short hash had matched the wrong page.

@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use reconciler::{
     Applier, ApplyOptions, Codec, Effort, EncodeOptions, Error, Holdings, ImageTree, Message,
     Offer, OfferOptions, Options, PAGE_SIZE, PageChunk, PageSet, Place, PlaceKind, References,
-    Salt, SlicePages, SlicePagesMut, Source, Stats, Verification, encode_pages, no_progress,
-    reconcile_in_memory, resolve,
+    Retry, Salt, SlicePages, SlicePagesMut, Source, Stats, Unpatched, Verification, encode_pages,
+    no_progress, reconcile_in_memory, resolve,
 };
 
 /// A change to an image, as guests and replays make them.
@@ -265,12 +265,16 @@ proptest! {
         let differing = tree(&case.source).differing(&tree(&case.base)).len();
         let pages = &stats.pages;
         let moved: u64 = pages.moved.values().sum();
-        let sent = pages.literal + pages.delta + pages.patched;
+        let sent = pages.literal + pages.delta + pages.patched + pages.lines;
         let built = pages.zero + pages.same + moved + pages.repeated + sent;
         prop_assert_eq!(built, differing);
         prop_assert_eq!(stats.encoded.patch_pages, pages.patched + pages.patch_failed);
-        let resent = stats.resent.literal_pages + stats.resent.delta_pages;
+        let resent = &stats.resent;
+        let resent = resent.literal_pages + resent.delta_pages + resent.line_pages;
         prop_assert_eq!(resent, pages.patch_failed);
+        prop_assert_eq!(stats.resent.line_pages, pages.lines + pages.lines_failed);
+        let whole = stats.whole.literal_pages + stats.whole.delta_pages;
+        prop_assert_eq!(whole, pages.lines_failed);
         prop_assert_eq!(stats.retry_bytes > 0, pages.patch_failed > 0);
     }
 
@@ -438,23 +442,47 @@ fn a_patch_is_laid_over_every_page_of_its_content() {
 }
 
 #[test]
-fn patches_that_do_not_fit_are_sent_again() {
+fn patches_that_do_not_fit_are_mended_line_by_line() {
     let case = replays(600, 1);
     let (image, stats) = run(&case, &mut |_| {});
     let stats = stats.unwrap();
     assert!(image == case.source);
     let pages = &stats.pages;
     assert_eq!((pages.patched, pages.patch_failed), (0, 600));
-    assert_eq!((pages.literal, pages.refetched), (600, 0));
-    assert_eq!(stats.resent.literal_pages, 600);
+    // Of two wrong lines one in 256 each passes for right; then the page comes whole.
+    assert!(pages.lines > 560, "{pages:?}");
+    assert_eq!(pages.lines + pages.literal, 600);
+    assert_eq!(stats.resent.line_pages, pages.lines + pages.lines_failed);
+    assert_eq!(stats.whole.literal_pages, pages.lines_failed);
+    assert_eq!(pages.refetched, 0);
+}
+
+#[test]
+fn a_guess_that_is_mostly_wrong_is_no_help() {
+    let mut case = replays(20, 0);
+    for word in (0..512).step_by(24) {
+        change(&mut case.replayed, (7, word), 4);
+    }
+    let (image, stats) = run(&case, &mut |_| {});
+    let stats = stats.unwrap();
+    assert!(image == case.source);
+    let pages = &stats.pages;
+    assert_eq!((pages.patched, pages.patch_failed), (19, 1));
+    assert_eq!((pages.lines, pages.literal), (0, 1));
 }
 
 /// What goes over the wire for these pages of an image.
-fn encoded(image: &[u8], twin: Option<&[u8]>, pages: &PageSet) -> Vec<PageChunk> {
+fn encoded(
+    image: &[u8],
+    twin: Option<&[u8]>,
+    unpatched: Option<&Unpatched>,
+    pages: &PageSet,
+) -> Vec<PageChunk> {
     let twin = twin.map(SlicePages);
     let references = References {
         base: None,
         twin: twin.as_ref().map(|twin| twin as _),
+        unpatched,
     };
     let how = EncodeOptions {
         codec: Codec::Zstd(1),
@@ -470,11 +498,8 @@ fn encoded(image: &[u8], twin: Option<&[u8]>, pages: &PageSet) -> Vec<PageChunk>
     chunks
 }
 
-#[test]
-fn a_patch_of_other_words_is_not_written_and_not_forgotten() {
-    let case = replays(5, 0);
-    let mut lie = case.source.clone();
-    change(&mut lie, (3, 6), 9);
+/// Three rounds of pages from sources that may lie, each about page 3 of 5.
+fn rounds(sources: [&[u8]; 3], case: &Case) -> (Vec<u8>, Result<Verification, Error>) {
     let base = tree(&case.base);
     let current = tree(&case.replayed);
     let options = OfferOptions {
@@ -489,46 +514,81 @@ fn a_patch_of_other_words_is_not_written_and_not_forgotten() {
         current: &current,
         places: &[],
     };
-    let all = PageSet::from_range(0..5);
-    let wrong = encoded(&lie, case.twin.as_deref(), &all);
-    for again in [None, Some(&lie), Some(&case.source)] {
-        let resolution = resolve(&offer, &holdings).unwrap();
-        let mut image = case.replayed.clone();
-        let mut built = SlicePagesMut(&mut image);
-        let mut applier = Applier::new(
-            &offer,
-            resolution,
-            &holdings,
-            &mut built,
-            ApplyOptions::default(),
-        )
-        .unwrap();
-        assert!(applier.retry().is_err(), "no page has come");
-        for chunk in &wrong {
-            applier.push(chunk).unwrap();
-        }
-        assert_eq!(applier.failed(), PageSet::from_range(3..4));
-        let Some(again) = again else {
-            let ended = applier.finish();
-            assert!(
-                matches!(ended, Err(Error::Unpatched { pages: 1 })),
-                "{ended:?}"
-            );
-            assert!(
-                image[3 * PAGE_SIZE..4 * PAGE_SIZE] == case.replayed[3 * PAGE_SIZE..4 * PAGE_SIZE]
-            );
-            continue;
-        };
-        let failed = applier.retry().unwrap();
-        for chunk in encoded(again, None, &failed) {
+    let mut image = case.replayed.clone();
+    let mut built = SlicePagesMut(&mut image);
+    let resolution = resolve(&offer, &holdings).unwrap();
+    let options = ApplyOptions::default();
+    let mut applier = Applier::new(&offer, resolution, &holdings, &mut built, options).unwrap();
+    assert!(applier.retry().is_err(), "no page has come");
+    let push = |applier: &mut Applier<'_>, chunks: Vec<PageChunk>| {
+        for chunk in chunks {
             applier.push(&chunk).unwrap();
         }
-        assert!(applier.retry().unwrap().is_empty());
-        let applied = applier.finish().unwrap();
-        let honest = again == &case.source;
-        match applied.verify(&SlicePages(&image), &no_progress).unwrap() {
-            Verification::Verified(_) => assert!(honest && image == case.source),
-            Verification::Mismatch(_) => assert!(!honest),
-        }
+    };
+    let twin = case.twin.as_deref();
+    push(
+        &mut applier,
+        encoded(sources[0], twin, None, &PageSet::from_range(0..5)),
+    );
+    let mut ended = None;
+    for round in 0..sources.len() {
+        let three = PageSet::from_range(3..4);
+        let unpatched = match applier.retry() {
+            Ok(Retry::Complete) => break,
+            Ok(Retry::Lines(unpatched)) => {
+                assert_eq!((round, unpatched.pages().len()), (0, 1));
+                Some(Unpatched::decode(&unpatched.encode(), &offer, 1).unwrap())
+            }
+            Ok(Retry::Whole(pages)) => {
+                assert_eq!((round, &pages), (1, &three));
+                None
+            }
+            Err(error) => {
+                ended = Some(error);
+                break;
+            }
+        };
+        assert_eq!(applier.failed(), PageSet::default());
+        let next = sources[round + 1];
+        // A source that goes on patching where it was asked for the whole page.
+        let twin = twin.filter(|_| round == 1 && next != case.source);
+        push(
+            &mut applier,
+            encoded(next, twin, unpatched.as_ref(), &three),
+        );
     }
+    let applied = ended.map_or_else(|| applier.finish(), Err);
+    let verified = applied.and_then(|applied| applied.verify(&SlicePages(&image), &no_progress));
+    (image, verified)
+}
+
+#[test]
+fn a_page_that_does_not_fit_comes_by_lines_then_whole_then_not_at_all() {
+    let case = replays(5, 0);
+    let lies = [9, 10, 11].map(|value| {
+        let mut lie = case.source.clone();
+        change(&mut lie, (3, 6), value);
+        lie
+    });
+    let truth = &case.source[..];
+    // What is left of a patch that did not fit are two right words of three.
+    for honest in [[&lies[0], truth, truth], [&lies[0], &lies[1], truth]] {
+        let (image, verified) = rounds(honest, &case);
+        assert!(
+            matches!(verified, Ok(Verification::Verified(_))),
+            "{verified:?}"
+        );
+        assert!(image == case.source);
+    }
+    let (image, verified) = rounds([&lies[0], &lies[0], truth], &case);
+    assert!(
+        matches!(verified, Ok(Verification::Mismatch(_))),
+        "{verified:?}"
+    );
+    assert!(image == lies[0]);
+    let (_, verified) = rounds([&lies[0], &lies[1], &lies[2]], &case);
+    assert!(
+        matches!(verified, Err(Error::Unpatched { pages: 1 })),
+        "{verified:?}"
+    );
 }

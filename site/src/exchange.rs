@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use reconciler::{
-    BlobAssembler, Closed, EncodeOptions, EncodeStats, NodeServer, Offer, OfferOptions, Page,
-    PageChunk, PageIndex, PageSet, ReadPages, References, Salt, blob_parts,
+    BlobAssembler, BlobPart, Closed, EncodeOptions, EncodeStats, NodeServer, Offer, OfferOptions,
+    Page, PageChunk, PageIndex, PageSet, ReadPages, References, Salt, Unpatched, blob_parts,
 };
 use tokio::sync::mpsc;
 
@@ -67,11 +67,12 @@ pub(crate) struct Outgoing<'a> {
 }
 
 /// What pages may be told against.
-#[derive(Clone, Copy, PartialEq, Eq)]
 enum Against {
     /// The base and the twin.
     All,
-    /// The base alone: a patch has failed.
+    /// The base, and what the target has where a patch has failed.
+    Guesses(Unpatched),
+    /// The base alone: not even that has helped.
     Base,
     /// Nothing: the base itself is in doubt.
     Nothing,
@@ -185,12 +186,24 @@ async fn send_image(line: &mut Line, out: &Outgoing<'_>, offered: Offered) -> Re
                 line.send(ToTarget::Nodes(reply)).await?;
             }
             ToSource::Unpatched(part) => {
-                let pages = requested(line, phase, part, &offer).await?;
+                let most = encoded.patch_pages;
+                let limit = Unpatched::max_encoded_len(most, offer.pages());
+                let bytes = requested(line, phase, part, limit).await?;
+                hashes += bytes.len() as u64;
+                let unpatched = Unpatched::decode(&bytes, &offer, most)
+                    .map_err(Error::reconcile("a request for pages is malformed"))?;
+                let pages = unpatched.pages().to_vec();
+                let against = Against::Guesses(unpatched);
+                encoded = send_pages(line, out, against, head.kind, pages).await?;
+                payload += encoded.bytes();
+            }
+            ToSource::Whole(part) => {
+                let pages = requested_pages(line, phase, part, &offer).await?;
                 encoded = send_pages(line, out, Against::Base, head.kind, pages).await?;
                 payload += encoded.bytes();
             }
             ToSource::Refetch(part) => {
-                let pages = requested(line, phase, part, &offer).await?;
+                let pages = requested_pages(line, phase, part, &offer).await?;
                 out.progress
                     .note(&format!("{} pages are sent again", pages.len()));
                 encoded = send_pages(line, out, Against::Nothing, head.kind, pages).await?;
@@ -202,28 +215,34 @@ async fn send_image(line: &mut Line, out: &Outgoing<'_>, offered: Offered) -> Re
 }
 
 /// The pages that a request names, of which `first` is the first part.
-async fn requested(
+async fn requested_pages(
     line: &mut Line,
     phase: Phase,
-    first: reconciler::BlobPart,
+    first: BlobPart,
     offer: &Offer,
 ) -> Result<Vec<PageIndex>> {
-    let malformed = || Error::reconcile("a request for pages is malformed");
-    let mut assembler = BlobAssembler::new(Offer::max_encoded_len(offer.pages()));
-    let mut part = first;
-    let bytes = loop {
-        if let Some(bytes) = assembler.push(&part).map_err(malformed())? {
-            break bytes;
-        }
-        part = match line.recv(phase).await? {
-            ToSource::Refetch(part) | ToSource::Unpatched(part) => part,
-            _ => return Err(line.unexpected(phase, "half a request for pages")),
-        };
-    };
+    let limit = Offer::max_encoded_len(offer.pages());
+    let bytes = requested(line, phase, first, limit).await?;
     Ok(PageSet::decode(&bytes, offer.pages())
-        .map_err(malformed())?
+        .map_err(Error::reconcile("a request for pages is malformed"))?
         .iter()
         .collect())
+}
+
+/// A request for pages of at most `limit` bytes, of which `first` is the first part.
+async fn requested(line: &mut Line, phase: Phase, first: BlobPart, limit: u64) -> Result<Vec<u8>> {
+    let malformed = || Error::reconcile("a request for pages is malformed");
+    let mut assembler = BlobAssembler::new(limit);
+    let mut part = first;
+    loop {
+        if let Some(bytes) = assembler.push(&part).map_err(malformed())? {
+            return Ok(bytes);
+        }
+        part = match line.recv(phase).await? {
+            ToSource::Refetch(part) | ToSource::Unpatched(part) | ToSource::Whole(part) => part,
+            _ => return Err(line.unexpected(phase, "half a request for pages")),
+        };
+    }
 }
 
 async fn send_pages(
@@ -237,7 +256,7 @@ async fn send_pages(
     let (state, base) = (out.state.clone(), out.base.clone());
     let twin = out
         .twin
-        .filter(|_| against == Against::All && kind == ImageKind::Ram)
+        .filter(|_| matches!(against, Against::All) && kind == ImageKind::Ram)
         .cloned();
     // How well pages compress is known only at the end, so progress counts them as read.
     let read = Arc::new(AtomicU64::new(0));
@@ -255,8 +274,12 @@ async fn send_pages(
                 base.with_pages(kind, |base| {
                     let mut encode = |twin: Option<&dyn ReadPages>| {
                         let references = References {
-                            base: base.filter(|_| against != Against::Nothing),
+                            base: base.filter(|_| !matches!(against, Against::Nothing)),
                             twin,
+                            unpatched: match &against {
+                                Against::Guesses(unpatched) => Some(unpatched),
+                                _ => None,
+                            },
                         };
                         reconciler::encode_pages(&image, references, &pages, options, &mut sink)
                     };

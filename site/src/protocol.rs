@@ -25,7 +25,9 @@
 //!   | -- Image (which, size), Offer.. ---------------->  |  all images at once, before any answer
 //!   | <---------------------------------------- Lacks..  |  one image after the other from here
 //!   | -- Pages.., PagesEnd --------------------------->  |
-//!   | <-------------------------------------- Unpatched..  |  patches that do not fit: sent whole
+//!   | <-------------------------------------- Unpatched..  |  patches that do not fit, and what is
+//!   | -- Pages.., PagesEnd --------------------------->  |  there: sent line by line
+//!   | <------------------------------------------ Whole..  |  lines that do not fit: sent whole
 //!   | -- Pages.., PagesEnd --------------------------->  |
 //!   | <---------------------- Verified (root) | Differs   |
 //!   | -- Nodes --------------------------------------->  |  only after Differs: descends the tree
@@ -128,8 +130,11 @@ pub enum ToSource {
     /// It is not; these parts of the tree are asked for.
     Differs(NodesRequest),
     /// These pages were told as patches that do not fit what is here: part of
-    /// [`reconciler::PageSet::encode`]. They are to be sent whole.
+    /// [`reconciler::Unpatched::encode`]. What differs in them is to be sent.
     Unpatched(BlobPart),
+    /// That did not make these pages right either: part of [`reconciler::PageSet::encode`].
+    /// They are to be sent whole.
+    Whole(BlobPart),
     /// These pages are: part of [`reconciler::PageSet::encode`]. They are to be sent again.
     Refetch(BlobPart),
     /// The VM is this site's now.

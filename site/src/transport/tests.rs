@@ -196,28 +196,29 @@ async fn a_removed_peer_is_refused_at_once() {
 
 #[tokio::test]
 async fn another_version_is_named_on_both_sides() {
+    const NEXT: u16 = PROTOCOL_VERSION + 1;
     let mut site = site().await;
     let (addr, key) = (site.addr.clone(), site.identity.key());
     let client = std::mem::replace(&mut site.client, Identity::ephemeral().unwrap());
     let error = site
-        .refused(connect_as(7, &addr, &client, key, SOON))
+        .refused(connect_as(NEXT, &addr, &client, key, SOON))
         .await
         .unwrap_err();
     assert!(
         matches!(
             error,
             ConnectError::Version {
-                theirs: 1,
-                ours: 7,
+                theirs: PROTOCOL_VERSION,
+                ours: NEXT,
                 ..
             }
         ),
         "{error:?}"
     );
     assert!(
-        error
-            .to_string()
-            .contains("speaks protocol version 1, this is 7"),
+        error.to_string().contains(&format!(
+            "speaks protocol version {PROTOCOL_VERSION}, this is {NEXT}"
+        )),
         "{error}"
     );
 }

@@ -2,7 +2,7 @@
 
 use reconciler::{
     Applier, ApplyOptions, BlobAssembler, Descent, Holdings, Image, ImageTree, Offer, PlaceKind,
-    Verification, Verified, blob_parts, no_progress, pages_for,
+    Retry, Verification, Verified, blob_parts, no_progress, pages_for,
 };
 use tokio::runtime::Handle;
 
@@ -93,12 +93,23 @@ pub(super) fn exchange(
     let mut applier = Applier::new(offer, resolution, holdings, image, ApplyOptions::default())
         .map_err(failed("cannot begin to build an image"))?;
     talk.pages(|chunk| applier.push(chunk))?;
-    let unpatched = applier
-        .retry()
-        .map_err(failed("an image is not complete"))?;
-    if !unpatched.is_empty() {
-        for part in blob_parts(&unpatched.encode()) {
-            talk.send(ToSource::Unpatched(part))?;
+    // The applier ends this after two rounds, whatever comes.
+    loop {
+        match applier
+            .retry()
+            .map_err(failed("an image is not complete"))?
+        {
+            Retry::Complete => break,
+            Retry::Lines(unpatched) => {
+                for part in blob_parts(&unpatched.encode()) {
+                    talk.send(ToSource::Unpatched(part))?;
+                }
+            }
+            Retry::Whole(pages) => {
+                for part in blob_parts(&pages.encode()) {
+                    talk.send(ToSource::Whole(part))?;
+                }
+            }
         }
         talk.pages(|chunk| applier.push(chunk))?;
     }
@@ -160,6 +171,8 @@ fn tell(talk: &mut Talk<'_>, verified: Verified) -> Result<ImageTree> {
         ("delta", counts.delta),
         ("patched", counts.patched),
         ("patch_failed", counts.patch_failed),
+        ("lines", counts.lines),
+        ("lines_failed", counts.lines_failed),
         ("reverted", counts.reverted),
         ("refetched", counts.refetched),
     ]
