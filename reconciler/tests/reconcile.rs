@@ -460,7 +460,7 @@ fn patches_that_do_not_fit_are_mended_line_by_line() {
 #[test]
 fn a_guess_that_is_mostly_wrong_is_no_help() {
     let mut case = replays(20, 0);
-    for word in (0..512).step_by(24) {
+    for word in (0..512).step_by(16) {
         change(&mut case.replayed, (7, word), 4);
     }
     let (image, stats) = run(&case, &mut |_| {});
