@@ -20,6 +20,8 @@ pub struct Generator {
     birth: usize,
     /// The time in jiffies when this was looked up.
     jiffies: u64,
+    /// What `birth` was then.
+    born: u64,
 }
 
 /// Of `base_crng`: 32 bytes of key come before `birth`.
@@ -52,9 +54,14 @@ pub fn find(ram: &[u8]) -> Option<Generator> {
     // An atomic store later on needs the word to be aligned, as it is in every kernel.
     let usable = state == READY && birth % 8 == 0;
     // Seeded before now, or held already.
-    let age = jiffies.wrapping_sub(born);
-    let plausible = age < PLAUSIBLE || age.wrapping_add(AHEAD) < PLAUSIBLE || born == RELEASED;
-    (usable && plausible).then_some(Generator { birth, jiffies })
+    let generator = Generator {
+        birth,
+        jiffies,
+        born,
+    };
+    let seeded = jiffies.wrapping_sub(born) < PLAUSIBLE;
+    let plausible = seeded || generator.is_held() || born == RELEASED;
+    (usable && plausible).then_some(generator)
 }
 
 /// No time at which a kernel seeds: it begins to count at five minutes before the 32-bit
@@ -62,6 +69,12 @@ pub fn find(ram: &[u8]) -> Option<Generator> {
 const RELEASED: u64 = 1;
 
 impl Generator {
+    /// Whether it is held in place.
+    pub fn is_held(&self) -> bool {
+        let since = self.jiffies.wrapping_sub(self.born).wrapping_add(AHEAD);
+        since < PLAUSIBLE
+    }
+
     /// Offset in RAM, and the 8 bytes to put there, so that it is not stirred.
     pub fn hold(&self) -> (usize, [u8; 8]) {
         (self.birth, self.jiffies.wrapping_add(AHEAD).to_le_bytes())
@@ -86,6 +99,7 @@ mod tests {
     fn it_is_held_released_and_held_again() {
         let mut ram = testing::kernel();
         let generator = find(&ram).unwrap();
+        assert!(!generator.is_held());
         put(&mut ram, generator.hold());
         let birth = u64::from_le_bytes(ram[testing::CRNG + 32..][..8].try_into().unwrap());
         // As `crng_has_old_seed` asks, a minute at 250 Hz later and in a million years.
@@ -94,12 +108,13 @@ mod tests {
             assert!(age.cast_signed() > 0, "stirred {later} jiffies later");
         }
         let again = find(&ram).unwrap();
-        assert_eq!(again, generator);
+        assert!(again.is_held());
+        assert_eq!(again.hold(), generator.hold());
         put(&mut ram, again.release());
         let birth = u64::from_le_bytes(ram[testing::CRNG + 32..][..8].try_into().unwrap());
         let age = birth.wrapping_add(15_000).wrapping_sub(testing::NOW);
         assert!(age.cast_signed() < 0, "not stirred at the next request");
-        assert!(find(&ram).is_some());
+        assert!(!find(&ram).unwrap().is_held());
         assert_eq!(
             ram[testing::CRNG..][..32],
             [0x5e; 32],

@@ -247,7 +247,7 @@ impl Layout {
             }
             let mut last = 0_u64;
             for _ in 0..count {
-                last = last.wrapping_add(numbers.varint()?.wrapping_mul(8));
+                last = on(last, numbers.varint()?, 8)?;
                 part.landmarks.push(Landmark {
                     at: last,
                     hash: u32::from_le_bytes(hashes.array()?),
@@ -260,7 +260,7 @@ impl Layout {
             }
             let mut last = (0_u64, 0_u64);
             for _ in 0..count {
-                last.0 = last.0.wrapping_add(numbers.varint()?);
+                last.0 = on(last.0, numbers.varint()?, 1)?;
                 last.1 = last.1.wrapping_add(unzigzag(numbers.varint()?));
                 if last.1 >= pages {
                     return Err(Error::malformed(
@@ -270,8 +270,6 @@ impl Layout {
                 }
                 part.pages.push(last);
             }
-            // A hostile one is not in order; the maps made of it rely on that.
-            part.landmarks.sort_unstable_by_key(|landmark| landmark.at);
             parts.push(part);
         }
         numbers.end()?;
@@ -283,6 +281,17 @@ impl Layout {
 /// A layout places so many pages of an image at most; each costs memory while it is realigned.
 fn most_pages(pages: u64) -> u64 {
     pages / 4
+}
+
+/// So many steps further: what is told in order can't go back.
+fn on(last: u64, steps: u64, step: u64) -> Result<u64, Error> {
+    steps
+        .checked_mul(step)
+        .and_then(|further| last.checked_add(further))
+        .ok_or(Error::malformed(
+            "a layout",
+            "it goes beyond the last address",
+        ))
 }
 
 /// Pages of the source that a target which replayed like the twin can't find.

@@ -99,13 +99,30 @@ pub async fn capture(
         )));
     };
     target::clean_leftovers(vm).await?;
+    let captured = capture_into(vm, &record, &qemu, &live, generation, options, progress).await;
+    if captured.is_err() {
+        // Half of it is of no use, and would be in the way of another try.
+        files::remove_dir(&options.out)?;
+    }
+    captured
+}
+
+async fn capture_into(
+    vm: &VmDir,
+    record: &VmRecord,
+    qemu: &Vm,
+    live: &Live,
+    generation: u64,
+    options: &CaptureOptions,
+    progress: &dyn Progress,
+) -> Result<Capture> {
     let source = options.out.join("source");
     make_dirs(&source)?;
     progress.phase(Phase::Stop);
-    let was_running = local::guest_status(vm, &qemu).await? == Status::Running;
-    let copied = copy_live(vm, &qemu, &live, &source).await;
+    let was_running = local::guest_status(vm, qemu).await? == Status::Running;
+    let copied = copy_live(vm, qemu, live, &source).await;
     if was_running {
-        local::resume_live(vm, &qemu).await?;
+        local::resume_live(vm, qemu).await?;
     }
     let until = copied?;
     let base = options.out.join("base");
@@ -124,7 +141,7 @@ pub async fn capture(
     {
         let into = options.out.join(name);
         let replayed = replay(
-            vm, &record, generation, &records, until, options, progress, &into,
+            vm, record, generation, &records, until, options, progress, &into,
         );
         let replayed = replayed.await;
         target::clean_leftovers(vm).await?;

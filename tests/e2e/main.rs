@@ -10,6 +10,7 @@
 )]
 
 mod bad_input;
+mod capture;
 mod common;
 mod help;
 mod interrupt;

@@ -1,0 +1,95 @@
+//! A session on a guest that chance is taken out of, and what can be kept of it.
+
+use std::path::Path;
+
+use introspection::{Linux, Physical, address_spaces, entropy};
+use serde_json::Value;
+
+use crate::common::{SOON, VM, World, program, qemus_on, work};
+use testkit::site::Site;
+
+/// As [`crate::common::guest`], and booted once with the parameters for replay.
+async fn replay_friendly_guest(dir: &Path) -> String {
+    let site = Site::new(program(), "builder", dir.join("builder"));
+    let build = site
+        .spawn(&["guest", "build", "--replay-friendly"])
+        .unwrap();
+    let limit = std::time::Duration::from_secs(1800);
+    let built: Value = build
+        .finish(limit)
+        .await
+        .unwrap()
+        .success()
+        .unwrap()
+        .last()
+        .unwrap();
+    built["dir"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_is_captured_while_chance_is_held_in_place() {
+    let world = World::new().await;
+    let a = &world.a;
+    let guest = replay_friendly_guest(world.dir.path()).await;
+    a.json(&["vm", "create", VM, "--disk", &guest, "--replay-friendly"])
+        .await
+        .unwrap();
+    a.json(&["vm", "start", VM]).await.unwrap();
+    let live = a.live_ram(VM).await.unwrap();
+    let held = || {
+        let ram = std::fs::read(&live).unwrap();
+        entropy::find(&ram)
+            .expect("the guest's generator")
+            .is_held()
+    };
+    assert!(!held());
+
+    let out = world.dir.path().join("capture");
+    let out = out.to_str().unwrap();
+    let early = a.run(&["capture", VM, "--out", out]).await.unwrap();
+    assert_eq!(early.code, Some(3), "{}", early.stderr);
+    assert!(!Path::new(out).exists());
+
+    let recorder = a.record(VM).await.unwrap();
+    assert!(held());
+    work(&recorder).await;
+    let captured = a.json(&["capture", VM, "--out", out]).await.unwrap();
+    assert_eq!(
+        captured["replays"].as_array().unwrap().len(),
+        2,
+        "{captured}"
+    );
+    assert!(captured["replays"][0]["events"].as_u64().unwrap() > 100);
+    assert_eq!(a.state(VM).await.unwrap(), "running");
+    assert_eq!(qemus_on(a.dir()), 1, "only the VM itself");
+    for state in ["base", "source", "replayed", "twin"] {
+        let dir = Path::new(out).join(state);
+        let ram = std::fs::read(dir.join("ram.img")).unwrap();
+        assert!(entropy::find(&ram).unwrap().is_held(), "{state}");
+        // The terminal that was typed into is a process of the guest.
+        let spaces = address_spaces(&Linux::find(Physical::new(&ram)).unwrap());
+        let terminal = spaces.iter().find(|space| space.name == b"/usr/bin/xterm");
+        assert!(
+            terminal.is_some_and(|space| space.pages.len() > 100),
+            "{state}"
+        );
+        for file in ["disk.img", "device.bin"] {
+            assert!(
+                dir.join(file).metadata().unwrap().len() > 1 << 20,
+                "{state}/{file}"
+            );
+        }
+    }
+    let again = a.run(&["capture", VM, "--out", out]).await.unwrap();
+    assert_eq!(again.code, Some(3), "{}", again.stderr);
+
+    recorder.process.interrupt();
+    recorder
+        .process
+        .finish(SOON)
+        .await
+        .unwrap()
+        .success()
+        .unwrap();
+    assert!(!held());
+}
