@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo bench-stages bench-viewer fmt lint clean
+.PHONY: help setup build test demo capture bench-stages bench-viewer fmt lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,11 @@ test: setup ## all tests, the ones with real guests too
 # With a guest that chance is taken out of; ORDINARY=1 takes one as Debian makes it.
 demo: setup build ## a desktop roams between two sites; writes target/demo/report.json
 	$(CARGO) run --release --locked --package testkit --bin demo -- $(if $(ORDINARY),,--replay-friendly)
+
+# SESSION is the name of one of the testkit's sessions, or a file; OUT the folder to make.
+capture: setup build ## a session recorded anew, its states kept: SESSION=demo OUT=target/capture
+	$(CARGO) run --release --locked --package testkit --bin session -- --replay-friendly \
+		--session $(or $(SESSION),demo) --out $(or $(OUT),target/capture)
 
 bench-stages: ## the reconciler's stages on synthetic guests: hashing, resolving, encoding, applying
 	$(CARGO) bench --locked --package reconciler

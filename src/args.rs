@@ -232,6 +232,16 @@ pub(crate) struct CreateArgs {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum TwinArg {
+    /// At the same time as the target
+    Beside,
+    /// After the target, where both share processors
+    After,
+    /// Not at all
+    Never,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum AccelArg {
     /// KVM where it works, else software emulation
     Auto,
@@ -251,6 +261,9 @@ pub(crate) struct MigrateArgs {
     /// How: by predicted time, or as said
     #[arg(long, value_enum, default_value_t = StrategyArg::Auto)]
     pub(crate) strategy: StrategyArg,
+    /// When this site replays as well, which saves bytes
+    #[arg(long, value_enum, default_value_t = TwinArg::Beside)]
+    pub(crate) twin: TwinArg,
     /// Say what each strategy would cost, and stop
     #[arg(long)]
     pub(crate) dry_run: bool,

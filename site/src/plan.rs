@@ -299,7 +299,11 @@ pub(crate) fn note_outcome(vm: &VmDir, report: &MigrationReport) -> Result<()> {
         .pages
         .ram
         .iter()
-        .filter(|(recipe, _)| !matches!(recipe.as_str(), "zero" | "reverted"))
+        // What failed is counted once more as what came of it.
+        .filter(|(recipe, _)| {
+            let other = ["zero", "reverted", "patch_failed", "lines_failed"];
+            !other.contains(&recipe.as_str())
+        })
         .map(|(_, count)| count)
         .sum();
     if all == 0 {

@@ -2,13 +2,13 @@
 
 use site::plan::Estimates;
 use site::report::{MigrationReport, Strategy};
-use site::source::{self, MigrateOptions};
+use site::source::{self, MigrateOptions, TwinTurn};
 use site::{Phase, Store};
 use tokio_util::sync::CancellationToken;
 
 use super::serve::stop_signal;
 use super::{peer_of, vm_of};
-use crate::args::{MigrateArgs, StrategyArg};
+use crate::args::{MigrateArgs, StrategyArg, TwinArg};
 use crate::output::{Output, bytes, table};
 
 pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> anyhow::Result<()> {
@@ -29,6 +29,11 @@ pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> a
             StrategyArg::Full => Some(Strategy::Full),
         },
         paused: args.paused,
+        twin: match args.twin {
+            TwinArg::Beside => TwinTurn::Beside,
+            TwinArg::After => TwinTurn::After,
+            TwinArg::Never => TwinTurn::Never,
+        },
     };
     let cancel = CancellationToken::new();
     let on_signal = cancel.clone();

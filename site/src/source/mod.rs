@@ -10,6 +10,7 @@ mod seed;
 mod twin;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use reconciler::Layout;
 use tokio_util::sync::CancellationToken;
@@ -48,6 +49,22 @@ pub use seed::{SeedReport, dry_run, seed};
 /// The tail of the log that is typed while the target replays is replayed too, so often.
 const TAIL_ROUNDS: usize = 3;
 
+/// A target that waits for the twin hears of the source so often.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(30);
+
+/// When the source's own replay takes place, see [`twin`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TwinTurn {
+    /// Beside the target's.
+    #[default]
+    Beside,
+    /// When the target's is over: where both sites share processors, neither slows down the
+    /// other. It takes the time of another replay; the user works on meanwhile.
+    After,
+    /// Not at all: it is the processor's time and memory of one more guest.
+    Never,
+}
+
 /// How to migrate.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct MigrateOptions {
@@ -55,6 +72,8 @@ pub struct MigrateOptions {
     pub strategy: Option<Strategy>,
     /// Leave the VM paused at the target.
     pub paused: bool,
+    /// When to replay here as well.
+    pub twin: TwinTurn,
 }
 
 /// Moves a VM to another site.
@@ -232,8 +251,9 @@ impl Migration<'_> {
         if strategy == Strategy::Replay
             && let Some(base) = base
         {
-            let twin = Twin::start(self.vm, self.record, self.transfer, base.number).await;
-            self.twin = without_twin(twin).flatten();
+            if self.options.twin == TwinTurn::Beside {
+                self.start_twin(base).await;
+            }
             let (summary, log) = self.replay(&mut line, base).await?;
             replay = Some(summary);
             bytes.log = log;
@@ -463,15 +483,53 @@ impl Migration<'_> {
                 }
             };
             // A report is of all pieces so far.
-            total = Some(summary);
-            if let Some(twin) = self.twin.as_mut()
-                && without_twin(twin.settle().await).is_none()
-            {
-                self.drop_twin().await;
+            if total.replace(summary).is_none() && self.options.twin == TwinTurn::After {
+                self.start_twin(base).await;
+                if let Some(twin) = self.twin.as_mut() {
+                    without_twin(twin.play(new.to_vec()).await);
+                }
             }
+            self.settle_twin(line).await?;
         }
         // The first round always replays, if only an empty log.
         Ok((total.unwrap_or_default(), log_bytes))
+    }
+
+    async fn start_twin(&mut self, base: GenerationId) {
+        let twin = Twin::start(self.vm, self.record, self.transfer, base.number).await;
+        self.twin = without_twin(twin).flatten();
+    }
+
+    /// Waits until the twin has played what it was given, as long as that is worth it; the
+    /// target hears now and then that it is not forgotten.
+    async fn settle_twin(&mut self, line: &mut Line) -> Result<()> {
+        let patience = match self.options.twin {
+            TwinTurn::After => None,
+            _ => Some(twin::PATIENCE),
+        };
+        let settled = {
+            // It stays where it is: whoever interrupts this ends it.
+            let Some(twin) = self.twin.as_mut() else {
+                return Ok(());
+            };
+            let settling = twin.settle(patience);
+            tokio::pin!(settling);
+            loop {
+                tokio::select! {
+                    settled = &mut settling => break settled,
+                    () = tokio::time::sleep(SIGN_OF_LIFE) => {
+                        line.send(ToTarget::Probe(Vec::new())).await?;
+                        let ToSource::Probed = line.recv(Phase::Replay).await? else {
+                            return Err(line.unexpected(Phase::Replay, "no answer to a probe"));
+                        };
+                    }
+                }
+            }
+        };
+        if without_twin(settled).is_none() {
+            self.drop_twin().await;
+        }
+        Ok(())
     }
 
     async fn drop_twin(&mut self) {

@@ -24,7 +24,7 @@ use crate::vm::{Id, VmRecord};
 use crate::work::Work;
 
 /// How much later than the target's replay the twin's may end.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Memory that must stay available beside the twin's.
 const MARGIN: u64 = 512 << 20;
@@ -71,9 +71,9 @@ impl Twin {
         self.fork.play(records).await
     }
 
-    /// Waits until it has played what it was given, as long as that is worth it.
-    pub(super) async fn settle(&mut self) -> Result<()> {
-        let settled = tokio::time::timeout(PATIENCE, async {
+    /// Waits until it has played what it was given, for so long at most.
+    pub(super) async fn settle(&mut self, patience: Option<Duration>) -> Result<()> {
+        let settle = async {
             if self.playing {
                 self.fork.done().await?;
                 self.playing = false;
@@ -82,7 +82,11 @@ impl Twin {
                 tracing::info!(missed = report.missed.len(), "the twin is done");
             }
             Ok(())
-        });
+        };
+        let Some(patience) = patience else {
+            return settle.await;
+        };
+        let settled = tokio::time::timeout(patience, settle);
         settled.await.unwrap_or_else(|_| {
             Err(Error::Refused(
                 "the replay at this site takes too long".into(),

@@ -1,0 +1,20 @@
+//! What a guest may write into its RAM: nothing is read beyond it, and looking always ends.
+#![no_main]
+
+use introspection::{Linux, Physical, address_spaces, entropy};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|ram: &[u8]| {
+    let ram = &ram[..ram.len().min(1 << 20)];
+    if let Some(linux) = Linux::find(Physical::new(ram)) {
+        let pages = ram.len().div_ceil(4096) as u64;
+        for space in address_spaces(&linux) {
+            assert!(space.pages.iter().all(|(_, page)| *page < pages));
+        }
+    }
+    if let Some(generator) = entropy::find(ram) {
+        for (at, bytes) in [generator.hold(), generator.release()] {
+            assert!(at + bytes.len() <= ram.len());
+        }
+    }
+});
