@@ -84,11 +84,11 @@ pub(crate) enum Command {
         #[arg(long, default_value_t = 1.0, value_name = "X")]
         speed: f64,
     },
-    /// Save the images of a recorded session: base, source and replayed states
-    Capture(CaptureArgs),
     /// The interaction logs
     #[command(subcommand)]
     Log(LogCommand),
+    /// Save the images of a recorded session: base, source and replayed states
+    Capture(CaptureArgs),
 }
 
 #[derive(clap::Args, Debug)]

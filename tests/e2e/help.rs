@@ -33,6 +33,7 @@ fn the_commands_are_those_of_the_design() {
         "migrate",
         "replay",
         "log",
+        "capture",
     ];
     assert_eq!(commands(&help(&[])), all);
     for (command, parts) in [

@@ -14,16 +14,19 @@ async fn a_desktop_roams_there_by_replay_and_back_by_base() {
     assert_eq!(seeded["generation"].as_u64(), Some(generation));
     work(&recorder).await;
 
-    let there = a
-        .json(&["migrate", VM, "--to", "b", "--strategy", "replay"])
-        .await
-        .unwrap();
+    let replay = ["migrate", VM, "--to", "b", "--strategy", "replay"];
+    // One replay after the other, as both sites share this machine.
+    let there = a.json(&[&replay[..], &["--twin", "after"]].concat()).await;
+    let there = there.unwrap();
     assert_eq!(there["strategy"], "replay");
     assert_eq!(there["generation_from"].as_u64(), Some(generation));
     assert_eq!(there["generation_to"].as_u64(), Some(generation + 1));
     assert_eq!(there["refetched"], 0);
     assert!(there["replay"]["events"].as_u64().unwrap() > 100, "{there}");
     assert!(there["bytes"]["log"].as_u64().unwrap() > 0);
+    // Both replays took place: without the source's own there are no patches.
+    let ram = &there["pages"]["ram"];
+    assert!(ram["patched"].as_u64().unwrap() > 0, "{ram}");
     let recorded: Value = recorder
         .process
         .finish(crate::common::SOON)
