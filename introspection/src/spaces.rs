@@ -23,8 +23,8 @@ const TOUCHED: u64 = 0x60;
 
 /// A guest has no more processes than this that matter.
 const SPACES_MAX: usize = 4096;
-/// Pages of one process that are followed: 8 GiB.
-const PAGES_MAX: usize = 2 << 20;
+/// Pages of all processes together, for each page of RAM: some are shared by many.
+const SHARED_MOST: usize = 8;
 /// The name is looked for in so many pages from the top.
 const NAME_PAGES: usize = 64;
 const NAME_MAX: usize = 512;
@@ -70,6 +70,7 @@ pub fn address_spaces(linux: &Linux<'_>) -> Vec<AddressSpace> {
     let Some(last) = marks.last().copied().filter(|mark| mark.0 == ENTRIES - 1) else {
         return Vec::new();
     };
+    let mut budget = Budget::of(ram);
     let mut spaces = Vec::new();
     let mut counts: HashMap<Vec<u8>, u32> = HashMap::new();
     for page in (0..ram.bytes().len()).step_by(PAGE as usize) {
@@ -84,7 +85,7 @@ pub fn address_spaces(linux: &Linux<'_>) -> Vec<AddressSpace> {
             continue;
         }
         let mut pages = Vec::new();
-        walk(ram, page, &mut pages);
+        walk(ram, page, &mut pages, &mut budget);
         if let Some(name) = name(ram, &pages) {
             let ordinal = counts.entry(name.clone()).or_default();
             spaces.push(AddressSpace {
@@ -101,15 +102,50 @@ pub fn address_spaces(linux: &Linux<'_>) -> Vec<AddressSpace> {
     spaces
 }
 
-/// The user's half below a top-level table, in the order of addresses.
-fn walk(ram: &Physical<'_>, top: usize, pages: &mut Vec<(u64, u64)>) {
+/// What may be read in all. A forged table can lead to itself, and each level then multiplies the
+/// work by 512; of true ones each is a page of RAM and read once.
+struct Budget {
+    tables: usize,
+    pages: usize,
+}
+
+impl Budget {
+    fn of(ram: &Physical<'_>) -> Self {
+        let pages = ram.bytes().len() / PAGE as usize;
+        Self {
+            tables: pages,
+            pages: pages.saturating_mul(SHARED_MOST),
+        }
+    }
+
+    fn table(&mut self) -> Option<()> {
+        self.tables = self.tables.checked_sub(1)?;
+        Some(())
+    }
+
+    fn page(&mut self) -> Option<()> {
+        self.pages = self.pages.checked_sub(1)?;
+        Some(())
+    }
+}
+
+/// The user's half below a top-level table, in the order of addresses, as far as the budget goes.
+fn walk(
+    ram: &Physical<'_>,
+    top: usize,
+    pages: &mut Vec<(u64, u64)>,
+    budget: &mut Budget,
+) -> Option<()> {
     for first in 0..ENTRIES / 2 {
         let Some(second) = table(ram, top as u64, first) else {
             continue;
         };
+        budget.table()?;
         for (index, third) in tables(ram, second) {
             let upper = (first << 27) | (index << 18);
+            budget.table()?;
             for (index, fourth) in tables(ram, third) {
+                budget.table()?;
                 let upper = upper | (index << 9);
                 for index in 0..ENTRIES {
                     let Some(entry) = ram.u64(fourth + index * 8) else {
@@ -119,15 +155,14 @@ fn walk(ram: &Physical<'_>, top: usize, pages: &mut Vec<(u64, u64)>) {
                         continue;
                     }
                     if let Some(offset) = ram.offset(entry & ADDRESS) {
+                        budget.page()?;
                         pages.push((upper | index, offset as u64 / PAGE));
-                        if pages.len() == PAGES_MAX {
-                            return;
-                        }
                     }
                 }
             }
         }
     }
+    Some(())
 }
 
 /// The table that an entry leads to, from a table at an offset of the RAM file.
@@ -184,5 +219,30 @@ mod tests {
         assert_ne!(found[0].key(), found[1].key());
         ram[0x15000..0x16000].fill(0xff);
         assert_eq!(spaces(&ram), []);
+    }
+
+    #[test]
+    fn tables_that_lead_to_themselves_are_not_followed_for_ever() {
+        let mut ram = testing::kernel();
+        // 256 * 512 * 512 ways lead to a last table, which has nothing in it, or everything.
+        for last in [0, 0x11067_u64] {
+            for (table, next) in [(0x10000, 0x11067), (0x11000, 0x12067), (0x12000, 0x13067)] {
+                fill(&mut ram, table, next);
+            }
+            fill(&mut ram, 0x13000, last);
+            let linux = Linux::find(Physical::new(&ram)).unwrap();
+            let mut budget = Budget::of(&linux.ram);
+            let (tables, most) = (budget.tables, budget.pages);
+            let mut pages = Vec::new();
+            assert_eq!(walk(&linux.ram, 0x10000, &mut pages, &mut budget), None);
+            assert!(budget.tables == 0 && tables == ram.len() / 4096 || budget.pages == 0);
+            assert!(pages.len() <= most);
+        }
+    }
+
+    fn fill(ram: &mut [u8], table: usize, entry: u64) {
+        for at in (table..table + 4096).step_by(8) {
+            ram[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+        }
     }
 }

@@ -8,8 +8,10 @@ use crate::realign::Space;
 
 const WORDS: u64 = PAGE_SIZE as u64 / 8;
 
-/// Landmarks of one process: more are thinned out.
+/// Landmarks of one process, at 16 bytes each: more are thinned out.
 const MOST: usize = 4 << 20;
+/// Pairs of words that are looked at before it is known which stand in one place only.
+const PAIRS_MOST: usize = 4 * MOST;
 
 /// Numbers up to this are everywhere, and mark no place.
 const SMALL: u64 = 0xffff;
