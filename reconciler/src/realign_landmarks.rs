@@ -87,11 +87,18 @@ fn hash(first: u64, second: u64) -> u32 {
 
 /// All landmarks of a process, by hash.
 pub(crate) fn landmarks(view: &View<'_>) -> Vec<Landmark> {
+    let changed = |page: &&(u64, u64)| view.changed.contains(PageIndex(page.1));
+    let pages = view.space.pages.iter().filter(changed).count();
+    // The hash decides which stay, so that both sides keep nearly the same.
+    let mut mask = 0;
+    while pages.saturating_mul(WORDS as usize) >> u32::count_ones(mask) > PAIRS_MOST {
+        mask = mask << 1 | 1;
+    }
     let mut all: Vec<Landmark> = view
         .space
         .pages
         .par_iter()
-        .filter(|(_, page)| view.changed.contains(PageIndex(*page)))
+        .filter(changed)
         .flat_map_iter(|(number, page)| {
             let words = view.words_of(*page).unwrap_or_default();
             let start = number.wrapping_mul(PAGE_SIZE as u64);
@@ -101,10 +108,12 @@ pub(crate) fn landmarks(view: &View<'_>) -> Vec<Landmark> {
                 .filter_map(move |(index, pair)| {
                     let (first, second) =
                         (u64::from_le_bytes(pair[0]), u64::from_le_bytes(pair[1]));
-                    (marks(first) && marks(second)).then(|| Landmark {
-                        at: start.wrapping_add(index as u64 * 8),
-                        hash: hash(first, second),
-                    })
+                    if !(marks(first) && marks(second)) {
+                        return None;
+                    }
+                    let hash = hash(first, second);
+                    let at = start.wrapping_add(index as u64 * 8);
+                    (hash & mask == 0).then_some(Landmark { at, hash })
                 })
         })
         .collect();
@@ -116,8 +125,6 @@ pub(crate) fn landmarks(view: &View<'_>) -> Vec<Landmark> {
             unique.push(*one);
         }
     }
-    // The hash decides which stay, so that both sides keep the same.
-    let mut mask = 0;
     while unique.len() > MOST {
         mask = mask << 1 | 1;
         unique.retain(|landmark| landmark.hash & mask == 0);

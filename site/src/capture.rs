@@ -178,12 +178,7 @@ async fn copy_live(vm: &VmDir, qemu: &Vm, live: &Live, into: &Path) -> Result<Op
 
 async fn copy_generation(vm: &VmDir, number: u64, into: &Path) -> Result<()> {
     let files = vm.generation(number);
-    let manifest = files.load_manifest()?.ok_or_else(|| {
-        Error::Refused(format!(
-            "generation {number} of {} is not there any more",
-            vm.name()
-        ))
-    })?;
+    let manifest = vm.manifest(number)?;
     let disks = (0..manifest.disks.len()).map(|index| files.disk(index));
     make_dirs(into)?;
     copy_state(files.ram(), disks.collect(), files.load_device()?, into).await

@@ -216,12 +216,7 @@ pub(crate) fn tree_of(
         return vm.store().base_tree(record.disks[index]);
     };
     let files = vm.generation(number);
-    let manifest = files.load_manifest()?.ok_or_else(|| {
-        Error::Refused(format!(
-            "generation {number} of {} is not there any more",
-            vm.name()
-        ))
-    })?;
+    let manifest = vm.manifest(number)?;
     files.load_disk_tree(&manifest, index)
 }
 

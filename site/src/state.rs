@@ -185,12 +185,7 @@ impl Base {
             });
         };
         let files = vm.generation(number);
-        let manifest = files.load_manifest()?.ok_or_else(|| {
-            Error::Refused(format!(
-                "generation {number} of {} is not there any more",
-                vm.name()
-            ))
-        })?;
+        let manifest = vm.manifest(number)?;
         let disks = (0..manifest.disks.len())
             .map(|index| {
                 Ok((

@@ -365,6 +365,16 @@ impl VmDir {
         GenerationFiles::at(self.generation_dir(number))
     }
 
+    /// The manifest of a generation that has to be there.
+    pub(crate) fn manifest(&self, number: u64) -> Result<Manifest> {
+        self.generation(number).load_manifest()?.ok_or_else(|| {
+            Error::Refused(format!(
+                "generation {number} of {} is not there any more",
+                self.name
+            ))
+        })
+    }
+
     /// All generations that exist, oldest first.
     pub fn generations(&self) -> Result<Vec<Manifest>> {
         let dir = self.dir.join("generations");

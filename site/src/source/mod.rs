@@ -6,20 +6,18 @@
 
 mod hand_over;
 mod opening;
+mod replay;
 mod seed;
 mod twin;
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use reconciler::Layout;
 use tokio_util::sync::CancellationToken;
 use vm_host::{Status, Vm};
 
 use crate::error::{Error, Result};
 use crate::exchange::{self, Outgoing, Sent};
 use crate::generation::{GenerationId, Manifest};
-use crate::layout::TwinRam;
 use crate::lease::Lease;
 use crate::line::{Line, LinkHistory};
 use crate::local::{self, Live};
@@ -28,7 +26,6 @@ use crate::phase::Phase;
 use crate::plan::{self, Feasible};
 use crate::progress::Progress;
 use crate::protocol::{CommitRequest, ImageKind, Plan, Purpose, ToSource, ToTarget, Welcome};
-use crate::recording;
 use crate::report::{
     ByteReport, MigrationReport, PageReports, PhaseClock, ReplaySummary, Roots, Strategy,
 };
@@ -40,17 +37,12 @@ use crate::vm::{Id, VmRecord};
 
 use hand_over::{ask_target, keep};
 use opening::{begin, hello};
+use replay::{realign, without_twin};
 use seed::{ship_files, ship_generation};
 use twin::Twin;
 
 pub use hand_over::settle;
 pub use seed::{SeedReport, dry_run, seed};
-
-/// The tail of the log that is typed while the target replays is replayed too, so often.
-const TAIL_ROUNDS: usize = 3;
-
-/// A target that waits for the twin hears of the source so often.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(30);
 
 /// When the source's own replay takes place, see [`twin`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -440,104 +432,6 @@ impl Migration<'_> {
         Ok(traffic.sent() - before)
     }
 
-    /// Ships the log and has it replayed, then the tail that was typed meanwhile.
-    async fn replay(
-        &mut self,
-        line: &mut Line,
-        base: GenerationId,
-    ) -> Result<(ReplaySummary, u64)> {
-        let mut sent_records = 0;
-        let mut log_bytes = 0;
-        let mut total: Option<ReplaySummary> = None;
-        for _ in 0..TAIL_ROUNDS {
-            self.clock.enter(Phase::Log);
-            recording::flush(self.vm).await?;
-            let records = {
-                let vm = self.vm.clone();
-                local::blocking(move || recording::records_since(&vm, base.number)).await?
-            };
-            let new = records.get(sent_records..).unwrap_or_default();
-            if new.is_empty() && total.is_some() {
-                break;
-            }
-            let segment = traces::encode_records(new).map_err(Error::log("cannot pack the log"))?;
-            sent_records = records.len();
-            log_bytes += segment.len() as u64;
-            for part in reconciler::blob_parts(&segment) {
-                line.send(ToTarget::Log(part)).await?;
-            }
-            line.flush().await?;
-            self.clock.enter(Phase::Replay);
-            if let Some(twin) = self.twin.as_mut()
-                && without_twin(twin.play(new.to_vec()).await).is_none()
-            {
-                self.drop_twin().await;
-            }
-            let summary = loop {
-                match line.recv(Phase::Replay).await? {
-                    ToSource::Replaying { done, total } => {
-                        self.progress.advance(Phase::Replay, done, Some(total));
-                    }
-                    ToSource::Replayed(summary) => break summary,
-                    _ => return Err(line.unexpected(Phase::Replay, "no word of the replay")),
-                }
-            };
-            // A report is of all pieces so far.
-            if total.replace(summary).is_none() && self.options.twin == TwinTurn::After {
-                self.start_twin(base).await;
-                if let Some(twin) = self.twin.as_mut() {
-                    without_twin(twin.play(new.to_vec()).await);
-                }
-            }
-            self.settle_twin(line).await?;
-        }
-        // The first round always replays, if only an empty log.
-        Ok((total.unwrap_or_default(), log_bytes))
-    }
-
-    async fn start_twin(&mut self, base: GenerationId) {
-        let twin = Twin::start(self.vm, self.record, self.transfer, base.number).await;
-        self.twin = without_twin(twin).flatten();
-    }
-
-    /// Waits until the twin has played what it was given, as long as that is worth it; the
-    /// target hears now and then that it is not forgotten.
-    async fn settle_twin(&mut self, line: &mut Line) -> Result<()> {
-        let patience = match self.options.twin {
-            TwinTurn::After => None,
-            _ => Some(twin::PATIENCE),
-        };
-        let settled = {
-            // It stays where it is: whoever interrupts this ends it.
-            let Some(twin) = self.twin.as_mut() else {
-                return Ok(());
-            };
-            let settling = twin.settle(patience);
-            tokio::pin!(settling);
-            loop {
-                tokio::select! {
-                    settled = &mut settling => break settled,
-                    () = tokio::time::sleep(SIGN_OF_LIFE) => {
-                        line.send(ToTarget::Probe(Vec::new())).await?;
-                        let ToSource::Probed = line.recv(Phase::Replay).await? else {
-                            return Err(line.unexpected(Phase::Replay, "no answer to a probe"));
-                        };
-                    }
-                }
-            }
-        };
-        if without_twin(settled).is_none() {
-            self.drop_twin().await;
-        }
-        Ok(())
-    }
-
-    async fn drop_twin(&mut self) {
-        if let Some(twin) = self.twin.take() {
-            twin.kill().await;
-        }
-    }
-
     /// The step that decides. From the moment the lease is offered until the answer, this site
     /// does not run the VM.
     async fn commit(&mut self, line: &mut Line, manifest: &Manifest) -> Result<()> {
@@ -574,27 +468,6 @@ fn warn_unclean(cleaned: Result<()>) {
             "a replay at this site left something"
         );
     }
-}
-
-/// Brings the twin's RAM to the layout of the state; the target is told how to do the same.
-async fn realign(
-    mut twin: TwinRam,
-    state: &Arc<State>,
-    base: &Arc<Base>,
-) -> Result<(Arc<TwinRam>, Option<Layout>)> {
-    let (state, base) = (state.clone(), base.clone());
-    local::blocking(move || {
-        let layout = twin.realign(&state, &base)?;
-        Ok((Arc::new(twin), layout))
-    })
-    .await
-}
-
-/// A twin that fails is done without.
-fn without_twin<T>(outcome: Result<T>) -> Option<T> {
-    outcome
-        .map_err(|error| tracing::warn!(error = error.chain(), "going on without a twin"))
-        .ok()
 }
 
 fn account(bytes: &mut ByteReport, sent: &[Sent]) {

@@ -52,12 +52,7 @@ pub(super) async fn ship_generation(
     rate: f64,
     progress: &dyn Progress,
 ) -> Result<Vec<Sent>> {
-    let manifest = vm.generation(number).load_manifest()?.ok_or_else(|| {
-        Error::Refused(format!(
-            "generation {number} of {} is not there any more",
-            vm.name()
-        ))
-    })?;
+    let manifest = vm.manifest(number)?;
     let common = welcome
         .common
         .iter()
