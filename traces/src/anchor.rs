@@ -3,7 +3,10 @@
 //! Replay gives input to a guest that is a little faster or slower than the recorded one. An
 //! anchor tells when the thing to be clicked or typed into is there. Comparing whole frames
 //! would never match (clocks, carets, progress bars), so a small region is compared, tile by
-//! tile, and one small spot of it may differ.
+//! tile, and one small spot of it may differ. What is known to change by itself is not compared
+//! at all: its tile holds [`Anchor::UNCOMPARED`] in place of a hash, a value that no picture has.
+//! (A log from before this had a meaning holds none, but by one chance in four thousand million
+//! a tile; a reader from before compares such a tile, and at worst counts a miss.)
 //!
 //! Replay in step with the screen is VNCplay's idea (Zeldovich and Chandra, "Interactive
 //! Performance Measurement with VNCplay", FREENIX 2005); hashed tiles in place of pixels keep an
@@ -25,12 +28,23 @@ pub struct Pixels<'a> {
 /// How a frame compares with an anchor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Match {
-    /// Tiles compared.
+    /// Tiles compared, without those that change by themselves.
     pub tiles: usize,
     /// How many of them differ.
     pub differing: usize,
     /// Columns and rows of tiles of the smallest box around those that differ.
     pub spread: (usize, usize),
+}
+
+/// How one tile of a frame compares with an anchor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TileMatch {
+    /// It shows what it showed.
+    Same,
+    /// It shows something else, or isn't on the screen.
+    Differs,
+    /// It changes by itself; what it showed is not known.
+    Uncompared,
 }
 
 impl Match {
@@ -52,9 +66,20 @@ impl Match {
 impl Anchor {
     /// Edge of a tile, in pixels.
     pub const TILE: u16 = 16;
+    /// Stands for a tile that changes by itself.
+    pub const UNCOMPARED: u32 = 0;
 
     /// What `frame` shows in `region`, which is first cut down to what is on the screen.
     pub fn capture(frame: &Pixels<'_>, region: Region) -> Self {
+        Self::capture_except(frame, region, |_| false)
+    }
+
+    /// The same, without the tiles that change by themselves, as `restless` says of each.
+    pub fn capture_except(
+        frame: &Pixels<'_>,
+        region: Region,
+        restless: impl Fn(Region) -> bool,
+    ) -> Self {
         let x = region.x.min(frame.width);
         let y = region.y.min(frame.height);
         let region = Region {
@@ -64,9 +89,34 @@ impl Anchor {
             height: region.height.min(frame.height - y),
         };
         let tiles = grid(region)
-            .map(|(_, _, tile)| hash(frame, &tile).unwrap_or(0))
+            .map(|(_, _, tile)| {
+                if restless(tile.region()) {
+                    return Self::UNCOMPARED;
+                }
+                hash(frame, &tile).unwrap_or(Self::UNCOMPARED)
+            })
             .collect();
         Self { region, tiles }
+    }
+
+    /// How many of its tiles are compared.
+    pub fn compared(&self) -> usize {
+        let compared = |tile: &&u32| **tile != Self::UNCOMPARED;
+        self.tiles.iter().filter(compared).count()
+    }
+
+    /// Where each tile lies, and how it compares with what `frame` shows now. Nothing for an
+    /// anchor that holds another number of tiles than its region has.
+    pub fn compare<'a>(
+        &'a self,
+        frame: &'a Pixels<'_>,
+    ) -> impl Iterator<Item = (Region, TileMatch)> + 'a {
+        let (columns, rows) = extent(self.region);
+        let whole = columns * rows == self.tiles.len();
+        grid(self.region)
+            .zip(&self.tiles)
+            .take_while(move |_| whole)
+            .map(|((_, _, tile), wanted)| (tile.region(), compare(frame, &tile, *wanted)))
     }
 
     /// Compares what `frame` shows now. Tiles that aren't on the screen differ, and so do all
@@ -81,10 +131,12 @@ impl Anchor {
                 spread: (columns, rows),
             };
         }
-        let mut differing = 0;
+        let (mut compared, mut differing) = (0, 0);
         let (mut left, mut right, mut top, mut bottom) = (usize::MAX, 0, usize::MAX, 0);
         for ((column, row, tile), wanted) in grid(self.region).zip(&self.tiles) {
-            if hash(frame, &tile) != Some(*wanted) {
+            let found = compare(frame, &tile, *wanted);
+            compared += usize::from(found != TileMatch::Uncompared);
+            if found == TileMatch::Differs {
                 differing += 1;
                 (left, right) = (left.min(column), right.max(column));
                 (top, bottom) = (top.min(row), bottom.max(row));
@@ -96,7 +148,7 @@ impl Anchor {
             (right - left + 1, bottom - top + 1)
         };
         Match {
-            tiles,
+            tiles: compared,
             differing,
             spread,
         }
@@ -152,7 +204,30 @@ struct Place {
     height: usize,
 }
 
-/// The hash of a tile, if the frame has all of it.
+impl Place {
+    /// The part of it that a screen could have.
+    fn region(&self) -> Region {
+        let on_screen = |at: usize| u16::try_from(at).unwrap_or(u16::MAX);
+        Region {
+            x: on_screen(self.x),
+            y: on_screen(self.y),
+            width: on_screen(self.width),
+            height: on_screen(self.height),
+        }
+    }
+}
+
+fn compare(frame: &Pixels<'_>, place: &Place, wanted: u32) -> TileMatch {
+    if wanted == Anchor::UNCOMPARED {
+        TileMatch::Uncompared
+    } else if hash(frame, place) == Some(wanted) {
+        TileMatch::Same
+    } else {
+        TileMatch::Differs
+    }
+}
+
+/// The hash of a tile, if the frame has all of it. Never [`Anchor::UNCOMPARED`].
 fn hash(frame: &Pixels<'_>, place: &Place) -> Option<u32> {
     let stride = usize::from(frame.width);
     if place.x + place.width > stride || place.y + place.height > usize::from(frame.height) {
@@ -165,7 +240,7 @@ fn hash(frame: &Pixels<'_>, place: &Place) -> Option<u32> {
     }
     let hash = hasher.finalize();
     let [a, b, c, d, ..] = *hash.as_bytes();
-    Some(u32::from_le_bytes([a, b, c, d]))
+    Some(u32::from_le_bytes([a, b, c, d]).max(Anchor::UNCOMPARED + 1))
 }
 
 #[cfg(test)]
@@ -263,6 +338,43 @@ mod tests {
             let found = anchor.matches(&frame(&changed));
             assert!(!found.is_match(), "{spots:?}: {found:?}");
         }
+    }
+
+    #[test]
+    fn what_changes_by_itself_is_not_compared() {
+        let rgb = picture();
+        let region = Region {
+            x: 32,
+            y: 32,
+            width: 64,
+            height: 64,
+        };
+        // A clock at the top, and a caret below: two spots, one of them known.
+        let clock = |tile: Region| tile.y < 48 && tile.x >= 64;
+        let anchor = Anchor::capture_except(&frame(&rgb), region, clock);
+        assert_eq!((anchor.tiles.len(), anchor.compared()), (16, 14));
+        let mut changed = rgb.clone();
+        paint(&mut changed, 66, 34, 28, 10);
+        paint(&mut changed, 40, 80, 2, 14);
+        let plain = Anchor::capture(&frame(&rgb), region);
+        assert!(!plain.matches(&frame(&changed)).is_match());
+        let found = anchor.matches(&frame(&changed));
+        assert_eq!((found.tiles, found.differing), (14, 1));
+        assert!(found.is_match());
+        let count = |wanted| {
+            let pixels = frame(&changed);
+            anchor
+                .compare(&pixels)
+                .filter(|(_, found)| *found == wanted)
+                .count()
+        };
+        assert_eq!(
+            [TileMatch::Same, TileMatch::Differs, TileMatch::Uncompared].map(count),
+            [13, 1, 2]
+        );
+        // A window that covers all of it is still seen.
+        paint(&mut changed, 32, 32, 64, 64);
+        assert!(!anchor.matches(&frame(&changed)).is_match());
     }
 
     #[test]

@@ -33,7 +33,7 @@ mod file_tests;
 #[cfg(test)]
 mod testing;
 
-pub use anchor::{Match, Pixels};
+pub use anchor::{Match, Pixels, TileMatch};
 pub use coding::Limits;
 pub use error::Error;
 pub use event::{Anchor, Event, GuestTime, Record, Region};
