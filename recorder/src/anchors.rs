@@ -4,11 +4,15 @@
 //! know what the user was looking at when they began to click or type. An anchor is worth its
 //! bytes where an interaction begins, at the place it is aimed at: around the pointer when a
 //! button goes down or a wheel turns, around the last click when typing starts. Mere movement
-//! gets none: what it leads to does.
+//! gets none: what it leads to does. Tiles that change by themselves are left out of it.
+
+mod restless;
 
 use std::time::{Duration, Instant};
 
-use traces::{Event, Region};
+use traces::{Anchor, Event, Pixels, Region};
+
+pub(crate) use restless::Restless;
 
 /// Without input for this long, what comes next is a new interaction.
 const PAUSE: Duration = Duration::from_millis(400);
@@ -81,11 +85,31 @@ fn beginning(events: &[Event]) -> Option<Beginning> {
     })
 }
 
+/// What the screen shows around a point, but for what changes by itself. None where so much does
+/// that hardly a quarter would be compared: that would match anything.
+pub(crate) fn capture(
+    frame: &Pixels<'_>,
+    point: (u16, u16),
+    restless: &[Region],
+) -> Option<Anchor> {
+    let region = region_around(point, (frame.width, frame.height));
+    let anchor = Anchor::capture_except(frame, region, |tile| {
+        restless.iter().any(|other| restless::overlap(tile, *other))
+    });
+    (anchor.compared() * 4 >= anchor.tiles.len()).then_some(anchor)
+}
+
 /// The region around a point, moved rather than cut at the edges of the screen.
+///
+/// It begins on the grid of tiles of the whole screen, unless that would leave out the point, so
+/// that a restless tile of that is one of the anchor's, too, and not up to four.
 pub(crate) fn region_around(point: (u16, u16), screen: (u16, u16)) -> Region {
     let span = |at: u16, size: u16, limit: u16| {
         let size = size.min(limit);
-        (at.saturating_sub(size / 2).min(limit - size), size)
+        let from = at.saturating_sub(size / 2).min(limit - size);
+        let on_grid = from - from % Anchor::TILE;
+        let from = if at - on_grid < size { on_grid } else { from };
+        (from, size)
     };
     let (x, width) = span(point.0, WIDTH, screen.0);
     let (y, height) = span(point.1, HEIGHT, screen.1);
@@ -168,6 +192,10 @@ mod tests {
                 height: 64
             }
         );
+        let edge = region_around((1365, 300), (1366, 768));
+        assert_eq!((edge.x, edge.width), (1270, 96));
+        let within = all(333, 251);
+        assert_eq!((within.x, within.y, within.width), (272, 208, 96));
         assert_eq!(
             region_around((5, 5), (10, 10)),
             Region {
@@ -177,5 +205,26 @@ mod tests {
                 height: 10
             }
         );
+    }
+    #[test]
+    fn an_anchor_leaves_out_what_is_restless_and_is_none_where_all_is() {
+        let rgb = vec![7; 640 * 480 * 3];
+        let frame = Pixels {
+            width: 640,
+            height: 480,
+            rgb: &rgb,
+        };
+        let tile = |x, y, size| Region {
+            x,
+            y,
+            width: size,
+            height: size,
+        };
+        let compared = |restless: &[Region]| {
+            capture(&frame, (320, 240), restless).map(|anchor| anchor.compared())
+        };
+        assert_eq!(compared(&[]), Some(24));
+        assert_eq!(compared(&[tile(272, 208, 16), tile(0, 0, 16)]), Some(23));
+        assert_eq!(compared(&[tile(0, 0, 640)]), None);
     }
 }

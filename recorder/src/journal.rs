@@ -15,7 +15,7 @@ use tokio::net::unix::OwnedWriteHalf;
 use traces::{Anchor, Event, GuestTime, Pixels, Record};
 use vm_host::screen::Observer;
 
-use crate::anchors::{AnchorPlan, region_around};
+use crate::anchors::{self, AnchorPlan, Restless};
 use crate::codec::Framed;
 use crate::events::{Devices, ViewerInput};
 use crate::messages::ClientMessage;
@@ -103,6 +103,7 @@ pub(crate) struct Journal {
     inner: Mutex<Inner>,
     viewers: AtomicUsize,
     observer: Arc<Observer>,
+    restless: Restless,
 }
 
 struct Inner {
@@ -147,6 +148,7 @@ impl Journal {
             inner: Mutex::new(inner),
             viewers: AtomicUsize::new(0),
             observer,
+            restless: Restless::new(),
         }
     }
 
@@ -215,27 +217,36 @@ impl Journal {
     }
 
     fn anchor(&self, inner: &mut Inner, events: &[Event]) -> Option<Anchor> {
+        let now = Instant::now();
+        if !events.is_empty() {
+            self.restless.disturbed(now);
+        }
         if inner.is_silent() {
             return None;
         }
         let pointer = inner.devices.pointer();
-        let aim = inner.plan.aim(events, pointer, Instant::now());
+        let aim = inner.plan.aim(events, pointer, now);
         // Waiting for the screen in replay would make a held key repeat.
         let aim = aim.filter(|_| inner.logged_down.iter().all(|c| MODIFIERS.contains(c)))?;
         self.capture(aim)
     }
 
     fn capture(&self, aim: (u16, u16)) -> Option<Anchor> {
+        let restless = self.restless.regions();
         self.observer.with_frame(|frame| {
-            let (width, height) = (frame.width, frame.height);
-            let region = region_around(aim, (width, height));
             let pixels = Pixels {
-                width,
-                height,
+                width: frame.width,
+                height: frame.height,
                 rgb: frame.rgb,
             };
-            frame.whole.then(|| Anchor::capture(&pixels, region))
+            let whole = frame.whole.then_some(pixels)?;
+            anchors::capture(&whole, aim, &restless)
         })
+    }
+
+    /// What changes on the screen without input.
+    pub(crate) fn restless(&self) -> &Restless {
+        &self.restless
     }
 
     /// Columns and rows of the screen, in pixels.

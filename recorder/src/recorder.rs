@@ -132,12 +132,17 @@ impl Recorder {
             Arc::clone(&journal),
             stop.clone(),
         ));
+        let restless = tokio::spawn(follow_restless(
+            Arc::clone(&observer),
+            Arc::clone(&journal),
+            stop.clone(),
+        ));
         let viewers = tokio::spawn(accept(listener, Arc::clone(&proxy)));
         let mut handle = RecorderHandle {
             local,
             proxy,
             observer,
-            tasks: vec![sizes, viewers],
+            tasks: vec![sizes, restless, viewers],
         };
         for device in devices {
             handle.capture(device);
@@ -264,5 +269,12 @@ async fn follow_size(observer: Arc<Observer>, journal: Arc<Journal>, stop: Cance
                 return;
             }
         }
+    }
+}
+
+/// Learns what changes on the screen without input, for anchors to leave out.
+async fn follow_restless(observer: Arc<Observer>, journal: Arc<Journal>, stop: CancellationToken) {
+    if let Err(error) = journal.restless().watch(&observer, &stop).await {
+        tracing::debug!(%error, "no longer learning what changes by itself");
     }
 }

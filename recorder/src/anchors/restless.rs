@@ -1,0 +1,391 @@
+//! Which parts of the screen change by themselves: a caret that blinks, a clock, a spinner.
+//!
+//! An anchor must not be taken of those: what they showed then is not what a replay shows. They
+//! are told from what the user brought about by watching while there is no input, and from a
+//! program's late answer by their rhythm: a tile is *restless* once it has changed four times, at
+//! intervals of which none is more than twice another, and for as long as it goes on. Nothing is
+//! learned near input, and nothing forgotten.
+//!
+//! Not promised: what changes once a minute is not learned, as nobody does nothing for that
+//! long; an anchor tolerates one such spot anyway. Output that scrolls evenly counts as restless
+//! while it does, which is right: what it shows at one moment says nothing.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+use traces::{Anchor, Pixels, Region};
+use vm_host::screen::{Observer, ScreenError};
+
+/// What changes later than this after the last input does so by itself, or by a slow program.
+const CALM: Duration = Duration::from_secs(1);
+/// How often to look, at most: three times in a blink.
+const LOOK: Duration = Duration::from_millis(100);
+/// How often to look whether something has stopped.
+const RECHECK: Duration = Duration::from_millis(500);
+/// Intervals that make a rhythm.
+const RHYTHM: usize = 3;
+/// The longer of two intervals that are alike is at most twice the other, and what looking now
+/// and then adds to each.
+const SLACK: Duration = Duration::from_millis(200);
+
+/// What is known to be restless now, as the watcher tells whoever takes anchors.
+pub(crate) struct Restless {
+    shared: Mutex<Shared>,
+}
+
+struct Shared {
+    last_input: Instant,
+    regions: Arc<[Region]>,
+}
+
+impl Restless {
+    pub(crate) fn new() -> Self {
+        let shared = Shared {
+            last_input: Instant::now(),
+            regions: Arc::default(),
+        };
+        Self {
+            shared: Mutex::new(shared),
+        }
+    }
+
+    /// Only whole values are stored under the lock.
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest was given input.
+    pub(crate) fn disturbed(&self, now: Instant) {
+        self.shared().last_input = now;
+    }
+
+    /// The regions that change by themselves.
+    pub(crate) fn regions(&self) -> Arc<[Region]> {
+        Arc::clone(&self.shared().regions)
+    }
+
+    /// Learns until told to stop.
+    pub(crate) async fn watch(
+        &self,
+        observer: &Observer,
+        stop: &CancellationToken,
+    ) -> Result<(), ScreenError> {
+        let learn = async {
+            let mut rhythms = Rhythms::default();
+            loop {
+                let version = observer.version();
+                let now = Instant::now();
+                let calm = now.saturating_duration_since(self.shared().last_input);
+                if let Some(wait) = CALM.checked_sub(calm).filter(|wait| !wait.is_zero()) {
+                    rhythms.interrupt();
+                    tokio::time::sleep(wait).await;
+                    continue;
+                }
+                let seen = observer.with_frame(|frame| {
+                    let pixels = Pixels {
+                        width: frame.width,
+                        height: frame.height,
+                        rgb: frame.rgb,
+                    };
+                    frame.whole.then(|| rhythms.look(&pixels, now))
+                });
+                if seen.is_some() {
+                    self.shared().regions = rhythms.restless().into();
+                }
+                tokio::time::sleep(LOOK).await;
+                // Also without a change: what was restless may have stopped.
+                if let Ok(changed) = tokio::time::timeout(RECHECK, observer.changed(version)).await
+                {
+                    changed?;
+                }
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            failed = learn => failed,
+        }
+    }
+}
+
+/// Whether two regions share a pixel.
+pub(crate) fn overlap(one: Region, other: Region) -> bool {
+    let apart = |a: u16, a_size: u16, b: u16, b_size: u16| {
+        u32::from(a) + u32::from(a_size) <= u32::from(b)
+            || u32::from(b) + u32::from(b_size) <= u32::from(a)
+    };
+    !apart(one.x, one.width, other.x, other.width)
+        && !apart(one.y, one.height, other.y, other.height)
+}
+
+/// What the tiles of a screen did while there was no input.
+#[derive(Default)]
+struct Rhythms {
+    size: (u16, u16),
+    /// What the screen showed last; nothing before the first look of a calm stretch.
+    shown: Vec<u8>,
+    tiles: Vec<Rhythm>,
+    looked: Option<Instant>,
+    /// Time watched.
+    watched: Duration,
+}
+
+#[derive(Clone, Default)]
+struct Rhythm {
+    /// When it changed last, in time watched.
+    last: Duration,
+    /// Whether that was in this calm stretch.
+    running: bool,
+    /// The last intervals between changes in one stretch; zero where there was none yet.
+    intervals: [Duration; RHYTHM],
+}
+
+impl Rhythm {
+    fn changed(&mut self, now: Duration) {
+        if self.running {
+            self.intervals.rotate_left(1);
+            // Both are times watched, of which the later is the longer.
+            self.intervals[RHYTHM - 1] = now.saturating_sub(self.last);
+        }
+        self.running = true;
+        self.last = now;
+    }
+
+    fn is_restless(&self, now: Duration) -> bool {
+        let [shortest, longest] = [
+            self.intervals.iter().min().copied().unwrap_or_default(),
+            self.intervals.iter().max().copied().unwrap_or_default(),
+        ];
+        !shortest.is_zero()
+            && longest <= shortest * 2 + SLACK
+            && now.saturating_sub(self.last) <= longest * 2 + SLACK
+    }
+}
+
+impl Rhythms {
+    /// Input came: what changes now is no sign.
+    fn interrupt(&mut self) {
+        if self.looked.take().is_some() {
+            self.shown.clear();
+            for tile in &mut self.tiles {
+                tile.running = false;
+            }
+        }
+    }
+
+    /// Looks at a screen without input.
+    fn look(&mut self, frame: &Pixels<'_>, now: Instant) {
+        let size = (frame.width, frame.height);
+        if size != self.size {
+            *self = Self {
+                size,
+                watched: self.watched,
+                ..Self::default()
+            };
+            let (columns, rows) = self.grid();
+            self.tiles = vec![Rhythm::default(); columns * rows];
+        }
+        if let Some(before) = self.looked.replace(now) {
+            self.watched += now.saturating_duration_since(before);
+            if self.shown.len() == frame.rgb.len() && self.shown != frame.rgb {
+                self.compare(frame);
+            }
+        }
+        self.shown.clear();
+        self.shown.extend_from_slice(frame.rgb);
+    }
+
+    fn compare(&mut self, frame: &Pixels<'_>) {
+        let (columns, _) = self.grid();
+        let stride = usize::from(self.size.0) * 3;
+        let edge = usize::from(Anchor::TILE);
+        if stride == 0 {
+            return;
+        }
+        let mut changed = vec![false; self.tiles.len()];
+        let rows = self.shown.chunks(stride).zip(frame.rgb.chunks(stride));
+        for (y, (before, after)) in rows.enumerate().filter(|(_, (b, a))| b != a) {
+            let tiles = before.chunks(edge * 3).zip(after.chunks(edge * 3));
+            for (column, _) in tiles.enumerate().filter(|(_, (b, a))| b != a) {
+                if let Some(changed) = changed.get_mut(y / edge * columns + column) {
+                    *changed = true;
+                }
+            }
+        }
+        for (tile, _) in self.tiles.iter_mut().zip(changed).filter(|(_, c)| *c) {
+            tile.changed(self.watched);
+        }
+    }
+
+    fn restless(&self) -> Vec<Region> {
+        let (columns, _) = self.grid();
+        let (width, height) = self.size;
+        let place = |index: usize, limit: u16| {
+            // A tile's place on a screen of at most 65,535 pixels.
+            let at = u16::try_from(index * usize::from(Anchor::TILE)).unwrap_or(u16::MAX);
+            (at, Anchor::TILE.min(limit.saturating_sub(at)))
+        };
+        let restless = self
+            .tiles
+            .iter()
+            .enumerate()
+            .filter(|(_, tile)| tile.is_restless(self.watched));
+        restless
+            .map(|(index, _)| {
+                let (x, width) = place(index % columns, width);
+                let (y, height) = place(index / columns, height);
+                Region {
+                    x,
+                    y,
+                    width,
+                    height,
+                }
+            })
+            .collect()
+    }
+
+    /// Columns and rows of tiles.
+    fn grid(&self) -> (usize, usize) {
+        let (width, height) = self.size;
+        let tiles = |size: u16| usize::from(size.div_ceil(Anchor::TILE));
+        (tiles(width), tiles(height))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WIDTH: u16 = 72;
+    const HEIGHT: u16 = 40;
+
+    /// A screen with some spots of other colours than black.
+    fn screen(spots: &[(usize, usize, u8)]) -> Vec<u8> {
+        let mut rgb = vec![0; usize::from(WIDTH) * usize::from(HEIGHT) * 3];
+        for (x, y, colour) in spots {
+            rgb[(y * usize::from(WIDTH) + x) * 3] = *colour;
+        }
+        rgb
+    }
+
+    /// A watcher, and the time in its world.
+    struct World {
+        rhythms: Rhythms,
+        now: Instant,
+    }
+
+    impl World {
+        fn new() -> Self {
+            Self {
+                rhythms: Rhythms::default(),
+                now: Instant::now(),
+            }
+        }
+
+        fn look(&mut self, rgb: &[u8]) {
+            let pixels = Pixels {
+                width: WIDTH,
+                height: HEIGHT,
+                rgb,
+            };
+            self.rhythms.look(&pixels, self.now);
+        }
+
+        /// Looks ten times a second, at what is shown so long after the beginning.
+        fn watch(&mut self, millis: std::ops::Range<u64>, shown: impl Fn(u64) -> Vec<u8>) {
+            for at in millis.step_by(100) {
+                self.look(&shown(at));
+                self.now += Duration::from_millis(100);
+            }
+        }
+
+        fn restless(&self) -> Vec<(u16, u16)> {
+            self.rhythms.restless().iter().map(|r| (r.x, r.y)).collect()
+        }
+    }
+
+    fn blink(at: u64) -> u8 {
+        u8::from((at / 530).is_multiple_of(2))
+    }
+
+    #[test]
+    fn a_caret_and_a_clock_are_learned_and_what_stands_still_is_not() {
+        let mut world = World::new();
+        let shown = |at: u64| screen(&[(20, 20, blink(at)), (70, 39, (at / 1000) as u8)]);
+        world.watch(0..1500, shown);
+        assert_eq!(world.restless(), []);
+        world.watch(1500..5000, shown);
+        assert_eq!(world.restless(), [(16, 16), (64, 32)]);
+        // The tiles at the edges are narrower.
+        let last = world.rhythms.restless()[1];
+        assert_eq!((last.width, last.height), (8, 8));
+    }
+
+    #[test]
+    fn a_caret_that_has_gone_is_forgotten_but_not_while_there_is_input() {
+        let mut world = World::new();
+        world.watch(0..4000, |at| screen(&[(20, 20, blink(at))]));
+        assert_eq!(world.restless(), [(16, 16)]);
+        world.rhythms.interrupt();
+        world.now += Duration::from_secs(30);
+        assert_eq!(world.restless(), [(16, 16)]);
+        world.watch(0..4000, |at| screen(&[(50, 20, blink(at))]));
+        assert_eq!(world.restless(), [(48, 16)]);
+    }
+
+    #[test]
+    fn what_a_program_shows_late_is_no_rhythm() {
+        let mut world = World::new();
+        // Something appears in steps, further and further apart.
+        let steps = [300, 700, 2000, 2300, 5000];
+        world.watch(0..6000, |at| {
+            let shown = steps.iter().filter(|step| **step <= at).count();
+            screen(&[(20, 20, shown as u8)])
+        });
+        assert_eq!(world.restless(), []);
+    }
+
+    #[test]
+    fn changes_across_input_make_no_rhythm() {
+        let mut world = World::new();
+        for colour in 0..20 {
+            world.watch(0..300, |at| {
+                screen(&[(20, 20, colour * 2 + u8::from(at > 100))])
+            });
+            world.rhythms.interrupt();
+            world.now += Duration::from_secs(1);
+        }
+        assert_eq!(world.restless(), []);
+    }
+
+    #[test]
+    fn another_screen_size_begins_anew() {
+        let mut world = World::new();
+        world.watch(0..4000, |at| screen(&[(20, 20, blink(at))]));
+        let rgb = vec![0; 30 * 30 * 3];
+        let pixels = Pixels {
+            width: 30,
+            height: 30,
+            rgb: &rgb,
+        };
+        world.rhythms.look(&pixels, world.now);
+        assert_eq!(world.restless(), []);
+        assert_eq!(world.rhythms.tiles.len(), 4);
+    }
+
+    #[test]
+    fn regions_overlap_where_they_share_a_pixel() {
+        let region = |x, y, width, height| Region {
+            x,
+            y,
+            width,
+            height,
+        };
+        let one = region(16, 16, 16, 16);
+        assert!(overlap(one, region(31, 31, 16, 16)));
+        assert!(overlap(one, region(0, 0, 100, 100)));
+        assert!(!overlap(one, region(32, 16, 16, 16)));
+        assert!(!overlap(one, region(16, 0, 16, 16)));
+        assert!(!overlap(region(65535, 0, 65535, 9), region(0, 0, 65535, 9)));
+    }
+}
