@@ -1,7 +1,7 @@
 //! What a guest may write into its RAM: nothing is read beyond it, and looking always ends.
 #![no_main]
 
-use introspection::{Linux, Physical, address_spaces, entropy};
+use introspection::{Linux, Physical, address_spaces, entropy, kinds};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|ram: &[u8]| {
@@ -10,6 +10,9 @@ fuzz_target!(|ram: &[u8]| {
         let pages = ram.len().div_ceil(4096) as u64;
         for space in address_spaces(&linux) {
             assert!(space.pages.iter().all(|(_, page)| *page < pages));
+        }
+        if let Some(kinds) = kinds::of(&linux) {
+            assert_eq!(kinds.all().len(), ram.len() / 4096);
         }
     }
     if let Some(generator) = entropy::find(ram) {

@@ -11,8 +11,11 @@
 
 pub mod entropy;
 mod kallsyms;
+pub mod kinds;
+mod memory_map;
 mod physical;
 mod spaces;
+mod tables;
 #[cfg(test)]
 mod testing;
 mod vmcoreinfo;
@@ -83,7 +86,7 @@ mod tests {
         /// A guest may write what it likes: nothing is read outside RAM, and it always ends.
         #[test]
         fn a_forged_kernel_does_no_harm(
-            forged in prop::collection::vec((0..0x20000_usize, any::<u8>()), 1..200),
+            forged in prop::collection::vec((0..testing::SIZE, any::<u8>()), 1..200),
         ) {
             let mut ram = testing::kernel();
             for (at, byte) in forged {
@@ -96,6 +99,9 @@ mod tests {
                     let within = |page: &(u64, u64)| page.1 < (ram.len() / 4096) as u64;
                     prop_assert!(space.pages.iter().all(within));
                     prop_assert!(space.pages.is_sorted_by(|a, b| a.0 < b.0));
+                }
+                if let Some(kinds) = kinds::of(&linux) {
+                    prop_assert_eq!(kinds.all().len(), ram.len() / 4096);
                 }
             }
             if let Some(generator) = entropy::find(&ram) {

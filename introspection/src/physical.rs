@@ -38,6 +38,16 @@ impl<'a> Physical<'a> {
         (offset < self.bytes.len() as u64).then_some(offset as usize)
     }
 
+    /// The physical address of an offset in the file.
+    pub fn address(&self, offset: usize) -> u64 {
+        let offset = offset as u64;
+        if offset < self.below {
+            offset
+        } else {
+            HIGH + (offset - self.below)
+        }
+    }
+
     /// So many bytes from a physical address on, where all of them are in one piece of RAM.
     pub fn read(&self, address: u64, length: usize) -> Option<&'a [u8]> {
         let start = self.offset(address)?;
@@ -82,6 +92,9 @@ mod tests {
         assert_eq!(physical.offset(1024), None);
         assert_eq!(physical.offset(HIGH), Some(1024));
         assert_eq!(physical.offset(HIGH + 3072), None);
+        for offset in [0, 1023, 1024, 4095] {
+            assert_eq!(physical.offset(physical.address(offset)), Some(offset));
+        }
         assert_eq!(physical.read(1023, 2), None, "torn apart");
     }
 }

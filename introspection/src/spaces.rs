@@ -54,38 +54,12 @@ impl AddressSpace {
 /// All processes of a guest that have a name.
 pub fn address_spaces(linux: &Linux<'_>) -> Vec<AddressSpace> {
     let ram = &linux.ram;
-    let [Some(top)] = linux.variables(["init_top_pgt"]) else {
-        return Vec::new();
-    };
-    let entry = |page: usize, index: u64| {
-        let at = page.checked_add(index as usize * 8)?;
-        let bytes = ram.bytes().get(at..at.checked_add(8)?)?;
-        Some(u64::from_le_bytes(bytes.try_into().ok()?) & !TOUCHED)
-    };
-    // The kernel's image and its view of all RAM.
-    let marks: Vec<(u64, u64)> = (ENTRIES / 2..ENTRIES)
-        .filter_map(|index| Some((index, entry(top, index)?)))
-        .filter(|(_, value)| value & PRESENT != 0)
-        .collect();
-    let Some(last) = marks.last().copied().filter(|mark| mark.0 == ENTRIES - 1) else {
-        return Vec::new();
-    };
     let mut budget = Budget::of(ram);
     let mut spaces = Vec::new();
     let mut counts: HashMap<Vec<u8>, u32> = HashMap::new();
-    for page in (0..ram.bytes().len()).step_by(PAGE as usize) {
-        if page == top || entry(page, last.0) != Some(last.1) {
-            continue;
-        }
-        // Later changes to the kernel's half need not have reached every table.
-        let alike = marks
-            .iter()
-            .filter(|(index, value)| entry(page, *index) == Some(*value));
-        if alike.count() * 4 < marks.len() * 3 {
-            continue;
-        }
+    for top in tops(linux, |_| true) {
         let mut pages = Vec::new();
-        walk(ram, page, &mut pages, &mut budget);
+        walk(ram, top, &mut pages, &mut budget);
         if let Some(name) = name(ram, &pages) {
             let ordinal = counts.entry(name.clone()).or_default();
             spaces.push(AddressSpace {
@@ -100,6 +74,48 @@ pub fn address_spaces(linux: &Linux<'_>) -> Vec<AddressSpace> {
         }
     }
     spaces
+}
+
+/// The offsets in RAM of what look like top-level tables of processes, among the pages to be
+/// considered, which are given as offsets too.
+pub(crate) fn tops<'a, F: Fn(usize) -> bool>(
+    linux: &Linux<'a>,
+    consider: F,
+) -> impl Iterator<Item = usize> + use<'a, F> {
+    let ram = linux.ram;
+    let entry = move |page: usize, index: u64| {
+        let at = page.checked_add(index as usize * 8)?;
+        let bytes = ram.bytes().get(at..at.checked_add(8)?)?;
+        Some(u64::from_le_bytes(bytes.try_into().ok()?) & !TOUCHED)
+    };
+    // Of the kernel's own: its image, and its view of all RAM.
+    let [kernel] = linux.variables(["init_top_pgt"]);
+    let marks: Vec<(u64, u64)> = (ENTRIES / 2..ENTRIES)
+        .filter_map(|index| Some((index, entry(kernel?, index)?)))
+        .filter(|(_, value)| value & PRESENT != 0)
+        .collect();
+    let last = marks.last().copied().filter(|mark| mark.0 == ENTRIES - 1);
+    let pages = if last.is_some() { ram.bytes().len() } else { 0 };
+    (0..pages).step_by(PAGE as usize).filter(move |page| {
+        consider(*page)
+            && Some(*page) != kernel
+            && last.is_some_and(|last| entry(*page, last.0) == Some(last.1))
+            && {
+                // Later changes to the kernel's half need not have reached every table.
+                let alike = marks
+                    .iter()
+                    .filter(|(index, value)| entry(*page, *index) == Some(*value));
+                alike.count() * 4 >= marks.len() * 3
+            }
+    })
+}
+
+/// The pages of RAM that the user's half of a top-level table leads to.
+pub(crate) fn upper_tables(ram: &Physical<'_>, top: usize) -> Vec<usize> {
+    (0..ENTRIES / 2)
+        .filter_map(|index| ram.offset(table(ram, top as u64, index)?))
+        .map(|offset| offset / PAGE as usize)
+        .collect()
 }
 
 /// What may be read in all. A forged table can lead to itself, and each level then multiplies the

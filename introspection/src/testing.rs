@@ -1,4 +1,4 @@
-//! A kernel made up for tests: just the tables that are read, in a RAM of 128 KiB.
+//! A kernel made up for tests: just the tables that are read, in a RAM of 192 KiB.
 
 use crate::KERNEL_MAP;
 
@@ -19,6 +19,86 @@ pub(crate) const NAME: &[u8] = b"/usr/bin/desk";
 /// The time that it is.
 pub(crate) const NOW: u64 = 0xffff_1234;
 
+/// How large the RAM is.
+pub(crate) const SIZE: usize = 0x30000;
+
+/// Where the kernel's account of its pages is, and what its entries look like in Linux 6.1.
+pub(crate) const MAP: usize = 0x18000;
+pub(crate) const MAP_ENTRY: usize = 64;
+pub(crate) const RESERVED: u64 = 1 << 12;
+pub(crate) const SLAB: u64 = 1 << 9;
+pub(crate) const SWAPBACKED: u64 = 1 << 19;
+/// The text behind `VMCOREINFO`'s beginning.
+pub(crate) const INFO: usize = 0x1018;
+/// The image's text ends here, and the image.
+pub(crate) const TEXT_END: usize = 0x6000;
+pub(crate) const IMAGE_END: usize = 0x10000;
+/// The lowest page of a kernel stack; the three that follow belong to it.
+pub(crate) const KERNEL_STACK: usize = 0x24000;
+/// A page that is in virtual memory after it, and one of a module's code.
+pub(crate) const VMALLOC: usize = 0x28000;
+pub(crate) const MODULE: usize = 0x29000;
+/// Free from here on, with this many pages.
+pub(crate) const FREE: (usize, u64) = (0x2c000, 4);
+
+/// The kernel's addresses of all RAM, of its large allocations, and of its account of pages.
+const DIRECT: u64 = 0xffff_8880_0000_0000;
+const LARGE: u64 = 0xffff_c900_0000_0000;
+const ACCOUNT: u64 = 0xffff_ea00_0000_0000;
+/// As Linux 6.1 has it.
+const NUMBERS: &str = "LENGTH(mem_section)=4096\nSIZE(mem_section)=32\n\
+    OFFSET(mem_section.section_mem_map)=0\nNUMBER(SECTION_SIZE_BITS)=27\nSIZE(page)=64\n\
+    OFFSET(page.flags)=0\nOFFSET(page.mapping)=24\nOFFSET(page._mapcount)=48\n\
+    OFFSET(page.private)=40\nOFFSET(page.compound_head)=8\nLENGTH(zone.free_area)=11\n\
+    NUMBER(PG_private)=13\nNUMBER(PG_swapbacked)=19\nNUMBER(PG_slab)=9\n\
+    NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)=-129\nNUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)=-257\n\
+    NUMBER(pgtable_l5_enabled)=0\nNUMBER(KERNEL_IMAGE_SIZE)=1073741824\n";
+
+/// An entry of the kernel's account of pages.
+#[derive(Clone, Copy)]
+pub(crate) struct Entry {
+    pub(crate) flags: u64,
+    /// Has its lowest bit set in pages that belong to one before.
+    pub(crate) head: u64,
+    pub(crate) mapping: u64,
+    pub(crate) private: u64,
+    pub(crate) mapcount: i32,
+}
+
+/// In use, for nothing that is known.
+pub(crate) const USED: Entry = Entry {
+    flags: 0,
+    head: 0,
+    mapping: 0,
+    private: 0,
+    mapcount: -1,
+};
+
+impl Entry {
+    /// Writes it for the page at this offset.
+    pub(crate) fn put(self, ram: &mut [u8], page: usize) {
+        let at = MAP + page / 4096 * MAP_ENTRY;
+        let fields = [
+            (0, self.flags),
+            (8, self.head),
+            (24, self.mapping),
+            (40, self.private),
+        ];
+        for (offset, value) in fields {
+            ram[at + offset..][..8].copy_from_slice(&value.to_le_bytes());
+        }
+        ram[at + 48..][..4].copy_from_slice(&self.mapcount.to_le_bytes());
+    }
+
+    /// One that belongs to the page at this offset.
+    pub(crate) fn tail_of(page: usize) -> Self {
+        Self {
+            head: ACCOUNT + (page / 4096 * MAP_ENTRY) as u64 + 1,
+            ..USED
+        }
+    }
+}
+
 /// The table's tokens: one a letter, so that names are written as they are.
 fn token_tables() -> (Vec<u8>, Vec<u8>) {
     let (mut table, mut index) = (Vec::new(), Vec::new());
@@ -31,15 +111,18 @@ fn token_tables() -> (Vec<u8>, Vec<u8>) {
 
 /// A kernel that was seeded five seconds ago.
 pub(crate) fn kernel() -> Vec<u8> {
-    let mut ram = vec![0; 0x20000];
+    let mut ram = vec![0; SIZE];
     let mut put = |at: usize, bytes: &[u8]| ram[at..at + bytes.len()].copy_from_slice(bytes);
     let (table, index) = token_tables();
     let symbols = [
-        ("Tstartup", 0x4000),
+        ("T_text", 0x4000),
+        ("T_etext", TEXT_END),
         ("bbase_crng", CRNG),
         ("dcrng_init", READY),
         ("Djiffies_64", JIFFIES),
         ("Dinit_top_pgt", TOP),
+        ("Dvmalloc_base", 0xc008),
+        ("B_end", IMAGE_END),
     ];
     let mut names = Vec::new();
     let mut offsets = Vec::new();
@@ -51,7 +134,7 @@ pub(crate) fn kernel() -> Vec<u8> {
         offsets.extend_from_slice(&(offset as i32).to_le_bytes());
     }
     let parts: [(&str, usize, Vec<u8>); 6] = [
-        ("kallsyms_num_syms", 0x5000, 5_u32.to_le_bytes().to_vec()),
+        ("kallsyms_num_syms", 0x5000, 8_u32.to_le_bytes().to_vec()),
         (
             "kallsyms_relative_base",
             0x5008,
@@ -62,32 +145,123 @@ pub(crate) fn kernel() -> Vec<u8> {
         ("kallsyms_token_table", 0x6000, table),
         ("kallsyms_token_index", 0x7000, index),
     ];
-    let mut text = format!("OSRELEASE=6.1.0-test\nNUMBER(phys_base)={BASE}\n");
+    let mut text = format!("OSRELEASE=6.1.0-test\nNUMBER(phys_base)={BASE}\n{NUMBERS}");
+    text += &format!("SYMBOL(mem_section)={:x}\n", DIRECT + 0x1a000);
+    let top = KERNEL_MAP + TOP as u64 - BASE;
+    text += &format!("SYMBOL(init_top_pgt)={top:x}\n");
     for (name, at, bytes) in parts {
         put(at, &bytes);
         let address = KERNEL_MAP + at as u64 - BASE;
         text += &format!("SYMBOL({name})={address:x}\n");
     }
-    put(0x1018, text.as_bytes());
+    put(INFO, text.as_bytes());
+    put(0xc008, &LARGE.to_le_bytes());
     put(CRNG, &[0x5e; 32]);
     put(CRNG + 32, &(NOW - 5 * 250).to_le_bytes());
     put(READY, &2_u32.to_le_bytes());
     put(JIFFIES, &NOW.to_le_bytes());
+    // The kernel's half of all top-level tables, and what it leads to: all RAM in one large page,
+    // and tables of small ones.
+    for top in [TOP, 0x10000] {
+        let mut link = |address: u64, next: u64| put(top + slot(address, 39) * 8, &entry(next));
+        link(DIRECT, 0x1b063);
+        link(LARGE, 0x1c063);
+        link(ACCOUNT, 0x1f063);
+        link(KERNEL_MAP, 0x22063);
+    }
+    let modules = KERNEL_MAP + (1 << 30);
+    let links: [(usize, u64, u32, u64); 14] = [
+        (0x1b000, DIRECT, 30, 0xe3),
+        (0x1c000, LARGE, 30, 0x1d063),
+        (0x1d000, LARGE, 21, 0x1e063),
+        (0x1e000, LARGE + 0x4000, 12, KERNEL_STACK as u64 | 0x63),
+        (
+            0x1e000,
+            LARGE + 0x5000,
+            12,
+            (KERNEL_STACK + 0x1000) as u64 | 0x63,
+        ),
+        (
+            0x1e000,
+            LARGE + 0x6000,
+            12,
+            (KERNEL_STACK + 0x2000) as u64 | 0x63,
+        ),
+        (
+            0x1e000,
+            LARGE + 0x7000,
+            12,
+            (KERNEL_STACK + 0x3000) as u64 | 0x63,
+        ),
+        (0x1e000, LARGE + 0x9000, 12, VMALLOC as u64 | 1 << 63 | 0x63),
+        (0x1f000, ACCOUNT, 30, 0x20063),
+        (0x20000, ACCOUNT, 21, 0x21063),
+        (0x21000, ACCOUNT, 12, MAP as u64 | 0x63),
+        (0x22000, modules, 30, 0x23063),
+        (0x23000, modules, 21, 0x2a063),
+        (0x2a000, modules, 12, MODULE as u64 | 0x61),
+    ];
+    for (table, address, shift, next) in links {
+        put(table + slot(address, shift) * 8, &entry(next));
+    }
+    put(KERNEL_STACK, &0x57ac_6e9d_u64.to_le_bytes());
+    // The sections of memory: a root, and in it one that lists the account.
+    put(0x1a000, &(DIRECT + 0x1a800).to_le_bytes());
+    put(0x1a800, &(ACCOUNT | 0xf).to_le_bytes());
     // A process: four tables, and a stack with its name at the top.
-    let kernel = 0x0123_4063_u64.to_le_bytes();
-    put(TOP + 511 * 8, &kernel);
-    put(0x10000 + 511 * 8, &kernel);
     let mut table = 0x10000;
     for (level, next) in [(27, 0x11000), (18, 0x12000), (9, 0x13000)] {
         let index = (STACK[0].0 >> level) as usize & 511;
-        put(table + index * 8, &(next as u64 | 0x67).to_le_bytes());
+        put(table + index * 8, &entry(next as u64 | 0x67));
         table = next;
     }
     for (number, page) in STACK {
-        let entry = 1 << 63 | page << 12 | 0x67;
-        put(table + (number as usize & 511) * 8, &entry.to_le_bytes());
+        let value = 1 << 63 | page << 12 | 0x67;
+        put(table + (number as usize & 511) * 8, &entry(value));
     }
     let end = 0x16000 - 9;
     put(end - NAME.len(), NAME);
+    account(&mut ram);
     ram
+}
+
+/// The kernel's account of its pages.
+fn account(ram: &mut [u8]) {
+    let reserved = Entry {
+        flags: RESERVED,
+        ..USED
+    };
+    for page in (0..SIZE).step_by(4096) {
+        let early = page < IMAGE_END || (MAP..0x24000).contains(&page);
+        if early { reserved } else { USED }.put(ram, page);
+    }
+    for (_, page) in STACK {
+        let anonymous = Entry {
+            flags: SWAPBACKED,
+            mapping: DIRECT + 0x701,
+            mapcount: 0,
+            ..USED
+        };
+        anonymous.put(ram, page as usize * 4096);
+    }
+    let table = Entry {
+        mapcount: !0x200,
+        ..USED
+    };
+    table.put(ram, 0x12000);
+    table.put(ram, 0x13000);
+    let free = Entry {
+        mapcount: !0x80,
+        private: u64::from(FREE.1.trailing_zeros()),
+        ..USED
+    };
+    free.put(ram, FREE.0);
+}
+
+fn entry(value: u64) -> [u8; 8] {
+    value.to_le_bytes()
+}
+
+fn slot(address: u64, shift: u32) -> usize {
+    (address >> shift) as usize & 511
 }

@@ -20,6 +20,8 @@ const BEGINNING: &[u8] = b"OSRELEASE=";
 pub(crate) struct Vmcoreinfo {
     release: String,
     symbols: HashMap<String, u64>,
+    /// Sizes, offsets, lengths and numbers, by all that stands before the `=`.
+    numbers: HashMap<String, i64>,
     phys_base: u64,
 }
 
@@ -41,6 +43,7 @@ impl Vmcoreinfo {
         let mut info = Self {
             release: String::new(),
             symbols: HashMap::new(),
+            numbers: HashMap::new(),
             phys_base: 0,
         };
         let mut based = false;
@@ -60,6 +63,8 @@ impl Vmcoreinfo {
             {
                 let address = u64::from_str_radix(value, 16).ok()?;
                 info.symbols.insert(name.to_owned(), address);
+            } else if let Ok(number) = value.parse() {
+                info.numbers.insert(key.to_owned(), number);
             }
         }
         based.then_some(info)
@@ -72,6 +77,16 @@ impl Vmcoreinfo {
     /// The physical address of a symbol that is listed here.
     pub(crate) fn symbol(&self, name: &str) -> Option<u64> {
         self.image_address(*self.symbols.get(name)?)
+    }
+
+    /// The value of a symbol as it is listed: most are virtual addresses.
+    pub(crate) fn listed(&self, name: &str) -> Option<u64> {
+        self.symbols.get(name).copied()
+    }
+
+    /// A number, by all that stands before the `=`: `SIZE(page)`.
+    pub(crate) fn number(&self, key: &str) -> Option<i64> {
+        self.numbers.get(key).copied()
     }
 
     /// The physical address of one in the kernel image.
@@ -98,6 +113,12 @@ mod tests {
         assert_eq!(found[0].release(), "6.1.0");
         assert_eq!(found[0].symbol("kallsyms_names"), Some(0x27db_dac0));
         assert_eq!(found[0].symbol("other"), None);
+        assert_eq!(
+            found[0].listed("kallsyms_names"),
+            Some(0xffff_ffff_b1bb_dac0)
+        );
+        assert_eq!(found[0].number("LENGTH(x)"), Some(4));
+        assert_eq!(found[0].number("x"), None);
     }
 
     #[test]
