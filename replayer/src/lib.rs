@@ -7,9 +7,15 @@
 //! much. Within an interaction the rhythm is kept exactly, as double clicks and repeated keys
 //! depend on it.
 //!
-//! Promises: every recorded event is injected once and in order, whatever the screen shows; the
-//! replay ends in bounded time ([`Options`] has the limits); where the copy went another way is
-//! in the [`ReplayReport`]. What a replay brings about is never trusted: the reconciler compares
+//! At a quick pace ([`Pace::Quick`]) the recorded time need not have come: it is enough that the
+//! guest has come to rest and the screen shows what it showed. What a quick replay gained is
+//! never held against the guest: before an anchor is given up, the guest has had all the time
+//! that it had when recorded.
+//!
+//! Promises: recorded events are injected once and in order; all of them, whatever the screen
+//! shows, unless the copy has gone another way for good ([`DivergenceOptions`]): then none from
+//! there on, as they would go where they were not meant for. The replay ends in bounded time
+//! ([`Options`] has the limits); where the copy went another way is in the [`ReplayReport`]. What a replay brings about is never trusted: the reconciler compares
 //! every page afterwards. Nothing here touches the network; whoever restores the copy leaves it
 //! unplugged.
 //!
@@ -17,8 +23,10 @@
 //! region is compared, as whole screens never match, and a guest that has come to rest is not
 //! waited for any longer, as nothing is going to change there.
 
+mod course;
 mod guest;
 mod options;
+mod picture;
 mod play;
 mod report;
 mod rest;
@@ -35,8 +43,9 @@ use vm_host::Vm;
 use vm_host::screen::{Observer, ScreenError};
 
 pub use guest::input_of;
-pub use options::{Options, RestOptions};
-pub use report::{Miss, Progress, ReplayReport};
+pub use options::{DivergenceOptions, Options, Pace, QuickOptions, RestOptions};
+pub use picture::{MissPictures, Picture};
+pub use report::{Divergence, Miss, Progress, ReplayReport, Why};
 
 use guest::Real;
 use play::Player;
@@ -91,6 +100,9 @@ impl<'a> Replay<'a> {
 
     /// Injects the next piece of the log. `progress` is told before each interaction and at the
     /// end; it should return at once.
+    ///
+    /// Once the replay has diverged, see [`ReplayReport::diverged`], this injects nothing more,
+    /// but for the release of what was held then, and returns at once.
     pub async fn play(
         &mut self,
         records: &[Record],
@@ -101,7 +113,7 @@ impl<'a> Replay<'a> {
 
     /// Lets the guest idle until this recorded time, for at most `limit` from now: so that what
     /// the source did by itself after the last event, such as writing its files back to the
-    /// disk some seconds later, is done here too.
+    /// disk some seconds later, is done here too. Returns at once if the replay has diverged.
     pub async fn idle(&mut self, until: GuestTime, limit: Duration) {
         self.player.idle(until, limit).await;
     }

@@ -12,6 +12,8 @@ pub struct Options {
     /// Think time is divided by this; 1 is as recorded. Faster replays diverge more: the guest
     /// did things of its own in that time.
     pub speed: f64,
+    /// Whether think time is waited out.
+    pub pace: Pace,
     /// The guest's time when the replay begins.
     pub start: GuestTime,
     /// How long an interaction that is due waits for its anchor; then it goes on, and that is
@@ -22,6 +24,88 @@ pub struct Options {
     pub anchor_rest: Duration,
     /// How the end is found.
     pub rest: RestOptions,
+    /// When a replay has gone astray and stops; none to never stop.
+    pub divergence: Option<DivergenceOptions>,
+    /// Of how many misses the pictures are kept, the first ones. Those are of the user's screen,
+    /// and take 37 kB each.
+    pub pictures: usize,
+}
+
+/// What becomes of the time in which the user did nothing.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub enum Pace {
+    /// It passes as recorded, divided by [`Options::speed`].
+    #[default]
+    Recorded,
+    /// It passes likewise at the most, and ends as soon as the guest has nothing left to do and
+    /// the screen is ready for the next interaction.
+    Quick(QuickOptions),
+}
+
+impl Pace {
+    /// A quick one with the defaults, and this bound: see [`QuickOptions::at_most`].
+    pub fn quick(at_most: Option<f64>) -> Self {
+        Self::Quick(QuickOptions {
+            at_most,
+            ..QuickOptions::default()
+        })
+    }
+}
+
+/// When the next interaction of a quick replay may begin before its time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuickOptions {
+    /// Think time is cut to this part of it at most: with 4, to a quarter. None for no bound.
+    pub at_most: Option<f64>,
+    /// Of a think time this much is always left, or all of a shorter one.
+    pub floor: Duration,
+    /// For how long the guest has to have been at rest, where the anchor tells that the screen
+    /// is ready.
+    pub rest: Duration,
+    /// The same where there is no anchor; and for how long the vCPUs have to have been idle
+    /// where there is one and the rest of the screen never comes to rest.
+    pub unanchored_rest: Duration,
+}
+
+impl Default for QuickOptions {
+    /// The floor is above the 400 ms (GTK, Qt) and the 500 ms (Windows) in which two clicks are
+    /// one double-click. A guest that is given something to do shows it within the 30 ms that
+    /// QEMU needs to show anything, so 400 ms of rest are the end of it, unless it waits for a
+    /// timer, and the anchor tells that. Where there is no anchor, a second is what also ends an
+    /// interaction in the recording.
+    fn default() -> Self {
+        Self {
+            at_most: None,
+            floor: Duration::from_millis(550),
+            rest: Duration::from_millis(400),
+            unanchored_rest: Duration::from_secs(1),
+        }
+    }
+}
+
+/// When a replay has gone another way for good.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DivergenceOptions {
+    /// So many misses in a row, whatever differs.
+    pub misses: usize,
+    /// So many misses in a row of which
+    pub anchors: usize,
+    /// this share of all tiles differs, from 0 to 1.
+    pub differing: f64,
+}
+
+impl Default for DivergenceOptions {
+    /// Stopping a good replay costs all that it would have saved, and going on with a bad one
+    /// some time, as of each page the better copy is taken: so a stop needs much evidence. One
+    /// other line in a terminal makes some tiles differ at every command until it has scrolled
+    /// away; a window that is not there, or another one in front, nearly all.
+    fn default() -> Self {
+        Self {
+            misses: 8,
+            anchors: 4,
+            differing: 0.6,
+        }
+    }
 }
 
 /// When a guest counts as at rest: over a window of time, its vCPUs were hardly used and its
@@ -40,10 +124,13 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             speed: 1.0,
+            pace: Pace::Recorded,
             start: GuestTime::default(),
             anchor_limit: Duration::from_secs(10),
             anchor_rest: Duration::from_secs(2),
             rest: RestOptions::default(),
+            divergence: Some(DivergenceOptions::default()),
+            pictures: 16,
         }
     }
 }
@@ -66,9 +153,21 @@ impl Options {
             "the replay speed has to be between 0.01 and 1000"
         } else if self.rest.busy.is_nan() || self.rest.busy <= 0.0 {
             "the CPU share that counts as rest has to be above 0"
+        } else if self
+            .quick_bound()
+            .is_some_and(|bound| !(1.0..=1000.0).contains(&bound))
+        {
+            "the speed that a quick replay does not exceed has to be between 1 and 1000"
         } else {
             return Ok(());
         };
         Err(Error::Options { what })
+    }
+
+    fn quick_bound(&self) -> Option<f64> {
+        match &self.pace {
+            Pace::Recorded => None,
+            Pace::Quick(quick) => quick.at_most,
+        }
     }
 }

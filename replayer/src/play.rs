@@ -2,16 +2,21 @@
 //!
 //! Recorded times become real ones one interaction at a time. The pause before an interaction
 //! is counted from when the one before it really ended, so that a late one puts off all that
-//! follow; within it, each event is due as long after its first as it was recorded.
+//! follow; within it, each event is due as long after its first as it was recorded. A quick pace
+//! only ever shortens that pause, and what it took off is given back where an anchor needs it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until, timeout_at};
 use traces::{Anchor, Event, GuestTime, Interaction, Match, Record, interactions};
 
+use crate::course::Course;
 use crate::guest::Guest;
 use crate::rest::{SAMPLE, Stillness};
-use crate::{Error, Miss, Options, Progress, ReplayReport};
+use crate::{
+    Divergence, Error, Miss, MissPictures, Options, Pace, Progress, QuickOptions, ReplayReport,
+};
 
 /// Events due within this of each other go to QEMU together: its clock for input is no finer.
 const TOGETHER: Duration = Duration::from_millis(1);
@@ -25,7 +30,21 @@ pub(crate) struct Player<G> {
     last: (GuestTime, Instant),
     /// Keys and buttons that are down in the guest.
     held: Vec<Event>,
+    /// Think time that the guest was not given since the last anchor that matched.
+    ahead: Duration,
+    course: Course,
     report: ReplayReport,
+}
+
+/// The pause before an interaction.
+struct Pause<'a> {
+    /// How long it was.
+    thought: Duration,
+    /// What the screen showed at its end.
+    anchor: Option<&'a Anchor>,
+    /// Whether the screen is looked at before anything comes of the interaction: it only moves
+    /// the pointer to where another begins, which has an anchor.
+    leads: bool,
 }
 
 impl<G: Guest> Player<G> {
@@ -38,6 +57,8 @@ impl<G: Guest> Player<G> {
             last: (options.start, begun),
             options: options.clone(),
             held: Vec::new(),
+            ahead: Duration::ZERO,
+            course: Course::default(),
             report: ReplayReport::default(),
         })
     }
@@ -68,35 +89,55 @@ impl<G: Guest> Player<G> {
                 .map_or(Duration::ZERO, |last| between(from, last.at)),
             ..Progress::default()
         };
-        for act in &acts {
+        for (index, act) in acts.iter().enumerate() {
+            if self.report.diverged.is_some() {
+                self.report.skipped += acts.len() - index;
+                break;
+            }
             progress(&now);
-            self.act(records, act).await?;
+            let leads = acts
+                .get(index + 1)
+                .is_some_and(|next| leads(records, act, next));
+            let acted = self.act(records, act, leads).await?;
+            now.missed = self.report.missed.len();
+            if !acted {
+                self.report.skipped += 1;
+                continue;
+            }
             now.interactions += 1;
             now.played = between(from, self.last.0);
-            now.missed = self.report.missed.len();
         }
         progress(&now);
         Ok(())
     }
 
-    async fn act(&mut self, records: &[Record], act: &Interaction) -> Result<(), Error> {
-        let (recorded, real) = self.last;
-        let thought = between(recorded, act.start);
-        // What is held repeats or drags meanwhile: that is no thinking.
-        let speed = if self.held.is_empty() {
-            self.options.speed
-        } else {
-            1.0
-        };
-        sleep_until(real + thought.div_f64(speed)).await;
+    /// Injects an interaction, unless the replay turns out to have diverged.
+    async fn act(
+        &mut self,
+        records: &[Record],
+        act: &Interaction,
+        leads: bool,
+    ) -> Result<bool, Error> {
+        let (recorded, _) = self.last;
         let anchor = act
             .anchor
             .and_then(|index| match &records.get(index)?.event {
                 Event::Anchor(anchor) => Some(anchor),
                 _ => None,
             });
-        if let Some(anchor) = anchor {
+        let pause = Pause {
+            thought: between(recorded, act.start),
+            // One of which everything changes by itself says nothing.
+            anchor: anchor.filter(|anchor| anchor.tiles.is_empty() || anchor.compared() > 0),
+            leads,
+        };
+        self.think(&pause).await?;
+        if let Some(anchor) = pause.anchor {
             self.await_anchor(anchor, act.start).await?;
+        }
+        if self.report.diverged.is_some() {
+            self.release().await?;
+            return Ok(false);
         }
         // Where it was late or a timer overslept, what follows moves as a whole.
         let start = Instant::now();
@@ -112,7 +153,82 @@ impl<G: Guest> Player<G> {
         }
         self.last = (act.end.max(recorded), start + between(act.start, act.end));
         self.report.interactions += 1;
+        Ok(true)
+    }
+
+    /// Lets the guest have its time.
+    async fn think(&mut self, pause: &Pause<'_>) -> Result<(), Error> {
+        let (_, real) = self.last;
+        // What is held repeats or drags meanwhile: that is no thinking.
+        if !self.held.is_empty() {
+            sleep_until(real + pause.thought).await;
+            return Ok(());
+        }
+        let due = real + pause.thought.div_f64(self.options.speed);
+        match &self.options.pace {
+            Pace::Recorded => sleep_until(due).await,
+            Pace::Quick(quick) => self.think_quickly(pause, quick, due).await?,
+        }
+        // A guest that was late has had more time than it needed, which is no credit.
+        let saved = (real + pause.thought).saturating_duration_since(Instant::now().max(real));
+        self.ahead += saved;
+        self.report.saved += saved;
         Ok(())
+    }
+
+    /// Waits until the guest is ready for what comes next, or it is due.
+    async fn think_quickly(
+        &self,
+        pause: &Pause<'_>,
+        quick: &QuickOptions,
+        due: Instant,
+    ) -> Result<(), Error> {
+        let (_, real) = self.last;
+        let bound = quick.at_most.map(|bound| pause.thought.div_f64(bound));
+        let earliest = real + quick.floor.max(bound.unwrap_or_default());
+        if earliest >= due {
+            sleep_until(due).await;
+            return Ok(());
+        }
+        let watched = pause.anchor.is_some() || pause.leads;
+        let mut rest = Stillness::new(
+            quick.rest.max(quick.unanchored_rest),
+            self.options.rest.busy,
+        );
+        let mut shown_since = None;
+        loop {
+            rest.sample(&self.guest)?;
+            let now = Instant::now();
+            let shown = pause.anchor.is_none_or(|anchor| self.shows(anchor));
+            shown_since = shown.then(|| shown_since.unwrap_or(now));
+            let shown_for = shown_since.map(|since| now.duration_since(since));
+            let rested = if watched {
+                // Where something moves for ever, the anchor has to have stood still for as long.
+                rest.at_rest(quick.rest)
+                    || (shown_for >= Some(quick.unanchored_rest)
+                        && rest.idle(quick.unanchored_rest))
+            } else {
+                rest.at_rest(quick.unanchored_rest)
+            };
+            if (shown && rested && now >= earliest) || now >= due {
+                return Ok(());
+            }
+            sleep_until((now + SAMPLE).min(due)).await;
+        }
+    }
+
+    fn shows(&self, anchor: &Anchor) -> bool {
+        let (_, seen) = self.guest.look(|pixels| anchor.matches(pixels).is_match());
+        seen == Some(true)
+    }
+
+    /// Leaves no key or button down in a guest that is given nothing more.
+    async fn release(&mut self) -> Result<(), Error> {
+        let held = std::mem::take(&mut self.held);
+        if held.is_empty() {
+            return Ok(());
+        }
+        self.guest.send(&held).await
     }
 
     async fn inject(&mut self, records: &[Record]) -> Result<(), Error> {
@@ -145,44 +261,65 @@ impl<G: Guest> Player<G> {
     /// Waits for what an interaction was begun on, and counts how that went.
     async fn await_anchor(&mut self, anchor: &Anchor, at: GuestTime) -> Result<(), Error> {
         let due = Instant::now();
-        let found = self.wait(anchor, due + self.options.anchor_limit).await?;
+        let (found, looks) = self.wait(anchor, due + self.ahead).await?;
         let waited = due.elapsed();
         self.report.waited += waited;
         if found.is_match() {
             self.report.matched += 1;
+            self.ahead = Duration::ZERO;
         } else {
-            let Match {
-                tiles, differing, ..
-            } = found;
+            self.ahead = self.ahead.saturating_sub(waited);
             let miss = Miss {
                 at,
                 region: anchor.region,
-                tiles,
-                differing,
+                tiles: found.tiles,
+                differing: found.differing,
                 waited,
+                looks,
+                pictures: self.pictures(anchor),
             };
             tracing::debug!(?miss, "the screen does not show what it showed");
             self.report.missed.push(miss);
         }
+        let options = self.options.divergence.as_ref();
+        if let Some(why) = options.and_then(|options| self.course.note(found, options)) {
+            let diverged = Divergence { at, why };
+            tracing::info!(%diverged, "the replay is given up");
+            self.report.diverged = Some(diverged);
+        }
         Ok(())
     }
 
-    async fn wait(&self, anchor: &Anchor, limit: Instant) -> Result<Match, Error> {
+    fn pictures(&self, anchor: &Anchor) -> Option<Arc<MissPictures>> {
+        if self.report.missed.len() >= self.options.pictures {
+            return None;
+        }
+        let (_, pictures) = self.guest.look(|pixels| MissPictures::take(pixels, anchor));
+        pictures.flatten().map(Arc::new)
+    }
+
+    /// Looks again and again until the anchor matches, or it is in vain: not before `from`, as
+    /// the guest had that long when it was recorded. Also says how often.
+    async fn wait(&self, anchor: &Anchor, from: Instant) -> Result<(Match, usize), Error> {
+        let limit = from + self.options.anchor_limit;
         let mut rest = Stillness::new(self.options.anchor_rest, self.options.rest.busy);
+        let mut looks = 0;
         loop {
             let (version, seen) = self.guest.look(|pixels| anchor.matches(pixels));
+            looks += 1;
             // No whole picture is no picture of the anchor's region.
-            let tiles = anchor.tiles.len();
+            let tiles = anchor.compared();
             let found = seen.unwrap_or(Match {
                 tiles,
                 differing: tiles.max(1),
                 spread: (9, 9),
             });
-            if found.is_match() || Instant::now() >= limit || rest.sample(&self.guest)? {
-                return Ok(found);
+            let now = Instant::now();
+            if found.is_match() || now >= limit || (rest.sample(&self.guest)? && now >= from) {
+                return Ok((found, looks));
             }
             // A change, or the time to see whether the guest is at rest.
-            let next = (Instant::now() + SAMPLE).min(limit);
+            let next = (now + SAMPLE).min(limit);
             if let Ok(changed) = timeout_at(next, self.guest.changed(version)).await {
                 changed?;
             }
@@ -190,6 +327,9 @@ impl<G: Guest> Player<G> {
     }
 
     pub(crate) async fn idle(&mut self, until: GuestTime, limit: Duration) {
+        if self.report.diverged.is_some() {
+            return;
+        }
         let (recorded, real) = self.last;
         let wanted = real + between(recorded, until);
         sleep_until(wanted.min(Instant::now() + limit)).await;
@@ -208,6 +348,17 @@ impl<G: Guest> Player<G> {
             sleep_until((Instant::now() + SAMPLE).min(limit)).await;
         }
     }
+}
+
+/// Whether an interaction only moves the pointer to where the next one begins, which has an
+/// anchor.
+fn leads(records: &[Record], act: &Interaction, next: &Interaction) -> bool {
+    let moves = |record: &Record| matches!(record.event, Event::Pointer { .. });
+    next.anchor.is_some()
+        && between(act.end, next.start) < Interaction::PAUSE
+        && records
+            .get(act.records.clone())
+            .is_some_and(|records| records.iter().all(moves))
 }
 
 /// The event that ends what this one began.

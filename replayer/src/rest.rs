@@ -19,6 +19,7 @@ pub(crate) const SAMPLE: Duration = Duration::from_millis(100);
 
 /// Follows a guest from one moment on.
 pub(crate) struct Stillness<V> {
+    /// The longest window that will be asked about.
     window: Duration,
     busy: f64,
     /// What the screen has shown since `still_since`, but for a small spot.
@@ -52,8 +53,24 @@ impl<V: Copy + PartialEq> Stillness<V> {
         {
             self.used.pop_front();
         }
-        let quiet = now.duration_since(self.still_since) >= self.window;
-        Ok(quiet && self.share().is_some_and(|share| share <= self.busy))
+        Ok(self.at_rest(self.window))
+    }
+
+    /// Whether it was at rest over this window, no longer than the one to follow, up to the last
+    /// sample.
+    pub(crate) fn at_rest(&self, window: Duration) -> bool {
+        self.quiet(window) && self.idle(window)
+    }
+
+    /// Whether the screen was.
+    fn quiet(&self, window: Duration) -> bool {
+        let now = self.used.back().map(|(at, _)| *at);
+        now.is_some_and(|now| now.duration_since(self.still_since) >= window)
+    }
+
+    /// Whether the vCPUs were.
+    pub(crate) fn idle(&self, window: Duration) -> bool {
+        self.share(window).is_some_and(|share| share <= self.busy)
     }
 
     fn look<G: Guest<Version = V>>(&mut self, guest: &G, now: Instant) {
@@ -81,12 +98,13 @@ impl<V: Copy + PartialEq> Stillness<V> {
         }
     }
 
-    /// Share of one CPU that was used over the window, once that has passed.
-    fn share(&self) -> Option<f64> {
-        let ((from, before), (to, after)) = (self.used.front()?, self.used.back()?);
+    /// Share of one CPU that was used over a window, once that has passed.
+    fn share(&self, window: Duration) -> Option<f64> {
+        let (to, after) = self.used.back()?;
+        let covers = |(from, _): &&(Instant, Duration)| to.duration_since(*from) >= window;
+        let (from, before) = self.used.iter().rev().find(covers)?;
         let span = to.duration_since(*from);
-        (span >= self.window)
-            .then(|| after.saturating_sub(*before).as_secs_f64() / span.as_secs_f64())
+        (!span.is_zero()).then(|| after.saturating_sub(*before).as_secs_f64() / span.as_secs_f64())
     }
 }
 
