@@ -22,6 +22,9 @@ place pcmanfm '*' 530 400 720 360
 place abiword '*' 530 30 720 700
 place gnumeric '*' 530 60 720 640
 place mtpaint 'mtPaint*' 530 90 720 600
+place 'netsurf*' '*' 530 30 720 700
+# xpdf calls its windows that.
+place win '*' 530 30 720 700
 place mtpaint 'Settings Toolbar' 20 390 default default
 echo '</applications></openbox_config>' >>/home/user/.config/openbox/rc.xml
 

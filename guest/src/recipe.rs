@@ -58,6 +58,11 @@ pub(crate) const FILES: &[RecipeFile] = &[
     recipe_file!("etc/systemd/system/desktop.service", executable: false),
     recipe_file!("home/user/.config/gtk-3.0/settings.ini", executable: false),
     recipe_file!("home/user/.gtkrc-2.0", executable: false),
+    recipe_file!("home/user/tally/Makefile", executable: false),
+    recipe_file!("home/user/tally/main.c", executable: false),
+    recipe_file!("home/user/tally/table.c", executable: false),
+    recipe_file!("home/user/tally/tally.h", executable: false),
+    recipe_file!("home/user/tally/words.c", executable: false),
     recipe_file!("usr/local/lib/desktop/announce-ready", executable: true),
     recipe_file!("usr/local/lib/desktop/session", executable: true),
 ];
