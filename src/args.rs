@@ -71,6 +71,18 @@ pub(crate) enum Command {
         #[arg(long, value_name = "SITE")]
         to: String,
     },
+    /// Have another site replay what is recorded while the user works, a few seconds behind them:
+    /// `migrate` then has only the tail left to do
+    Follow {
+        /// The VM, which is being recorded
+        name: String,
+        /// The site
+        #[arg(long, value_name = "SITE")]
+        to: String,
+        /// Do not replay at this site as well: it takes less here, and more bytes
+        #[arg(long)]
+        no_twin: bool,
+    },
     /// Move a VM to another site
     Migrate(MigrateArgs),
     /// Replay a log on a fork of a generation, and throw the fork away

@@ -60,6 +60,26 @@ impl Output {
         eprintln!();
     }
 
+    /// How something gets on that has no end of its own: a line of JSON for a program; a person
+    /// hears of it through `progress`, where `text` has something to say.
+    pub(crate) fn standing<T: Serialize>(
+        &self,
+        value: &T,
+        progress: &dyn Progress,
+        text: impl FnOnce(&T) -> Option<String>,
+    ) {
+        if self.quiet {
+            return;
+        }
+        if !self.json {
+            if let Some(text) = text(value) {
+                progress.note(&text);
+            }
+        } else if let Ok(line) = serde_json::to_string(value) {
+            println!("{line}");
+        }
+    }
+
     /// Progress of a long command, in the form that was asked for.
     pub(crate) fn progress(&self) -> Box<dyn Progress> {
         if self.quiet {

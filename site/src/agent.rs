@@ -9,9 +9,11 @@ use crate::error::Result;
 use crate::files::FileLock;
 use crate::line::TargetLine;
 use crate::local;
+use crate::source;
 use crate::store::Store;
-use crate::target;
+use crate::target::{self, Standbys};
 use crate::transport::Listener;
+use crate::work::Workplace;
 use crate::{Error, transport};
 
 /// An agent that listens.
@@ -35,7 +37,8 @@ impl Agent {
         for vm in store.vm_dirs()? {
             // Somebody who works on a VM right now also clears it.
             if let Ok(_lock) = vm.lock() {
-                target::clean_leftovers(&vm).await?;
+                Workplace::Incoming.clear(&vm).await?;
+                source::clear_following(&vm).await?;
                 local::drop_stale_live(&vm).await?;
             }
         }
@@ -55,6 +58,7 @@ impl Agent {
     pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<()> {
         let token = CancellationToken::new();
         let mut conversations = JoinSet::new();
+        let standbys = Standbys::default();
         tokio::pin!(stop);
         loop {
             tokio::select! {
@@ -63,7 +67,10 @@ impl Agent {
                     let transport::Accepted { connection, peer } = accepted;
                     let line = TargetLine::over(connection, peer, token.child_token());
                     let store = self.store.clone();
-                    conversations.spawn(async move { target::converse(&store, line).await });
+                    let standbys = standbys.clone();
+                    conversations.spawn(async move {
+                        Box::pin(target::converse(&store, &standbys, line)).await;
+                    });
                 }
                 Some(ended) = conversations.join_next() => {
                     if let Err(error) = ended {
@@ -78,6 +85,7 @@ impl Agent {
                 tracing::error!(%error, "a conversation failed");
             }
         }
+        standbys.clear().await;
         Ok(())
     }
 }

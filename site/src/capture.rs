@@ -23,8 +23,8 @@ use crate::progress::Progress;
 use crate::report::ReplaySummary;
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
-use crate::work::Work;
-use crate::{files, recording, target};
+use crate::work::{Work, Workplace};
+use crate::{files, recording};
 
 /// A replay that is behind the recording is let go on for this much longer at most.
 const IDLE_LIMIT: Duration = Duration::from_secs(120);
@@ -98,7 +98,7 @@ pub async fn capture(
             vm.name()
         )));
     };
-    target::clean_leftovers(vm).await?;
+    Workplace::Incoming.clear(vm).await?;
     let captured = capture_into(vm, &record, &qemu, &live, generation, options, progress).await;
     if captured.is_err() {
         // Half of it is of no use, and would be in the way of another try.
@@ -144,7 +144,7 @@ async fn capture_into(
             vm, record, generation, &records, until, options, progress, &into,
         );
         let replayed = replayed.await;
-        target::clean_leftovers(vm).await?;
+        Workplace::Incoming.clear(vm).await?;
         replays.push(replayed?);
     }
     let capture = Capture {
@@ -197,7 +197,14 @@ async fn replay(
     into: &Path,
 ) -> Result<ReplaySummary> {
     progress.phase(Phase::Replay);
-    let work = Work::prepare_fork(vm, record, Id::random()?, Some(generation)).await?;
+    let work = Work::prepare_fork(
+        vm,
+        record,
+        Workplace::Incoming,
+        Id::random()?,
+        Some(generation),
+    )
+    .await?;
     let files = ForkFiles {
         runtime: work.runtime().to_owned(),
         disks: work.disk_paths(),
@@ -209,7 +216,7 @@ async fn replay(
     };
     let mut fork = Fork::start(vm, record, files, playing).await?;
     let played = async {
-        fork.play(records.to_vec()).await?;
+        fork.play(records.to_vec())?;
         while let Played::Progress(so_far) = fork.played().await? {
             progress.advance(
                 Phase::Replay,
@@ -218,9 +225,9 @@ async fn replay(
             );
         }
         if options.speed > 1.0 {
-            fork.settle().await?;
+            fork.settle()?;
         } else {
-            fork.idle(until, IDLE_LIMIT).await?;
+            fork.idle(until, IDLE_LIMIT)?;
         }
         Ok(ReplaySummary::of(&fork.done().await?))
     };

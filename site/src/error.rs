@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::phase::Phase;
 
 /// Anything the site's own code can fail with.
@@ -152,6 +154,14 @@ pub enum Error {
         #[source]
         source: reconciler::Error,
     },
+    /// What the process that follows the VM said.
+    #[error("{said}")]
+    Follower {
+        /// What it means.
+        class: Class,
+        /// Its words.
+        said: String,
+    },
     /// Replaying the log.
     #[error("the replay failed")]
     Replay(#[source] replayer::Error),
@@ -168,7 +178,8 @@ pub enum Error {
 }
 
 /// What an error means for the caller; the command line's exit codes follow from it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Class {
     /// Something failed on the way.
     Failed,
@@ -199,8 +210,18 @@ impl Error {
                 ..
             } => Class::Refused,
             Self::Interrupted(_) | Self::InDoubt { .. } => Class::Interrupted,
+            Self::Follower { class, .. } => *class,
             Self::Phase { source, .. } => source.class(),
             _ => Class::Failed,
+        }
+    }
+
+    /// Whether the line was lost, and nothing else went wrong.
+    pub(crate) fn is_disconnect(&self) -> bool {
+        match self {
+            Self::Line { source, .. } => source.is_disconnect(),
+            Self::Phase { source, .. } => source.is_disconnect(),
+            _ => false,
         }
     }
 

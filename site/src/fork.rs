@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use replayer::{Options, Replay, ReplayReport};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use traces::{GuestTime, Record};
 use vm_host::screen::Observer;
 use vm_host::{Accelerator, Network, Vm};
@@ -34,6 +34,25 @@ pub(crate) enum Played {
     Done(Box<ReplayReport>),
 }
 
+/// How far behind its source a fork follows: what is recorded arrives well before it is due, so
+/// that the rhythm is kept.
+const BEHIND: Duration = Duration::from_secs(2);
+
+/// How a fork follows that begins with these records, at this recorded time.
+///
+/// Where nothing was typed yet, the time until now is not waited for: a fork that is late at its
+/// beginning would stay so.
+pub(crate) fn following_from(records: &[Record], at: GuestTime) -> Options {
+    let first = records.first().map_or(at, |record| record.at.min(at));
+    let behind = BEHIND.as_micros() as u64;
+    Options {
+        start: GuestTime {
+            micros: first.micros.saturating_sub(behind),
+        },
+        ..Options::default()
+    }
+}
+
 /// What a fork is to do next.
 enum Step {
     /// Play a piece of the log.
@@ -44,12 +63,16 @@ enum Step {
     Idle(GuestTime, Duration),
 }
 
-/// A fork that replays what it is given, piece by piece.
+/// A fork that replays what it is given, piece by piece. Steps wait for their turn, and for each
+/// there is one [`Played::Done`].
 pub(crate) struct Fork {
     qemu: Arc<Vm>,
-    steps: mpsc::Sender<Step>,
-    played: mpsc::Receiver<Result<Played>>,
+    steps: mpsc::UnboundedSender<Step>,
+    done: mpsc::UnboundedReceiver<Result<ReplayReport>>,
+    progress: watch::Receiver<replayer::Progress>,
     playing: tokio::task::JoinHandle<()>,
+    /// Steps that are not known to be over.
+    pending: usize,
 }
 
 impl Fork {
@@ -92,21 +115,21 @@ impl Fork {
                 return Err(error);
             }
         };
-        let (steps, mut inbox) = mpsc::channel(1);
-        let (outbox, played) = mpsc::channel(16);
+        let (steps, mut inbox) = mpsc::unbounded_channel();
+        let (outbox, done) = mpsc::unbounded_channel();
+        let (telling, progress) = watch::channel(replayer::Progress::default());
         let guest = qemu.clone();
         let playing = tokio::spawn(async move {
             let mut replay = match Replay::new(&guest, &observer, &options) {
                 Ok(replay) => replay,
                 Err(error) => {
-                    let _ = outbox.send(Err(Error::Replay(error))).await;
+                    let _ = outbox.send(Err(Error::Replay(error)));
                     return;
                 }
             };
             while let Some(step) = inbox.recv().await {
                 let told = |progress: &replayer::Progress| {
-                    // When the line is busy, the next one will do.
-                    let _ = outbox.try_send(Ok(Played::Progress(*progress)));
+                    telling.send_replace(*progress);
                 };
                 let outcome = match step {
                     Step::Play(records) => {
@@ -119,10 +142,7 @@ impl Fork {
                         Ok(replay.report())
                     }
                 };
-                let outcome = outcome
-                    .map(|report| Played::Done(Box::new(report)))
-                    .map_err(Error::Replay);
-                if outbox.send(outcome).await.is_err() {
+                if outbox.send(outcome.map_err(Error::Replay)).is_err() {
                     return;
                 }
             }
@@ -130,46 +150,64 @@ impl Fork {
         Ok(Self {
             qemu,
             steps,
-            played,
+            done,
+            progress,
             playing,
+            pending: 0,
         })
     }
 
     /// Gives it the next piece of the log; then [`Self::played`] until that is done.
-    pub(crate) async fn play(&self, records: Vec<Record>) -> Result<()> {
-        self.step(Step::Play(records)).await
+    pub(crate) fn play(&mut self, records: Vec<Record>) -> Result<()> {
+        self.step(Step::Play(records))
     }
 
     /// Has it come to rest; then [`Self::played`] until that is done.
-    pub(crate) async fn settle(&self) -> Result<()> {
-        self.step(Step::Settle).await
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        self.step(Step::Settle)
     }
 
     /// Lets it go on by itself until this recorded time, for at most `limit`; then
     /// [`Self::played`] until that is done.
-    pub(crate) async fn idle(&self, until: GuestTime, limit: Duration) -> Result<()> {
-        self.step(Step::Idle(until, limit)).await
+    pub(crate) fn idle(&mut self, until: GuestTime, limit: Duration) -> Result<()> {
+        self.step(Step::Idle(until, limit))
     }
 
-    async fn step(&self, step: Step) -> Result<()> {
-        self.steps.send(step).await.map_err(|_| Self::lost())
+    fn step(&mut self, step: Step) -> Result<()> {
+        self.steps.send(step).map_err(|_| Self::lost())?;
+        self.pending += 1;
+        Ok(())
     }
 
-    /// Waits for a step, past its progress.
+    /// Steps that are not known to be over: as many [`Played::Done`] are still to come.
+    pub(crate) fn pending(&self) -> usize {
+        self.pending
+    }
+
+    /// Waits until all steps are over, past their progress.
     pub(crate) async fn done(&mut self) -> Result<ReplayReport> {
         loop {
-            if let Played::Done(report) = self.played().await? {
+            if let Played::Done(report) = self.played().await?
+                && self.pending == 0
+            {
                 return Ok(*report);
             }
         }
     }
 
-    /// How the replay gets on.
+    /// How the replay gets on. Loses nothing when dropped.
     pub(crate) async fn played(&mut self) -> Result<Played> {
-        self.played
-            .recv()
-            .await
-            .unwrap_or_else(|| Err(Self::lost()))
+        tokio::select! {
+            biased;
+            done = self.done.recv() => {
+                self.pending = self.pending.saturating_sub(1);
+                let report = done.unwrap_or_else(|| Err(Self::lost()))?;
+                Ok(Played::Done(Box::new(report)))
+            }
+            Ok(()) = self.progress.changed() => {
+                Ok(Played::Progress(*self.progress.borrow_and_update()))
+            }
+        }
     }
 
     fn lost() -> Error {

@@ -21,6 +21,11 @@
 //!   | -- Resume -------------------------------------->  |
 //!   | <----------------------------------------- Resumed |
 //!
+//! Where the target follows, pieces of the log come long before Log, while the user works:
+//!   | -- Follow.. ------------------------------------>  |  replayed as they come; empty now and
+//!   | <------------------------------------- Following   |  then, to show that the line lives
+//!   | -- Leave --------------------------------------->  |  the user stays where they are
+//!
 //! <images>, for each image:
 //!   | -- Image (which, size), Offer.. ---------------->  |  all images at once, before any answer
 //!   | <---------------------------------------- Lacks..  |  one image after the other from here
@@ -37,7 +42,8 @@
 //!
 //! Every message is one frame. Messages that may exceed a frame travel as [`BlobPart`]s. The
 //! target holds nothing but a working folder until Commit: a connection that ends earlier, in
-//! whatever way, leaves it as it was. Asking about a hand-over that was cut off at its last step
+//! whatever way, leaves it as it was. But for one: a replay that follows the source outlives its
+//! line for some minutes, and a `Hello` of the same transfer goes on with it. Asking about a hand-over that was cut off at its last step
 //! is a connection of its own: `Hello` with [`Purpose::Settle`], answered by `Settled`.
 //!
 //! **Versions.** The transport's preamble carries [`crate::transport`]'s version; this file
@@ -79,6 +85,15 @@ pub enum ToTarget {
     Prepare,
     /// Part of a log segment: [`traces::encode_records`].
     Log(BlobPart),
+    /// Part of a log segment that was recorded just now, to be replayed while more is recorded.
+    Follow {
+        /// The part.
+        part: BlobPart,
+        /// The recorded time now, in microseconds: nothing from before it is still to come.
+        at: u64,
+    },
+    /// The target need not follow any longer.
+    Leave,
     /// No more replay; the source stands still.
     Freeze,
     /// Part of [`reconciler::Layout::encode`]: how the guest's processes lie in the RAM that
@@ -123,6 +138,15 @@ pub enum ToSource {
     },
     /// This segment of the log is replayed.
     Replayed(ReplaySummary),
+    /// How far the replay is that follows: said for each piece once it is played.
+    Following {
+        /// Records that arrived whole.
+        records: u64,
+        /// The recorded time up to which the log was replayed, in microseconds.
+        at: u64,
+        /// Interactions so far that the screen did not match.
+        missed: u64,
+    },
     /// Part of [`reconciler`]'s answer to an offer: what is lacking.
     Lacks(BlobPart),
     /// The image is the source's.
@@ -204,6 +228,8 @@ pub struct Welcome {
     pub lacks: Vec<FileHash>,
     /// Its QEMU.
     pub qemu: String,
+    /// Records that its replay of this transfer has; none, where there is no such replay.
+    pub standby: Option<u64>,
 }
 
 /// How it will be done.

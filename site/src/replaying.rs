@@ -11,9 +11,8 @@ use crate::phase::Phase;
 use crate::progress::Progress;
 use crate::report::ReplaySummary;
 use crate::store::VmDir;
-use crate::target;
 use crate::vm::Id;
-use crate::work::Work;
+use crate::work::{Work, Workplace};
 
 /// Replays a log of a VM on a fork of the generation that the log continues, and throws the fork
 /// away, however it ends.
@@ -43,10 +42,17 @@ pub async fn replay_and_discard(
     }
     // Held against a migration that arrives: both work in the same place.
     let _lock = vm.lock()?;
-    target::clean_leftovers(vm).await?;
+    Workplace::Incoming.clear(vm).await?;
     let outcome = async {
         progress.phase(Phase::Replay);
-        let work = Work::prepare_fork(vm, &record, Id::random()?, Some(number)).await?;
+        let work = Work::prepare_fork(
+            vm,
+            &record,
+            Workplace::Incoming,
+            Id::random()?,
+            Some(number),
+        )
+        .await?;
         let files = ForkFiles {
             runtime: work.runtime().to_owned(),
             disks: work.disk_paths(),
@@ -58,7 +64,7 @@ pub async fn replay_and_discard(
         };
         let mut fork = Fork::start(vm, &record, files, options).await?;
         let played = async {
-            fork.play(log.records).await?;
+            fork.play(log.records)?;
             while let Played::Progress(so_far) = fork.played().await? {
                 progress.advance(
                     Phase::Replay,
@@ -66,7 +72,7 @@ pub async fn replay_and_discard(
                     Some(so_far.of_recorded.as_millis() as u64),
                 );
             }
-            fork.settle().await?;
+            fork.settle()?;
             Ok(ReplaySummary::of(&fork.done().await?))
         };
         let summary = played.await;
@@ -74,6 +80,6 @@ pub async fn replay_and_discard(
         summary
     };
     let outcome = outcome.await;
-    target::clean_leftovers(vm).await?;
+    Workplace::Incoming.clear(vm).await?;
     outcome
 }

@@ -3,6 +3,7 @@
 mod capture;
 mod checkpoint;
 mod doctor;
+mod follow;
 mod guest;
 mod log;
 mod migrate;
@@ -42,6 +43,9 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
             evdev,
         } => record::run(&vm_of(&store()?, &name)?, &listen, evdev, output).await,
         Command::Seed { name, to } => seed::run(&store()?, &name, &to, output).await,
+        Command::Follow { name, to, no_twin } => {
+            follow::run(&store()?, &name, &to, !no_twin, output).await
+        }
         Command::Migrate(args) => migrate::run(&store()?, &args, output).await,
         Command::Replay { name, log, speed } => {
             replay::run(&vm_of(&store()?, &name)?, &log, speed, output).await

@@ -30,6 +30,7 @@ fn the_commands_are_those_of_the_design() {
         "checkpoint",
         "record",
         "seed",
+        "follow",
         "migrate",
         "replay",
         "log",

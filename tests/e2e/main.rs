@@ -12,6 +12,7 @@
 mod bad_input;
 mod capture;
 mod common;
+mod follow;
 mod help;
 mod interrupt;
 mod roam;

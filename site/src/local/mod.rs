@@ -463,6 +463,14 @@ pub(crate) async fn blocking<T: Send + 'static>(
     }
 }
 
+/// Waits for work that was begun earlier.
+pub(crate) async fn joined<T>(work: tokio::task::JoinHandle<Result<T>>) -> Result<T> {
+    match work.await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,8 @@
 //! ran. The one moment at which that can't be known is between asking for the commit and hearing
 //! that it was done; [`settle`] clears that up.
 
+mod control;
+mod follow;
 mod hand_over;
 mod opening;
 mod replay;
@@ -31,9 +33,9 @@ use crate::report::{
 };
 use crate::state::{Base, State};
 use crate::store::VmDir;
-use crate::target::clean_leftovers;
 use crate::transport::Traffic;
 use crate::vm::{Id, VmRecord};
+use crate::work::Workplace;
 
 use hand_over::{ask_target, keep};
 use opening::{begin, hello};
@@ -41,6 +43,8 @@ use replay::{realign, without_twin};
 use seed::{ship_files, ship_generation};
 use twin::Twin;
 
+pub(crate) use follow::clear_following;
+pub use follow::{FollowOptions, Followed, Standing, follow};
 pub use hand_over::settle;
 pub use seed::{SeedReport, dry_run, seed};
 
@@ -80,11 +84,52 @@ pub async fn migrate(
     cancel: &CancellationToken,
 ) -> Result<MigrationReport> {
     settle(vm).await?;
+    vm.record()?;
+    if matches!(options.strategy, None | Some(Strategy::Replay)) {
+        let moved = control::move_followed(vm, peer, options.paused, progress, cancel).await?;
+        if let Some(report) = moved {
+            return Ok(report);
+        }
+    } else {
+        control::stop_following(vm).await?;
+    }
+    let transfer = Id::random()?;
+    migrate_from(vm, peer, transfer, options, None, progress, cancel).await
+}
+
+/// A line whose other end has all that it needs to begin; perhaps it has begun to follow.
+struct Opened {
+    line: Line,
+    strategy: Strategy,
+    base: Option<GenerationId>,
+    /// Bits per second.
+    rate: f64,
+    /// Records that the target has.
+    records: usize,
+    /// What went over this line and, where the target follows, over those lost before it.
+    bytes: ByteReport,
+    /// The replay at this site that follows as well.
+    twin: Option<Twin>,
+}
+
+/// Migrates over a new line, or over one on which the target follows.
+async fn migrate_from(
+    vm: &VmDir,
+    peer: &Peer,
+    transfer: Id,
+    options: MigrateOptions,
+    opened: Option<Opened>,
+    progress: &dyn Progress,
+    cancel: &CancellationToken,
+) -> Result<MigrationReport> {
     let record = vm.record()?;
     let _lock = vm.lock()?;
     let fence = local::require_lease(vm)?;
     let qemu = local::attach_running(vm).await?;
-    clean_leftovers(vm).await?;
+    Workplace::Incoming.clear(vm).await?;
+    if opened.is_none() {
+        clear_following(vm).await?;
+    }
     let was_running = local::guest_status(vm, &qemu).await? == Status::Running;
     let mut run = Migration {
         vm,
@@ -96,7 +141,7 @@ pub async fn migrate(
         qemu_version: local::qemu_version().await?,
         was_running,
         fence,
-        transfer: Id::random()?,
+        transfer,
         clock: PhaseClock::start(progress),
         stopped: false,
         twin: None,
@@ -104,7 +149,7 @@ pub async fn migrate(
     // Up to the commit, the user can stop it; the commit itself takes a round trip and is seen
     // through.
     let prepared = {
-        let go = run.prepare();
+        let go = run.prepare(opened);
         tokio::pin!(go);
         tokio::select! {
             biased;
@@ -137,7 +182,7 @@ pub async fn migrate(
     if let Some(twin) = twin {
         twin.kill().await;
     }
-    warn_unclean(clean_leftovers(vm).await);
+    warn_unclean(Workplace::Incoming.clear(vm).await);
     if undone? {
         Err(error)
     } else {
@@ -195,11 +240,9 @@ struct Prepared {
 }
 
 impl Migration<'_> {
-    /// Everything up to the commit.
-    async fn prepare(&mut self) -> Result<Prepared> {
+    /// Hello, Plan and Base: the target has all that it needs to begin.
+    async fn open(&mut self, live: &Live, next: u64) -> Result<Opened> {
         self.clock.enter(Phase::Hello);
-        let live = Live::of_running(self.vm, self.qemu).await?;
-        let next = local::next_generation(self.vm)?;
         let mut line = Line::connect(self.vm.store(), self.peer).await?;
         let hello = hello(
             self.vm,
@@ -213,12 +256,12 @@ impl Migration<'_> {
         let (welcome, rate) = begin(&mut line, self.vm, hello).await?;
 
         self.clock.enter(Phase::Plan);
-        let feasible = Feasible::of(self.vm, &live, &welcome)?;
+        let feasible = Feasible::of(self.vm, live, &welcome)?;
         let strategy = if let Some(strategy) = self.options.strategy {
             strategy
         } else {
             let estimates =
-                plan::estimate(self.vm, self.record, &live, feasible.clone(), rate).await?;
+                plan::estimate(self.vm, self.record, live, feasible.clone(), rate).await?;
             self.progress.note(&estimates.why());
             estimates.choice
         };
@@ -226,30 +269,61 @@ impl Migration<'_> {
         line.send(ToTarget::Plan(Plan { strategy, base })).await?;
 
         self.clock.enter(Phase::Base);
-        let base_bytes = self.ship_base(&mut line, &welcome, base, rate).await?;
-        let mut bytes = ByteReport {
-            base: base_bytes,
-            ..ByteReport::default()
+        let (vm, record) = (self.vm, self.record);
+        let shipped = ship_base(&mut line, vm, record, &welcome, base, rate, self.progress).await?;
+        line.send(ToTarget::Prepare).await?;
+        line.flush().await?;
+        Ok(Opened {
+            line,
+            strategy,
+            base,
+            rate,
+            records: 0,
+            bytes: ByteReport {
+                base: shipped,
+                ..ByteReport::default()
+            },
+            twin: None,
+        })
+    }
+
+    /// Everything up to the commit.
+    async fn prepare(&mut self, opened: Option<Opened>) -> Result<Prepared> {
+        let live = Live::of_running(self.vm, self.qemu).await?;
+        let next = local::next_generation(self.vm)?;
+        let follows = opened.is_some();
+        let Opened {
+            mut line,
+            strategy,
+            base,
+            rate,
+            records,
+            mut bytes,
+            twin,
+        } = match opened {
+            Some(opened) => opened,
+            None => self.open(&live, next).await?,
         };
+        self.twin = twin;
         let base_images = {
             let (vm, record) = (self.vm.clone(), self.record.clone());
             let number = base.map(|base| base.number);
-            Arc::new(local::blocking(move || Base::load(&vm, &record, number)).await?)
+            let load = move || Base::load(&vm, &record, number);
+            tokio::spawn(local::blocking(load))
         };
-        line.send(ToTarget::Prepare).await?;
-        line.flush().await?;
 
         let mut replay = None;
         if strategy == Strategy::Replay
             && let Some(base) = base
         {
-            if self.options.twin == TwinTurn::Beside {
+            if self.options.twin == TwinTurn::Beside && !follows {
                 self.start_twin(base).await;
             }
-            let (summary, log) = self.replay(&mut line, base).await?;
+            let (summary, log) = self.replay(&mut line, base, records).await?;
             replay = Some(summary);
-            bytes.log = log;
+            bytes.log += log;
         }
+        let base_images = Arc::new(local::joined(base_images).await?);
 
         self.clock.enter(Phase::Stop);
         self.stopped = true;
@@ -365,7 +439,7 @@ impl Migration<'_> {
         // The VM is at the target, whether or not it runs there yet: nothing that fails from
         // here on changes that.
         let generation = manifest.generation;
-        warn_unclean(clean_leftovers(self.vm).await);
+        warn_unclean(Workplace::Incoming.clear(self.vm).await);
         if let Err(error) = keep(self.vm, self.qemu, &live, state, manifest).await {
             tracing::warn!(error = error.chain(), "no stale copy was kept here");
         }
@@ -402,34 +476,6 @@ impl Migration<'_> {
             }
             _ => Err(line.unexpected(Phase::Resume, "no word that the VM runs")),
         }
-    }
-
-    /// Sends the base files and the generation that the target lacks; the bytes it took.
-    async fn ship_base(
-        &mut self,
-        line: &mut Line,
-        welcome: &Welcome,
-        base: Option<GenerationId>,
-        rate: f64,
-    ) -> Result<u64> {
-        let traffic = line.traffic();
-        let before = traffic.sent();
-        ship_files(line, self.vm, self.record, welcome, self.progress).await?;
-        if let Some(base) = base
-            && !welcome.common.contains(&base)
-        {
-            ship_generation(
-                line,
-                self.vm,
-                self.record,
-                base.number,
-                welcome,
-                rate,
-                self.progress,
-            )
-            .await?;
-        }
-        Ok(traffic.sent() - before)
     }
 
     /// The step that decides. From the moment the lease is offered until the answer, this site
@@ -470,6 +516,27 @@ fn warn_unclean(cleaned: Result<()>) {
     }
 }
 
+/// Sends the base files and the generation that the target lacks; the bytes it took.
+async fn ship_base(
+    line: &mut Line,
+    vm: &VmDir,
+    record: &VmRecord,
+    welcome: &Welcome,
+    base: Option<GenerationId>,
+    rate: f64,
+    progress: &dyn Progress,
+) -> Result<u64> {
+    let traffic = line.traffic();
+    let before = traffic.sent();
+    ship_files(line, vm, record, welcome, progress).await?;
+    if let Some(base) = base
+        && !welcome.common.contains(&base)
+    {
+        ship_generation(line, vm, record, base.number, welcome, rate, progress).await?;
+    }
+    Ok(traffic.sent() - before)
+}
+
 fn account(bytes: &mut ByteReport, sent: &[Sent]) {
     for image in sent {
         bytes.hashes += image.hashes;
@@ -482,8 +549,8 @@ fn account(bytes: &mut ByteReport, sent: &[Sent]) {
 }
 
 fn finish_traffic(bytes: &mut ByteReport, traffic: &Traffic) {
-    bytes.sent = traffic.sent();
-    bytes.received = traffic.received();
+    bytes.sent += traffic.sent();
+    bytes.received += traffic.received();
 }
 
 fn pages(sent: &[Sent]) -> PageReports {

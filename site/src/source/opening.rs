@@ -55,10 +55,15 @@ pub(super) async fn begin(line: &mut Line, vm: &VmDir, hello: Hello) -> Result<(
     for (time, size) in times.iter_mut().zip([0, PROBE_BYTES]) {
         let begun = Instant::now();
         line.send(ToTarget::Probe(vec![0; size])).await?;
-        match line.recv(Phase::Hello).await? {
-            ToSource::Probed => *time = begun.elapsed(),
-            _ => return Err(line.unexpected(Phase::Hello, "no answer to a probe")),
+        loop {
+            match line.recv(Phase::Hello).await? {
+                ToSource::Probed => break,
+                // A standby that goes on meanwhile.
+                ToSource::Following { .. } if welcome.standby.is_some() => {}
+                _ => return Err(line.unexpected(Phase::Hello, "no answer to a probe")),
+            }
         }
+        *time = begun.elapsed();
     }
     let transfer = times[1]
         .saturating_sub(times[0])

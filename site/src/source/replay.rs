@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reconciler::Layout;
+use replayer::Options;
 
 use super::twin::{self, Twin};
 use super::{Migration, TwinTurn};
@@ -17,6 +18,7 @@ use crate::protocol::{ToSource, ToTarget};
 use crate::recording;
 use crate::report::ReplaySummary;
 use crate::state::{Base, State};
+use crate::work::Workplace;
 
 /// The tail of the log that is typed while the target replays is replayed too, so often.
 const TAIL_ROUNDS: usize = 3;
@@ -25,13 +27,14 @@ const TAIL_ROUNDS: usize = 3;
 const SIGN_OF_LIFE: Duration = Duration::from_secs(30);
 
 impl Migration<'_> {
-    /// Ships the log and has it replayed, then the tail that was typed meanwhile.
+    /// Ships the log but for the records that the target has, and has it replayed, then the tail
+    /// that was typed meanwhile.
     pub(super) async fn replay(
         &mut self,
         line: &mut Line,
         base: GenerationId,
+        mut sent_records: usize,
     ) -> Result<(ReplaySummary, u64)> {
-        let mut sent_records = 0;
         let mut log_bytes = 0;
         let mut total: Option<ReplaySummary> = None;
         for _ in 0..TAIL_ROUNDS {
@@ -54,7 +57,7 @@ impl Migration<'_> {
             line.flush().await?;
             self.clock.enter(Phase::Replay);
             if let Some(twin) = self.twin.as_mut()
-                && without_twin(twin.play(new.to_vec()).await).is_none()
+                && without_twin(twin.play(new.to_vec())).is_none()
             {
                 self.drop_twin().await;
             }
@@ -71,7 +74,7 @@ impl Migration<'_> {
             if total.replace(summary).is_none() && self.options.twin == TwinTurn::After {
                 self.start_twin(base).await;
                 if let Some(twin) = self.twin.as_mut() {
-                    without_twin(twin.play(new.to_vec()).await);
+                    without_twin(twin.play(new.to_vec()));
                 }
             }
             self.settle_twin(line).await?;
@@ -81,7 +84,15 @@ impl Migration<'_> {
     }
 
     pub(super) async fn start_twin(&mut self, base: GenerationId) {
-        let twin = Twin::start(self.vm, self.record, self.transfer, base.number).await;
+        let twin = Twin::start(
+            self.vm,
+            self.record,
+            Workplace::Incoming,
+            self.transfer,
+            base.number,
+            Options::default(),
+        );
+        let twin = twin.await;
         self.twin = without_twin(twin).flatten();
     }
 

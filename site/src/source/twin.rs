@@ -21,7 +21,7 @@ use crate::layout::TwinRam;
 use crate::local;
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
-use crate::work::Work;
+use crate::work::{Work, Workplace};
 
 /// How much later than the target's replay the twin's may end.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -41,8 +41,10 @@ impl Twin {
     pub(super) async fn start(
         vm: &VmDir,
         record: &VmRecord,
+        place: Workplace,
         transfer: Id,
         base: u64,
+        options: Options,
     ) -> Result<Option<Self>> {
         let needed = record.hardware.memory_bytes().saturating_mul(2) + MARGIN;
         let free = probe::free_memory().map_err(Error::host("cannot measure memory"))?;
@@ -50,14 +52,14 @@ impl Twin {
             tracing::info!(free, needed, "no twin: too little memory");
             return Ok(None);
         }
-        let work = Work::prepare_fork(vm, record, transfer, Some(base)).await?;
+        let work = Work::prepare_fork(vm, record, place, transfer, Some(base)).await?;
         let ram = work.ram_path();
         let files = ForkFiles {
             runtime: work.runtime().to_owned(),
             disks: work.disk_paths(),
             device: work.device().to_vec(),
         };
-        let fork = Fork::start(vm, record, files, Options::default()).await?;
+        let fork = Fork::start(vm, record, files, options).await?;
         Ok(Some(Self {
             fork,
             ram,
@@ -66,9 +68,9 @@ impl Twin {
     }
 
     /// Gives it the same piece of the log as the target.
-    pub(super) async fn play(&mut self, records: Vec<Record>) -> Result<()> {
+    pub(super) fn play(&mut self, records: Vec<Record>) -> Result<()> {
         self.playing = true;
-        self.fork.play(records).await
+        self.fork.play(records)
     }
 
     /// Waits until it has played what it was given, for so long at most.
@@ -77,7 +79,7 @@ impl Twin {
             if self.playing {
                 self.fork.done().await?;
                 self.playing = false;
-                self.fork.settle().await?;
+                self.fork.settle()?;
                 let report = self.fork.done().await?;
                 tracing::info!(missed = report.missed.len(), "the twin is done");
             }

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::local::blocking;
 use crate::protocol::Hello;
 use crate::store::Store;
+use crate::work::Workplace;
 
 /// Room that must stay free beside a VM's own needs.
 const MARGIN: u64 = 64 << 20;
@@ -28,7 +29,7 @@ pub(super) async fn check_host(store: &Store, hello: &Hello) -> Result<()> {
     }
     // The VM's RAM twice: the generation that arrives lies on disk, what runs on tmpfs.
     let memory = hello.vm.hardware.memory_bytes();
-    let runtime = store.vm(&hello.vm.name).runtime_dir("incoming")?;
+    let runtime = Workplace::Incoming.runtime(&store.vm(&hello.vm.name))?;
     let shared = runtime.parent().unwrap_or(&runtime);
     let free = free_space(shared)?;
     if free < memory + MARGIN {

@@ -6,30 +6,37 @@
 mod check;
 mod commit;
 mod receive;
+mod replay;
+mod standby;
 
-use traces::Record;
-use vm_host::Vm;
+use std::collections::VecDeque;
+
+use tokio_util::sync::CancellationToken;
+use traces::GuestTime;
 
 use crate::error::{Error, Result};
 use crate::files::{self, FileLock};
-use crate::fork::{Fork, ForkFiles, Played};
+use crate::fork::Fork;
+use crate::generation::Manifest;
 use crate::lease::Lease;
 use crate::line::TargetLine;
 use crate::local::{self};
 use crate::phase::Phase;
 use crate::protocol::{Hello, Plan, Purpose, ToSource, ToTarget, Welcome};
-use crate::report::{ReplaySummary, Strategy};
+use crate::report::Strategy;
 use crate::store::{Store, VmDir};
-use crate::work::{Received, Work};
+use crate::work::{Received, Work, Workplace};
 
 use check::check_host;
 use receive::{receive_file, receive_layout, receive_log};
+
+pub(crate) use standby::Standbys;
 
 /// How long the source may take to say how the VM goes on, once it is here.
 const RESUME_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Talks with one peer until it is done.
-pub(crate) async fn converse(store: &Store, mut line: TargetLine) {
+pub(crate) async fn converse(store: &Store, standbys: &Standbys, mut line: TargetLine) {
     let peer = line.peer().name.to_string();
     let hello = match line.receive(Phase::Hello).await {
         Ok(ToTarget::Hello(hello)) => hello,
@@ -45,7 +52,12 @@ pub(crate) async fn converse(store: &Store, mut line: TargetLine) {
     let name = hello.vm.name.clone();
     let purpose = hello.purpose.clone();
     tracing::info!(peer, vm = %name, ?purpose, "a peer calls");
-    let mut session = match Session::begin(store, &line, *hello).await {
+    let begun = match standbys.resume(line.peer(), &hello).await {
+        Ok(Some(standby)) => Ok(*standby),
+        Ok(None) => Session::begin(store, &line, *hello).await,
+        Err(error) => Err(error),
+    };
+    let mut session = match begun {
         Ok(session) => session,
         Err(error) => {
             tracing::warn!(peer, vm = %name, error = error.chain(), "refused");
@@ -54,10 +66,24 @@ pub(crate) async fn converse(store: &Store, mut line: TargetLine) {
             return;
         }
     };
+    let transfer = session.hello.transfer;
+    let caller = line.peer().clone();
+    session.superseded = standbys.begin(&caller, transfer);
+    converse_on(session, standbys, line).await;
+    standbys.end(&caller, transfer);
+}
+
+/// The conversation after its beginning.
+async fn converse_on(mut session: Session, standbys: &Standbys, line: TargetLine) {
+    let peer = line.peer().name.to_string();
+    let name = session.vm.name().clone();
     let outcome = session.run(&mut Some(line)).await;
-    if let Err(Ended { error, line }) = &outcome {
+    if let Err(Ended { error, .. }) = &outcome {
         tracing::warn!(peer, vm = %name, error = error.chain(), "it ended early");
-        let _ = line;
+        if error.is_disconnect() && session.follows() {
+            standbys.park(session);
+            return;
+        }
     }
     let cleaned = session.clean().await;
     if let Err(error) = cleaned {
@@ -92,8 +118,19 @@ struct Session {
     peer: crate::peers::Peer,
     phase: Phase,
     lock: Option<FileLock>,
+    plan: Option<Plan>,
+    /// The generation that is being shipped.
+    shipping: Option<Manifest>,
+    work: Option<Work>,
+    received: Option<Received>,
     fork: Option<Fork>,
+    /// Records that a replay has which follows the source.
+    following: Option<u64>,
+    /// The recorded times of the pieces that it has not played yet.
+    pieces: VecDeque<GuestTime>,
     committed: bool,
+    /// Another call takes the place of this one.
+    superseded: CancellationToken,
 }
 
 impl Session {
@@ -107,8 +144,15 @@ impl Session {
             peer: line.peer().clone(),
             phase: Phase::Hello,
             lock,
+            plan: None,
+            shipping: None,
+            work: None,
+            received: None,
             fork: None,
+            following: None,
+            pieces: VecDeque::new(),
             committed: false,
+            superseded: CancellationToken::new(),
             hello: hello.clone(),
         };
         if matches!(hello.purpose, Purpose::Settle(_) | Purpose::Estimate) {
@@ -129,7 +173,7 @@ impl Session {
     /// others left.
     async fn make_room(&self) -> Result<()> {
         check_known(&self.vm, &self.hello)?;
-        clean_leftovers(&self.vm).await?;
+        Workplace::Incoming.clear(&self.vm).await?;
         local::drop_stale_live(&self.vm).await?;
         check_host(&self.store, &self.hello).await
     }
@@ -140,7 +184,7 @@ impl Session {
                 .vm
                 .generations()?
                 .iter()
-                .map(crate::generation::Manifest::identity)
+                .map(Manifest::identity)
                 .collect(),
             _ => Vec::new(),
         };
@@ -160,6 +204,7 @@ impl Session {
             common,
             lacks,
             qemu: local::qemu_version().await?,
+            standby: self.following,
         })
     }
 
@@ -190,15 +235,11 @@ impl Session {
     }
 
     async fn dialogue(&mut self, slot: &mut Option<TargetLine>) -> Result<()> {
-        let mut work: Option<Work> = None;
-        let mut received: Option<Received> = None;
-        let mut shipping: Option<crate::generation::Manifest> = None;
-        let mut plan: Option<Plan> = None;
         loop {
             let Some(line) = slot.as_mut() else {
                 return Ok(());
             };
-            let message = match line.receive(self.phase).await {
+            let message = match self.next(line).await {
                 Ok(message) => message,
                 // Seeds and questions end when the source has nothing more to say.
                 Err(Error::Line {
@@ -209,7 +250,7 @@ impl Session {
                 }
                 Err(error) => return Err(error),
             };
-            self.check_place(&message, work.is_some(), received.is_some())?;
+            self.check_place(&message)?;
             match message {
                 ToTarget::Probe(_) => {
                     line.send(ToSource::Probed).await?;
@@ -226,83 +267,81 @@ impl Session {
                     {
                         return Err(line.unexpected(self.phase, "a generation it did not name"));
                     }
-                    shipping = Some(*manifest);
-                    received = None;
-                    work = Some(self.prepare(base).await?);
+                    self.shipping = Some(*manifest);
+                    self.received = None;
+                    self.work = Some(self.prepare(base).await?);
                 }
                 ToTarget::Image(first) => {
-                    let (Some(state), Some(line)) = (work.take(), slot.take()) else {
+                    let (Some(state), Some(line)) = (self.work.take(), slot.take()) else {
                         return Err(self.out_of_place("an image"));
                     };
                     self.phase = Phase::Device;
                     let (state, line, trees) = state.receive(line, first).await?;
                     self.phase = Phase::Verify;
                     *slot = Some(line);
-                    work = Some(state);
-                    received = Some(trees);
+                    self.work = Some(state);
+                    self.received = Some(trees);
                 }
                 ToTarget::Publish => {
                     let (Some(state), Some(trees), Some(manifest)) =
-                        (work.take(), received.take(), shipping.take())
+                        (self.work.take(), self.received.take(), self.shipping.take())
                     else {
                         return Err(self.out_of_place("publish"));
                     };
                     self.phase = Phase::Base;
                     state.keep(trees, manifest).await?;
                     self.note_vm()?;
-                    let line = self.line(slot)?;
                     line.send(ToSource::Published).await?;
                     line.flush().await?;
                 }
-                ToTarget::Plan(chosen) if self.hello.purpose == Purpose::Migrate => {
-                    plan = Some(chosen);
+                ToTarget::Plan(chosen) => {
+                    self.plan = Some(chosen);
                     self.phase = Phase::Base;
                 }
                 ToTarget::Prepare => {
-                    let Some(plan) = plan else {
+                    let Some(plan) = self.plan else {
                         return Err(self.out_of_place("prepare"));
                     };
                     let base = self.base_of(&plan)?;
-                    received = None;
-                    work = Some(self.prepare(base).await?);
+                    self.received = None;
+                    self.work = Some(self.prepare(base).await?);
                 }
-                ToTarget::Log(part) => {
-                    let replay = plan.is_some_and(|plan| plan.strategy == Strategy::Replay);
-                    let (Some(state), true) = (&work, replay) else {
-                        return Err(self.out_of_place("a log"));
-                    };
-                    self.phase = Phase::Log;
-                    let records = receive_log(line, part).await?;
-                    if self.fork.is_none() {
-                        self.fork = Some(self.start_fork(state).await?);
-                    }
+                ToTarget::Follow { part, at } => {
                     self.phase = Phase::Replay;
-                    let summary = self.replay(slot, records).await?;
-                    let line = self.line(slot)?;
+                    let records = receive_log(line, part, true).await?;
+                    self.follow(records, GuestTime { micros: at }).await?;
+                }
+                ToTarget::Leave => return Ok(()),
+                ToTarget::Log(part) => {
+                    self.phase = Phase::Log;
+                    let records = receive_log(line, part, false).await?;
+                    self.phase = Phase::Replay;
+                    let summary = self.replay(line, records).await?;
                     line.send(ToSource::Replayed(summary)).await?;
                     line.flush().await?;
                 }
                 ToTarget::Freeze => {
                     self.phase = Phase::Stop;
+                    self.following = None;
                     if let Some(fork) = self.fork.take()
-                        && let Some(state) = work.take()
+                        && let Some(state) = self.work.take()
                     {
-                        work = Some(state.replayed(fork.freeze().await?).await?);
+                        self.work = Some(state.replayed(fork.freeze().await?).await?);
                     }
                 }
                 ToTarget::Layout(part) => {
-                    let Some(state) = work.as_mut() else {
+                    let Some(state) = self.work.as_mut() else {
                         return Err(self.out_of_place("a layout"));
                     };
                     state.set_layout(receive_layout(line, part, state.ram_pages()).await?);
                 }
                 ToTarget::Commit(request) => {
-                    let (Some(state), Some(trees)) = (work.take(), received.take()) else {
+                    let (Some(state), Some(trees)) = (self.work.take(), self.received.take())
+                    else {
                         return Err(self.out_of_place("commit"));
                     };
                     self.phase = Phase::Commit;
                     let kept = self.commit(state, trees, *request).await?;
-                    let line = self.line(slot)?;
                     // The VM is here now, whatever became of the source: it goes on.
                     let told = match line.send(ToSource::Committed).await {
                         Ok(()) => line.flush().await,
@@ -316,7 +355,6 @@ impl Session {
                             Ok(Ok(ToTarget::Resume { paused: true }))
                         );
                     self.resume(kept, paused).await?;
-                    let line = self.line(slot)?;
                     line.send(ToSource::Resumed).await?;
                     line.flush().await?;
                 }
@@ -325,18 +363,37 @@ impl Session {
         }
     }
 
+    /// The next message; a replay that follows meanwhile says how it gets on.
+    async fn next(&mut self, line: &mut TargetLine) -> Result<ToTarget> {
+        if self.following.is_some() {
+            self.next_while_following(line).await
+        } else {
+            line.receive(self.phase).await
+        }
+    }
+
     /// Whether a message may come now: what it is for, and what came before it.
     ///
     /// A question changes nothing; images are built while nobody else writes to them, and are
     /// not touched again once they are verified; and after a commit there is nothing to say.
-    fn check_place(&self, message: &ToTarget, work: bool, received: bool) -> Result<()> {
+    fn check_place(&self, message: &ToTarget) -> Result<()> {
         let migrates = self.hello.purpose == Purpose::Migrate;
+        let (work, received) = (self.work.is_some(), self.received.is_some());
+        let replays = migrates
+            && work
+            && !received
+            && self
+                .plan
+                .is_some_and(|plan| plan.strategy == Strategy::Replay);
         let possible = match message {
             ToTarget::Probe(_) => true,
             _ if self.lock.is_none() || self.committed => false,
             ToTarget::Generation { .. } | ToTarget::Prepare => self.fork.is_none(),
             ToTarget::Image(_) | ToTarget::Layout(_) => self.fork.is_none() && work && !received,
-            ToTarget::Log(_) | ToTarget::Freeze => migrates && !received,
+            ToTarget::Log(_) | ToTarget::Follow { .. } => replays,
+            ToTarget::Freeze => migrates && !received,
+            ToTarget::Plan(_) => migrates,
+            ToTarget::Leave => self.following.is_some(),
             ToTarget::Commit(_) => migrates && received,
             _ => true,
         };
@@ -345,10 +402,6 @@ impl Session {
         } else {
             Err(self.out_of_place("a message"))
         }
-    }
-
-    fn line<'a>(&self, slot: &'a mut Option<TargetLine>) -> Result<&'a mut TargetLine> {
-        slot.as_mut().ok_or_else(|| self.out_of_place("nothing"))
     }
 
     fn out_of_place(&self, what: &str) -> Error {
@@ -387,60 +440,6 @@ impl Session {
         Work::prepare(&self.vm, &self.hello.vm, self.hello.transfer, base).await
     }
 
-    async fn start_fork(&self, work: &Work) -> Result<Fork> {
-        let files = ForkFiles {
-            runtime: work.runtime().to_owned(),
-            disks: work.disk_paths(),
-            device: work.device().to_vec(),
-        };
-        Fork::start(
-            &self.vm,
-            &self.hello.vm,
-            files,
-            replayer::Options::default(),
-        )
-        .await
-    }
-
-    /// Replays one piece of the log, and tells the source how it gets on.
-    async fn replay(
-        &mut self,
-        slot: &mut Option<TargetLine>,
-        records: Vec<Record>,
-    ) -> Result<ReplaySummary> {
-        let Some(fork) = self.fork.as_mut() else {
-            return Err(self.out_of_place("a replay"));
-        };
-        let Some(line) = slot.as_mut() else {
-            return Err(self.out_of_place("a replay"));
-        };
-        fork.play(records).await?;
-        let mut settling = false;
-        loop {
-            let played = tokio::select! {
-                played = fork.played() => played?,
-                // The source has nothing to say now: this is how it is noticed that it went away.
-                said = line.receive(Phase::Replay) => {
-                    said?;
-                    return Err(self.out_of_place("a message during the replay"));
-                }
-            };
-            match played {
-                Played::Progress(progress) => {
-                    let done = progress.played.as_millis() as u64;
-                    let total = progress.of_recorded.as_millis() as u64;
-                    line.send(ToSource::Replaying { done, total }).await?;
-                    line.flush().await?;
-                }
-                Played::Done(_) if !settling => {
-                    settling = true;
-                    fork.settle().await?;
-                }
-                Played::Done(report) => return Ok(ReplaySummary::of(&report)),
-            }
-        }
-    }
-
     /// Leaves nothing of a conversation but what it committed.
     async fn clean(&mut self) -> Result<()> {
         if let Some(fork) = self.fork.take() {
@@ -449,7 +448,7 @@ impl Session {
         if self.lock.is_none() {
             return Ok(());
         }
-        clean_leftovers(&self.vm).await?;
+        Workplace::Incoming.clear(&self.vm).await?;
         if self.vm.try_record()?.is_none() {
             files::remove_dir(self.vm.dir())?;
         }
@@ -501,21 +500,4 @@ fn check_known(vm: &VmDir, hello: &Hello) -> Result<()> {
         Lease::Elsewhere { .. } => {}
     }
     Ok(())
-}
-
-/// Ends a fork that an agent left behind when it died, and removes its folders.
-pub(crate) async fn clean_leftovers(vm: &VmDir) -> Result<()> {
-    let runtime = vm.runtime_dir("incoming")?;
-    if runtime.exists() {
-        if let Some(qemu) = Vm::attach(&runtime)
-            .await
-            .map_err(Error::host("cannot reach a fork left behind"))?
-        {
-            qemu.kill()
-                .await
-                .map_err(Error::host("cannot end a fork left behind"))?;
-        }
-        files::remove_dir(&runtime)?;
-    }
-    files::remove_dir(&vm.incoming())
 }

@@ -19,9 +19,11 @@ const LOG_LIMITS: traces::Limits = traces::Limits {
 /// Bytes of a log segment as sent.
 const LOG_BYTES: u64 = 64 << 20;
 
+/// Receives a piece of the log, whose parts travel as `Log` or as `Follow`.
 pub(super) async fn receive_log(
     line: &mut TargetLine,
     first: reconciler::BlobPart,
+    following: bool,
 ) -> Result<Vec<Record>> {
     let malformed = || Error::reconcile("the log sent is malformed");
     let mut assembler = reconciler::BlobAssembler::new(LOG_BYTES);
@@ -31,7 +33,8 @@ pub(super) async fn receive_log(
             break bytes;
         }
         part = match line.receive(Phase::Log).await? {
-            ToTarget::Log(part) => part,
+            ToTarget::Log(part) if !following => part,
+            ToTarget::Follow { part, .. } if following => part,
             _ => return Err(line.unexpected(Phase::Log, "half a log")),
         };
     };

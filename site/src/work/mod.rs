@@ -2,6 +2,7 @@
 //! folders of their own, which become a generation when all is verified, or go without a trace.
 
 mod exchange;
+mod place;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -29,6 +30,8 @@ use crate::protocol::{ImageHead, ImageKind, ToTarget};
 use crate::state::{Base, tree_of};
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
+
+pub(crate) use place::Workplace;
 
 use exchange::{Talk, exchange, receive_offer};
 
@@ -68,7 +71,8 @@ impl Work {
         transfer: Id,
         base_number: Option<u64>,
     ) -> Result<Self> {
-        let mut work = Self::prepare_fork(vm, record, transfer, base_number).await?;
+        let mut work =
+            Self::prepare_fork(vm, record, Workplace::Incoming, transfer, base_number).await?;
         work.laying = Some(work.lay_ram());
         Ok(work)
     }
@@ -78,13 +82,14 @@ impl Work {
     pub(crate) async fn prepare_fork(
         vm: &VmDir,
         record: &VmRecord,
+        place: Workplace,
         transfer: Id,
         base_number: Option<u64>,
     ) -> Result<Self> {
         let (vm, record) = (vm.clone(), record.clone());
         blocking(move || {
-            let dir = vm.incoming().join(transfer.to_string());
-            let runtime = vm.runtime_dir("incoming")?;
+            let dir = place.dir(&vm).join(transfer.to_string());
+            let runtime = place.runtime(&vm)?;
             files::remove_dir(&dir)?;
             files::remove_dir(&runtime)?;
             files::make_dir(&dir)?;

@@ -1,0 +1,131 @@
+//! The fork at the target: replays a whole log once the user wants to move, or follows the user
+//! while they work.
+
+use std::time::Duration;
+
+use replayer::Options;
+use traces::{GuestTime, Record};
+
+use super::Session;
+use crate::error::{Error, Result};
+use crate::fork::{Fork, ForkFiles, Played, following_from};
+use crate::line::TargetLine;
+use crate::phase::Phase;
+use crate::protocol::{ToSource, ToTarget};
+use crate::report::ReplaySummary;
+
+/// A source that is followed says something at least so often; after this it can't be heard any
+/// more.
+const SILENCE: Duration = Duration::from_secs(30);
+
+impl Session {
+    async fn start_fork(&self, options: Options) -> Result<Fork> {
+        let Some(work) = &self.work else {
+            return Err(self.out_of_place("a replay"));
+        };
+        let files = ForkFiles {
+            runtime: work.runtime().to_owned(),
+            disks: work.disk_paths(),
+            device: work.device().to_vec(),
+        };
+        Fork::start(&self.vm, &self.hello.vm, files, options).await
+    }
+
+    /// Whether there is a fork that follows the source.
+    pub(super) fn follows(&self) -> bool {
+        self.following.is_some() && self.fork.is_some()
+    }
+
+    /// Queues a piece of the log for the fork that follows, and says how it gets on.
+    pub(super) async fn follow(&mut self, records: Vec<Record>, at: GuestTime) -> Result<()> {
+        if self.fork.is_none() {
+            let options = following_from(&records, at);
+            self.fork = Some(self.start_fork(options).await?);
+        }
+        let count = records.len() as u64;
+        if let Some(fork) = self.fork.as_mut() {
+            // Also an empty piece: when it is done, so is what came before it.
+            fork.play(records)?;
+            self.pieces.push_back(at);
+        }
+        *self.following.get_or_insert(0) += count;
+        Ok(())
+    }
+
+    /// The next message; meanwhile the fork that follows says how it gets on.
+    pub(super) async fn next_while_following(&mut self, line: &mut TargetLine) -> Result<ToTarget> {
+        let silent = tokio::time::sleep(SILENCE);
+        tokio::pin!(silent);
+        loop {
+            let Some(fork) = self.fork.as_mut() else {
+                return line.receive(self.phase).await;
+            };
+            let report = tokio::select! {
+                message = line.receive(Phase::Replay) => return message,
+                () = self.superseded.cancelled() => return Err(Error::Line {
+                    site: self.peer.name.to_string(),
+                    source: crate::transport::WireError::Cut,
+                }),
+                () = &mut silent => return Err(Error::Line {
+                    site: self.peer.name.to_string(),
+                    source: crate::transport::WireError::Silent(SILENCE),
+                }),
+                played = fork.played(), if fork.pending() > 0 => match played? {
+                    Played::Done(report) => report,
+                    Played::Progress(_) => continue,
+                },
+            };
+            let Some(at) = self.pieces.pop_front() else {
+                return Err(self.out_of_place("a piece of the log"));
+            };
+            line.send(ToSource::Following {
+                records: self.following.unwrap_or_default(),
+                at: at.micros,
+                missed: report.missed.len() as u64,
+            })
+            .await?;
+            line.flush().await?;
+        }
+    }
+
+    /// Replays one piece of the log, and what was queued before it, to the end, and tells the
+    /// source how it gets on.
+    pub(super) async fn replay(
+        &mut self,
+        line: &mut TargetLine,
+        records: Vec<Record>,
+    ) -> Result<ReplaySummary> {
+        if self.fork.is_none() {
+            self.fork = Some(self.start_fork(Options::default()).await?);
+        }
+        // From here on nobody can go on with it on another line.
+        self.following = None;
+        let Some(fork) = self.fork.as_mut() else {
+            return Err(self.out_of_place("a replay"));
+        };
+        fork.play(records)?;
+        fork.settle()?;
+        loop {
+            let played = tokio::select! {
+                played = fork.played() => played?,
+                // The source has nothing to say now: this is how it is noticed that it went away.
+                said = line.receive(Phase::Replay) => {
+                    said?;
+                    return Err(self.out_of_place("a message during the replay"));
+                }
+            };
+            match played {
+                Played::Progress(progress) => {
+                    let done = progress.played.as_millis() as u64;
+                    let total = progress.of_recorded.as_millis() as u64;
+                    line.send(ToSource::Replaying { done, total }).await?;
+                    line.flush().await?;
+                }
+                Played::Done(report) if fork.pending() == 0 => {
+                    return Ok(ReplaySummary::of(&report));
+                }
+                Played::Done(_) => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Where forks and states in the making lie, and how a place is cleared.
+
+use std::path::PathBuf;
+
+use vm_host::Vm;
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::store::VmDir;
+
+/// Where a state is made. What is done in one place at a time is kept apart by locks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Workplace {
+    /// Of migrations, and of replays that are thrown away: with the VM's lock.
+    Incoming,
+    /// Of the twin that follows a running VM: with the lock of who follows.
+    Following,
+}
+
+impl Workplace {
+    /// The folder for what is kept on disk.
+    pub(super) fn dir(self, vm: &VmDir) -> PathBuf {
+        match self {
+            Self::Incoming => vm.incoming(),
+            Self::Following => vm.dir().join("following"),
+        }
+    }
+
+    /// The folder for sockets and RAM.
+    pub(crate) fn runtime(self, vm: &VmDir) -> Result<PathBuf> {
+        vm.runtime_dir(match self {
+            Self::Incoming => "incoming",
+            Self::Following => "following",
+        })
+    }
+
+    /// Ends a fork that somebody left behind here when they died, and removes the folders.
+    pub(crate) async fn clear(self, vm: &VmDir) -> Result<()> {
+        let runtime = self.runtime(vm)?;
+        if runtime.exists() {
+            if let Some(qemu) = Vm::attach(&runtime)
+                .await
+                .map_err(Error::host("cannot reach a fork left behind"))?
+            {
+                qemu.kill()
+                    .await
+                    .map_err(Error::host("cannot end a fork left behind"))?;
+            }
+            files::remove_dir(&runtime)?;
+        }
+        files::remove_dir(&self.dir(vm))
+    }
+}

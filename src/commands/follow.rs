@@ -1,0 +1,95 @@
+//! `replay-migrate follow`
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use site::Store;
+use site::source::{self, FollowOptions, Followed, Standing};
+use tokio_util::sync::CancellationToken;
+
+use super::serve::stop_signal;
+use super::{peer_of, vm_of};
+use crate::output::{Output, bytes};
+
+pub(crate) async fn run(
+    store: &Store,
+    name: &str,
+    to: &str,
+    twin: bool,
+    output: &Output,
+) -> anyhow::Result<()> {
+    let vm = vm_of(store, name)?;
+    vm.record()?;
+    let peer = peer_of(store, to)?;
+    let stop = CancellationToken::new();
+    let on_signal = stop.clone();
+    let signals = tokio::spawn(async move {
+        stop_signal().await;
+        on_signal.cancel();
+    });
+    let progress = output.progress();
+    let told = Mutex::new(Told::default());
+    let standing = |standing: &Standing| {
+        output.standing(standing, progress.as_ref(), |standing| {
+            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+            told.worth_telling(standing)
+                .then(|| format!("{} {}", peer.name, describe(standing)))
+        });
+    };
+    let options = FollowOptions { twin };
+    let followed = source::follow(&vm, &peer, options, progress.as_ref(), &standing, &stop).await;
+    signals.abort();
+    drop(progress);
+    output.result(&followed?, |followed| match followed {
+        Followed::Left => format!(
+            "{} is not followed any more; {name} goes on here",
+            peer.name
+        ),
+        Followed::Moved(report) => format!(
+            "{name} has moved to {}: generation {}, verified",
+            peer.name, report.generation_to
+        ),
+    })
+}
+
+/// What a person was told last: the same again is worth a line now and then only.
+#[derive(Default)]
+struct Told {
+    following: Option<bool>,
+    at: Option<Instant>,
+}
+
+impl Told {
+    const AGAIN: Duration = Duration::from_secs(60);
+
+    fn worth_telling(&mut self, standing: &Standing) -> bool {
+        let follows = matches!(standing, Standing::Behind { .. });
+        let news = self.following != Some(follows)
+            || !follows
+            || self.at.is_none_or(|at| at.elapsed() >= Self::AGAIN);
+        if news {
+            *self = Self {
+                following: Some(follows),
+                at: Some(Instant::now()),
+            };
+        }
+        news
+    }
+}
+
+fn describe(standing: &Standing) -> String {
+    match standing {
+        Standing::Behind {
+            records,
+            seconds,
+            missed,
+            sent,
+        } => format!(
+            "follows, {seconds:.1} s behind, {records} records, {missed} misses, {} sent",
+            bytes(*sent)
+        ),
+        Standing::Waiting { why, seconds } => {
+            format!("cannot be reached ({why}); calling again in {seconds:.1} s")
+        }
+    }
+}
