@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo capture bench-stages bench-viewer fmt lint clean
+.PHONY: help setup build test demo capture bench-stages bench-reconcile bench-viewer fmt lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ capture: setup build ## a session recorded anew, its states kept: SESSION=demo O
 
 bench-stages: ## the reconciler's stages on synthetic guests: hashing, resolving, encoding, applying
 	$(CARGO) bench --locked --package reconciler
+
+# CAPTURE is a folder that `make capture` has made.
+bench-reconcile: build ## bytes, seconds and memory of every way of reconciling a capture
+	./target/release/replay-migrate bench reconcile $(or $(CAPTURE),target/capture)
 
 bench-viewer: ## what the recording proxy adds to an event, beside a direct connection
 	$(CARGO) test --release --locked --package recorder --test proxy an_event_takes -- --nocapture

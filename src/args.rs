@@ -101,6 +101,38 @@ pub(crate) enum Command {
     Log(LogCommand),
     /// Save the images of a recorded session: base, source and replayed states
     Capture(CaptureArgs),
+    /// Measure on a capture
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Bytes, seconds and memory of every strategy; each result is compared byte for byte
+    Reconcile {
+        /// The capture's folder
+        capture: PathBuf,
+        /// Only this strategy; may be given more than once [default: all that have their states]
+        #[arg(long, value_enum, value_name = "STRATEGY")]
+        strategy: Vec<BenchStrategyArg>,
+        /// With this codec (zstd:1 to zstd:19, lzma:fast, lzma:normal, lzma:strong); may be given
+        /// more than once
+        #[arg(long, value_parser = benches::codec_of, value_name = "CODEC",
+              default_values = ["zstd:3", "lzma:fast"])]
+        codec: Vec<benches::Codec>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum BenchStrategyArg {
+    /// Against nothing
+    Full,
+    /// Against the stale copy
+    Base,
+    /// Against what a replay made of it
+    Replay,
+    /// The same, told by the source's own replay
+    Twin,
 }
 
 #[derive(clap::Args, Debug)]

@@ -62,7 +62,7 @@ pub use encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages};
 pub use error::Error;
 pub use file::FilePages;
 pub use lines::Unpatched;
-pub use memory::{MAX_REPAIRS, Message, Options, Source, Stats, reconcile_in_memory};
+pub use memory::{MAX_REPAIRS, Message, Options, Source, Stats, Times, reconcile_in_memory};
 pub use offer::{Offer, OfferOptions, Salt, short_bits};
 pub use page::{
     Image, MAX_PAGES, PAGE_SIZE, Page, PageHash, PageIndex, ReadPages, SlicePages, SlicePagesMut,

@@ -1,5 +1,10 @@
 //! Both ends in one process, without a wire: for tests and for measuring strategies on a
 //! capture.
+//!
+//! Each round of pages is encoded, then applied, so that both can be timed; on the way from
+//! site to site they overlap.
+
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +43,31 @@ pub struct Stats {
     pub whole: EncodeStats,
     /// Bytes of tree nodes and of pages sent again.
     pub repair_bytes: u64,
+    /// What each stage took.
+    pub times: Times,
+}
+
+/// How long the stages took, on all cores.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Times {
+    /// The source's: saying what differs.
+    pub offer: Duration,
+    /// The target's: looking it up.
+    pub resolve: Duration,
+    /// The source's: reading, comparing and compressing pages, in all rounds.
+    pub encode: Duration,
+    /// The target's: copying, putting back, and unpacking pages, in all rounds.
+    pub decode: Duration,
+    /// The target's: hashing the result.
+    pub verify: Duration,
+}
+
+/// Adds what `work` takes to `time`.
+fn timed<T>(time: &mut Duration, work: impl FnOnce() -> T) -> T {
+    let begun = Instant::now();
+    let done = work();
+    *time += begun.elapsed();
+    done
 }
 
 impl Stats {
@@ -103,14 +133,20 @@ pub fn reconcile_in_memory(
     on_the_way: &mut dyn FnMut(Message<'_>),
 ) -> Result<(Verified, Stats), Error> {
     let mut stats = Stats::default();
-    let offered = Offer::new(source.tree, source.base, &options.offer)?;
-    let mut bytes = offered.encode()?;
+    let (offered, mut bytes) = timed(&mut stats.times.offer, || {
+        let offered = Offer::new(source.tree, source.base, &options.offer)?;
+        let bytes = offered.encode()?;
+        Ok::<_, Error>((offered, bytes))
+    })?;
     on_the_way(Message::Offer(&mut bytes));
     stats.offer_bytes = bytes.len() as u64;
 
-    let offer = Offer::decode(&bytes, image.pages())?;
-    let resolution = resolve(&offer, holdings)?;
-    let mut answer = resolution.answer(&offer)?;
+    let (offer, resolution, mut answer) = timed(&mut stats.times.resolve, || {
+        let offer = Offer::decode(&bytes, image.pages())?;
+        let resolution = resolve(&offer, holdings)?;
+        let answer = resolution.answer(&offer)?;
+        Ok::<_, Error>((offer, resolution, answer))
+    })?;
     on_the_way(Message::Answer(&mut answer));
     stats.answer_bytes = answer.len() as u64;
 
@@ -123,7 +159,9 @@ pub fn reconcile_in_memory(
         on_the_way,
     };
     let applied = transfer.run(&offer, resolution, image, &pages)?;
-    let mut verification = applied.verify(image.reader(), &no_progress)?;
+    let mut verification = timed(&mut stats.times.verify, || {
+        applied.verify(image.reader(), &no_progress)
+    })?;
     for _ in 0..MAX_REPAIRS {
         let mismatch = match verification {
             Verification::Verified(verified) => {
@@ -183,8 +221,9 @@ impl Transfer<'_, '_> {
         pages: &[PageIndex],
     ) -> Result<Applied, Error> {
         let total = image.pages();
-        let mut applier =
-            Applier::new(offer, resolution, self.holdings, image, self.options.apply)?;
+        let mut applier = timed(&mut self.stats.times.decode, || {
+            Applier::new(offer, resolution, self.holdings, image, self.options.apply)
+        })?;
         let shared = self.holdings.base_reader.is_some();
         let base = self.source.base_reader.filter(|_| shared);
         let twin = self.source.twin;
@@ -224,15 +263,20 @@ impl Transfer<'_, '_> {
         references: References<'_>,
         pages: &[PageIndex],
     ) -> Result<EncodeStats, Error> {
-        let mut failed = None;
+        let mut chunks = Vec::new();
         let (image, how) = (self.source.image, self.options.encode);
-        let sent = encode_pages(image, references, pages, how, &mut |mut chunk| {
-            (self.on_the_way)(Message::Pages(&mut chunk.bytes));
-            applier.push(&chunk).map_err(|error| {
-                failed = Some(error);
-                Closed
+        let sent = timed(&mut self.stats.times.encode, || {
+            encode_pages(image, references, pages, how, &mut |chunk| {
+                chunks.push(chunk);
+                Ok(())
             })
-        });
-        failed.map_or(sent, Err)
+        })?;
+        for chunk in &mut chunks {
+            (self.on_the_way)(Message::Pages(&mut chunk.bytes));
+        }
+        timed(&mut self.stats.times.decode, || {
+            chunks.iter().try_for_each(|chunk| applier.push(chunk))
+        })?;
+        Ok(sent)
     }
 }

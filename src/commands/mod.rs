@@ -1,5 +1,6 @@
 //! One file per command.
 
+mod bench;
 mod capture;
 mod checkpoint;
 mod doctor;
@@ -51,6 +52,7 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
             replay::run(&vm_of(&store()?, &name)?, &log, speed, output).await
         }
         Command::Capture(args) => capture::run(&vm_of(&store()?, &args.name)?, args, output).await,
+        Command::Bench(command) => bench::run(command, output).await,
         Command::Log(command) => log::run(&store()?, command, output),
     }
 }

@@ -10,6 +10,7 @@
 )]
 
 mod bad_input;
+mod bench;
 mod capture;
 mod common;
 mod follow;

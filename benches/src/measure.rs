@@ -1,0 +1,445 @@
+//! Runs the strategies.
+
+use std::path::Path;
+use std::time::Instant;
+
+use introspection::{Linux, Physical, address_spaces};
+use reconciler::{
+    ApplyOptions, Codec, EncodeOptions, Holdings, Image, ImageTree, Layout, OfferOptions, Overlaid,
+    PAGE_SIZE, PageHash, Place, PlaceKind, Processes, ReadPages, Realigned, Salt, SlicePages,
+    SlicePagesMut, Source, Space, Stats, pages_for, reconcile_in_memory,
+};
+
+use crate::error::{Error, Result};
+use crate::memory::peak;
+use crate::report::{Bytes, Report, Row, Seconds, Strategy, name_of};
+use crate::states::{Scratch, State, first_difference, tree_of};
+
+/// Any will do where nobody makes pages that collide; the same each time, so that figures are.
+const SALT: Salt = Salt([7; 32]);
+/// Threads of zstd, as a migration has them.
+const WORKERS: u32 = 2;
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Which ways; none for all that the capture has the states for.
+    pub strategies: Vec<Strategy>,
+    /// Which codecs. `full` has only the first, unless it is asked for: LZMA takes minutes for a
+    /// whole disk.
+    pub codecs: Vec<Codec>,
+}
+
+/// Measures a capture; `on_row` hears each result as it comes.
+///
+/// Takes as much room for temporary files as the source's images do.
+///
+/// # Errors
+/// When the folder is no capture, a state that was asked for is not in it, or what came out is
+/// not the source's state.
+pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) -> Result<Report> {
+    for needed in ["base", "source"] {
+        if !dir.join(needed).is_dir() {
+            return Err(Error::NoCapture {
+                dir: dir.to_owned(),
+                missing: needed,
+            });
+        }
+    }
+    let has = |strategy: &Strategy| match strategy {
+        Strategy::Full | Strategy::Base => true,
+        Strategy::Replay => dir.join("replayed").is_dir(),
+        Strategy::Twin => dir.join("replayed").is_dir() && dir.join("twin").is_dir(),
+    };
+    let strategies: Vec<Strategy> = if options.strategies.is_empty() {
+        Strategy::ALL.into_iter().filter(has).collect()
+    } else {
+        options.strategies.clone()
+    };
+    if let Some(without) = strategies.iter().find(|strategy| !has(strategy)) {
+        return Err(Error::NoState {
+            state: "replay of its own",
+            strategy: without.name(),
+        });
+    }
+    let open = |name: &str| State::open(&dir.join(name));
+    let (base, source) = (open("base")?, open("source")?);
+    let replays = |strategy: &&Strategy| matches!(**strategy, Strategy::Replay | Strategy::Twin);
+    let replayed = match strategies.iter().find(replays) {
+        Some(_) => Some(open("replayed")?),
+        None => None,
+    };
+    let mut rows = Vec::new();
+    for strategy in strategies {
+        let (base, begins) = match strategy {
+            Strategy::Full => (None, None),
+            Strategy::Base => (Some(&base), Some(&base)),
+            Strategy::Replay | Strategy::Twin => (Some(&base), replayed.as_ref()),
+        };
+        let realigned = match (strategy, begins) {
+            (Strategy::Twin, Some(begins)) => {
+                Some(Told::new(&source, base, begins, open("twin")?)?)
+            }
+            _ => None,
+        };
+        let run = Run {
+            strategy,
+            source: &source,
+            base,
+            begins,
+            realigned,
+        };
+        let codecs = match strategy {
+            Strategy::Full if options.strategies.is_empty() => 1,
+            _ => options.codecs.len(),
+        };
+        for codec in options.codecs.iter().take(codecs) {
+            run.all(*codec, &mut |row| {
+                on_row(&row);
+                rows.push(row);
+            })?;
+        }
+    }
+    Ok(Report { rows })
+}
+
+/// What the source's own replay is good for.
+struct Told {
+    twin: State,
+    twin_pages: Realigned,
+    /// The target's pages in the source's layout, what they replaced, and the tree after.
+    pages: Realigned,
+    displaced: Vec<u8>,
+    displaced_tree: ImageTree,
+    tree: ImageTree,
+    layout_bytes: u64,
+    seconds: Seconds,
+}
+
+/// The processes in a guest's RAM; none if it is no Linux that is understood.
+fn spaces(ram: &[u8]) -> Vec<Space> {
+    let Some(linux) = Linux::find(Physical::new(ram)) else {
+        return Vec::new();
+    };
+    address_spaces(&linux)
+        .into_iter()
+        .map(|space| Space {
+            key: space.key(),
+            pages: space.pages,
+        })
+        .collect()
+}
+
+fn processes<'a>(state: &'a State, spaces: &'a [Space]) -> Processes<'a> {
+    Processes {
+        ram: &state.ram,
+        tree: &state.ram_tree,
+        spaces,
+    }
+}
+
+impl Told {
+    fn new(source: &State, base: Option<&State>, begins: &State, twin: State) -> Result<Self> {
+        let failed = |source| Error::Reconcile {
+            strategy: Strategy::Twin.name(),
+            image: "the layout of ram".to_owned(),
+            source,
+        };
+        let pages = source.ram_tree.pages();
+        let no_base = ImageTree::zero(pages).map_err(Error::Hash)?;
+        let base = base.map_or(&no_base, |base| &base.ram_tree);
+        let begun = Instant::now();
+        let (there, here) = (spaces(&source.ram), spaces(&twin.ram));
+        let (layout, twin_pages) =
+            Layout::between(processes(source, &there), processes(&twin, &here), base);
+        let encoded = layout.encode().map_err(failed)?;
+        let mut seconds = Seconds {
+            layout: begun.elapsed().as_secs_f64(),
+            ..Seconds::default()
+        };
+        let begun = Instant::now();
+        let layout = Layout::decode(&encoded, pages).map_err(failed)?;
+        let here = spaces(&begins.ram);
+        let moved = layout.realign(processes(begins, &here), base);
+        let mut tree = begins.ram_tree.clone();
+        let mut displaced = Vec::with_capacity(moved.len() * PAGE_SIZE);
+        for (index, page) in &moved {
+            let start = index.0 as usize * PAGE_SIZE;
+            displaced.extend_from_slice(begins.ram.get(start..start + PAGE_SIZE).unwrap_or(&[]));
+            tree.set(*index, PageHash::of(page)).map_err(Error::Hash)?;
+        }
+        seconds.realign = begun.elapsed().as_secs_f64();
+        Ok(Self {
+            twin,
+            twin_pages,
+            pages: moved,
+            displaced_tree: tree_of(&SlicePages(&displaced))?,
+            displaced,
+            tree,
+            // A layout that says nothing is not sent.
+            layout_bytes: if layout.is_empty() {
+                0
+            } else {
+                encoded.len() as u64
+            },
+            seconds,
+        })
+    }
+}
+
+/// One strategy.
+struct Run<'a> {
+    strategy: Strategy,
+    source: &'a State,
+    /// What both hold.
+    base: Option<&'a State>,
+    /// What the target builds on.
+    begins: Option<&'a State>,
+    realigned: Option<Told>,
+}
+
+/// One image of both.
+struct Task<'a> {
+    image: &'a dyn ReadPages,
+    tree: &'a ImageTree,
+    base: Option<(&'a dyn ReadPages, &'a ImageTree)>,
+    current: Option<&'a ImageTree>,
+    places: Vec<Place<'a>>,
+    twin: Option<&'a dyn ReadPages>,
+}
+
+impl Run<'_> {
+    /// All images, in the order in which a migration sends them.
+    fn all(&self, codec: Codec, on_row: &mut dyn FnMut(Row)) -> Result<()> {
+        on_row(self.device(codec)?);
+        for index in 0..self.source.disks.len() {
+            on_row(self.disk(codec, index)?);
+        }
+        on_row(self.ram(codec)?);
+        Ok(())
+    }
+
+    fn device(&self, codec: Codec) -> Result<Row> {
+        let image = SlicePages(&self.source.device);
+        let base = self
+            .base
+            .map(|base| (SlicePages(&base.device), &base.device_tree));
+        let mut built = self
+            .begins
+            .map_or_else(Vec::new, |begins| begins.device.clone());
+        built.resize(self.source.device.len(), 0);
+        let task = Task {
+            image: &image,
+            tree: &self.source.device_tree,
+            base: base.as_ref().map(|(image, tree)| (image as _, *tree)),
+            current: self.begins.map(|begins| &begins.device_tree),
+            places: Vec::new(),
+            twin: None,
+        };
+        self.run(
+            "device".to_owned(),
+            codec,
+            task,
+            &mut SlicePagesMut(&mut built),
+        )
+    }
+
+    fn disk(&self, codec: Codec, index: usize) -> Result<Row> {
+        let disk = &self.source.disks[index];
+        let bytes = self.source.disk_bytes(index)?;
+        let base = self.base.filter(|base| index < base.disks.len());
+        let begins = self.begins.filter(|begins| index < begins.disks.len());
+        let scratch = match begins {
+            Some(begins) => begins.copy_disk(index, bytes)?,
+            None => Scratch::zero(bytes)?,
+        };
+        let ram = self
+            .begins
+            .map(|begins| (SlicePages(&begins.ram), &begins.ram_tree));
+        let places = ram.iter().map(|(reader, tree)| Place {
+            kind: PlaceKind::OtherImage,
+            tree,
+            reader,
+        });
+        let task = Task {
+            image: &disk.image,
+            tree: &disk.tree,
+            base: base.map(|base| (&base.disks[index].image as _, &base.disks[index].tree)),
+            current: begins.map(|begins| &begins.disks[index].tree),
+            places: places.collect(),
+            twin: None,
+        };
+        let name = match index {
+            0 => "disk".to_owned(),
+            more => format!("disk{more}"),
+        };
+        self.run(name, codec, task, &mut scratch.pages()?)
+    }
+
+    fn ram(&self, codec: Codec) -> Result<Row> {
+        let image = SlicePages(&self.source.ram);
+        let base = self
+            .base
+            .map(|base| (SlicePages(&base.ram), &base.ram_tree));
+        let scratch = match self.begins {
+            Some(begins) => begins.copy_ram()?,
+            None => Scratch::zero(self.source.ram.len() as u64)?,
+        };
+        let mut built = scratch.map()?;
+        let told = self.realigned.as_ref();
+        for (index, page) in told.iter().flat_map(|told| &told.pages) {
+            let start = index.0 as usize * PAGE_SIZE;
+            if let Some(there) = built.get_mut(start..start + PAGE_SIZE) {
+                there.copy_from_slice(&**page);
+            }
+        }
+        let displaced = told.map(|told| (SlicePages(&told.displaced), &told.displaced_tree));
+        let mut places: Vec<Place<'_>> = displaced
+            .iter()
+            .map(|(reader, tree)| Place {
+                kind: PlaceKind::Replayed,
+                tree,
+                reader,
+            })
+            .collect();
+        // The target's disks are the source's by now.
+        places.extend(self.source.disks.iter().map(|disk| Place {
+            kind: PlaceKind::Disk,
+            tree: &disk.tree,
+            reader: &disk.image,
+        }));
+        let twin = told.map(|told| Overlaid::new(&told.twin.ram, &told.twin_pages));
+        let task = Task {
+            image: &image,
+            tree: &self.source.ram_tree,
+            base: base.as_ref().map(|(image, tree)| (image as _, *tree)),
+            current: told
+                .map(|told| &told.tree)
+                .or(self.begins.map(|begins| &begins.ram_tree)),
+            places,
+            twin: twin.as_ref().map(|twin| twin as _),
+        };
+        let mut row = self.run(
+            "ram".to_owned(),
+            codec,
+            task,
+            &mut SlicePagesMut(&mut built),
+        )?;
+        if let Some(told) = told {
+            row.bytes.layout = told.layout_bytes;
+            row.bytes.total += told.layout_bytes;
+            row.seconds.layout = told.seconds.layout;
+            row.seconds.realign = told.seconds.realign;
+        }
+        Ok(row)
+    }
+
+    fn run(
+        &self,
+        name: String,
+        codec: Codec,
+        task: Task<'_>,
+        built: &mut dyn Image,
+    ) -> Result<Row> {
+        let nothing = ImageTree::zero(task.tree.pages()).map_err(Error::Hash)?;
+        let Task {
+            image,
+            tree,
+            base,
+            current,
+            mut places,
+            twin,
+        } = task;
+        let (base_reader, base) = (
+            base.map(|base| base.0),
+            base.map_or(&nothing, |base| base.1),
+        );
+        if let Some(reader) = base_reader {
+            let kind = PlaceKind::Base;
+            let place = Place {
+                kind,
+                tree: base,
+                reader,
+            };
+            places.insert(0, place);
+        }
+        let holdings = Holdings {
+            base,
+            base_reader,
+            current: current.unwrap_or(&nothing),
+            places: &places,
+        };
+        let source = Source {
+            image,
+            tree,
+            base,
+            base_reader,
+            twin,
+        };
+        let options = reconciler::Options {
+            offer: OfferOptions {
+                salt: SALT,
+                candidates: self.candidates(),
+                force_bits: None,
+            },
+            encode: EncodeOptions {
+                codec,
+                workers: WORKERS,
+            },
+            apply: ApplyOptions::default(),
+        };
+        let (done, peak_memory) =
+            peak(|| reconcile_in_memory(source, &holdings, built, &options, &mut |_| {}));
+        let (_, stats) = done.map_err(|source| Error::Reconcile {
+            strategy: self.strategy.name(),
+            image: name.clone(),
+            source,
+        })?;
+        let compared = first_difference(image, built.reader());
+        let compared = compared.map_err(Error::file("compare", Path::new(&name)))?;
+        if let Some(page) = compared {
+            return Err(Error::Differs {
+                strategy: self.strategy.name(),
+                image: name,
+                page,
+            });
+        }
+        Ok(Row {
+            strategy: self.strategy,
+            codec: name_of(codec),
+            image: name,
+            bytes: Bytes::of(&stats, 0),
+            seconds: seconds(&stats),
+            pages: stats.pages,
+            peak_memory,
+        })
+    }
+
+    /// As a source reckons that knows of its target what generation it holds.
+    fn candidates(&self) -> u64 {
+        self.base.map_or(0, |base| {
+            let disks: u64 = base
+                .disks
+                .iter()
+                .map(|disk| disk.tree.content_pages())
+                .sum();
+            2 * (disks + base.ram_tree.pages() + pages_for(base.device.len() as u64))
+        })
+    }
+}
+
+fn seconds(stats: &Stats) -> Seconds {
+    let times = &stats.times;
+    Seconds {
+        offer: times.offer.as_secs_f64(),
+        resolve: times.resolve.as_secs_f64(),
+        encode: times.encode.as_secs_f64(),
+        decode: times.decode.as_secs_f64(),
+        verify: times.verify.as_secs_f64(),
+        ..Seconds::default()
+    }
+}
+
+#[cfg(test)]
+#[path = "measure_tests.rs"]
+mod tests;

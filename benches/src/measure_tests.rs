@@ -1,0 +1,66 @@
+use std::fs;
+
+use super::*;
+use crate::report::codec_of;
+
+/// Writes a state: pages of RAM, of a disk and of devices by the byte they are filled with.
+fn state(dir: &Path, name: &str, ram: &[u8], disk: &[u8], device: &[u8]) {
+    let dir = dir.join(name);
+    fs::create_dir_all(&dir).unwrap();
+    for (file, pages) in [("ram.img", ram), ("disk.img", disk), ("device.bin", device)] {
+        let bytes: Vec<u8> = pages.iter().flat_map(|byte| [*byte; PAGE_SIZE]).collect();
+        fs::write(dir.join(file), bytes).unwrap();
+    }
+}
+
+fn options(strategies: &[Strategy]) -> Options {
+    Options {
+        strategies: strategies.to_vec(),
+        codecs: vec![codec_of("zstd:3").unwrap(), codec_of("lzma:fast").unwrap()],
+    }
+}
+
+#[test]
+fn every_strategy_sends_what_its_target_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    state(at, "base", &[1, 2, 3, 0], &[0, 0, 0, 0], &[8, 9]);
+    state(at, "source", &[1, 4, 5, 6], &[0, 0, 7, 0], &[8, 10, 11]);
+    state(at, "replayed", &[1, 4, 9, 6], &[0, 0, 7, 1], &[8, 10]);
+    state(at, "twin", &[1, 4, 5, 9], &[0, 0, 7, 0], &[8, 10]);
+    let mut heard = 0;
+    let report = reconcile(at, &options(&[]), &mut |_| heard += 1).unwrap();
+    assert_eq!((report.rows.len(), heard), (7 * 3, 7 * 3));
+    let sent = |strategy, image: &str| {
+        let mut rows = report.rows.iter();
+        let row = rows.find(|row| row.strategy == strategy && row.image == image);
+        let pages = &row.unwrap().pages;
+        pages.literal + pages.delta + pages.patched + pages.lines
+    };
+    let counts = |image| Strategy::ALL.map(|strategy| sent(strategy, image));
+    assert_eq!(counts("ram"), [4, 3, 1, 1]);
+    assert_eq!(counts("disk"), [1, 1, 0, 0]);
+    assert_eq!(counts("device"), [3, 2, 1, 1]);
+    assert!(report.rows.iter().all(|row| row.bytes.total > 0));
+}
+
+#[test]
+fn without_a_replay_there_are_two_ways() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["base", "source"] {
+        state(dir.path(), name, &[1, 2], &[3], &[4]);
+    }
+    let report = reconcile(dir.path(), &options(&[]), &mut |_| ()).unwrap();
+    let last = report.rows.last().unwrap();
+    assert_eq!((report.rows.len(), last.strategy), (3 * 3, Strategy::Base));
+    let asked = reconcile(dir.path(), &options(&[Strategy::Twin]), &mut |_| ());
+    assert!(matches!(asked, Err(Error::NoState { .. })), "{asked:?}");
+    let none = reconcile(&dir.path().join("base"), &options(&[]), &mut |_| ());
+    assert!(matches!(
+        none,
+        Err(Error::NoCapture {
+            missing: "base",
+            ..
+        })
+    ));
+}

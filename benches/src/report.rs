@@ -1,0 +1,251 @@
+//! What is measured.
+
+use std::fmt;
+
+use reconciler::{Codec, Effort, PageCounts, Stats};
+use serde::Serialize;
+
+/// A way of moving a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    /// Against nothing.
+    Full,
+    /// Against the stale copy.
+    Base,
+    /// Against what a replay made of the stale copy.
+    Replay,
+    /// The same, told by the source's own replay.
+    Twin,
+}
+
+impl Strategy {
+    /// All, the dearest first.
+    pub const ALL: [Self; 4] = [Self::Full, Self::Base, Self::Replay, Self::Twin];
+
+    /// As it is written.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Base => "base",
+            Self::Replay => "replay",
+            Self::Twin => "twin",
+        }
+    }
+}
+
+impl fmt::Display for Strategy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Reconciling one image one way.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// Which way.
+    pub strategy: Strategy,
+    /// As [`name_of`] writes it.
+    pub codec: String,
+    /// `device`, `disk` (`disk1` and so on for more) or `ram`.
+    pub image: String,
+    /// What crosses the line.
+    pub bytes: Bytes,
+    /// Pages by recipe.
+    pub pages: PageCounts,
+    /// What it took.
+    pub seconds: Seconds,
+    /// By how much the memory of this process grew at most, in bytes: both ends together, and
+    /// the compressed pages of a round. Mapped files do not count. `None` where the system
+    /// does not tell.
+    pub peak_memory: Option<u64>,
+}
+
+/// Bytes by what they are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Bytes {
+    /// All.
+    pub total: u64,
+    /// Which pages differ, their hashes, and the answer.
+    pub hashes: u64,
+    /// How the source's processes lie in RAM.
+    pub layout: u64,
+    /// Asking for pages whose patch did not fit.
+    pub retries: u64,
+    /// Pages in whole.
+    pub literals: u64,
+    /// Pages as what differs from the base.
+    pub deltas: u64,
+    /// Pages as words over a replayed page.
+    pub patches: u64,
+    /// Lines over pages whose patch did not fit.
+    pub lines: u64,
+    /// Which page is told how.
+    pub kinds: u64,
+    /// Mending what a hash that was too short let pass.
+    pub repairs: u64,
+}
+
+impl Bytes {
+    pub(crate) fn of(stats: &Stats, layout: u64) -> Self {
+        let rounds = [&stats.encoded, &stats.resent, &stats.whole];
+        let sum = |of: fn(&reconciler::EncodeStats) -> u64| rounds.iter().copied().map(of).sum();
+        Self {
+            total: stats.bytes() + layout,
+            hashes: stats.offer_bytes + stats.answer_bytes,
+            layout,
+            retries: stats.retry_bytes,
+            literals: sum(|round| round.literal_bytes),
+            deltas: sum(|round| round.delta_bytes),
+            patches: stats.encoded.patch_bytes,
+            lines: stats.resent.patch_bytes + stats.whole.patch_bytes,
+            kinds: sum(|round| round.kinds_bytes),
+            repairs: stats.repair_bytes,
+        }
+    }
+}
+
+/// Seconds by stage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Seconds {
+    /// The source's, for `twin` alone: saying how its processes lie in RAM.
+    pub layout: f64,
+    /// The target's, for `twin` alone: bringing its replay into that layout.
+    pub realign: f64,
+    /// The source's: what differs.
+    pub offer: f64,
+    /// The target's: what of it is here.
+    pub resolve: f64,
+    /// The source's: reading, comparing, compressing.
+    pub encode: f64,
+    /// The target's: unpacking, writing.
+    pub decode: f64,
+    /// The target's: hashing what came out.
+    pub verify: f64,
+}
+
+/// Everything that was measured on a capture.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// One for each strategy, codec and image.
+    pub rows: Vec<Row>,
+}
+
+impl Row {
+    /// The heads of [`Row::line`]'s columns.
+    pub fn heads() -> String {
+        format!(
+            "{:8} {:11} {:7} {:>12} {:>9} {:>9} {:>11} {:>10} {:>10} {:>9} {:>8} {:>8} {:>8}",
+            "strategy",
+            "codec",
+            "image",
+            "bytes",
+            "hashes",
+            "layout",
+            "literals",
+            "deltas",
+            "patches",
+            "lines",
+            "encode s",
+            "decode s",
+            "peak MiB"
+        )
+    }
+
+    /// For a table in a terminal.
+    pub fn line(&self) -> String {
+        let (bytes, seconds) = (&self.bytes, &self.seconds);
+        let encode = seconds.layout + seconds.offer + seconds.encode;
+        let decode = seconds.realign + seconds.resolve + seconds.decode + seconds.verify;
+        let memory = self
+            .peak_memory
+            .map_or_else(|| "?".to_owned(), |bytes| (bytes >> 20).to_string());
+        format!(
+            "{:8} {:11} {:7} {:>12} {:>9} {:>9} {:>11} {:>10} {:>10} {:>9} {encode:>8.2} \
+             {decode:>8.2} {memory:>8}",
+            self.strategy,
+            self.codec,
+            self.image,
+            bytes.total,
+            bytes.hashes + bytes.repairs,
+            bytes.layout,
+            bytes.literals + bytes.kinds,
+            bytes.deltas,
+            bytes.patches,
+            bytes.lines + bytes.retries,
+        )
+    }
+}
+
+/// A codec as it is written on a command line: `zstd:3`, `lzma:fast`.
+pub fn name_of(codec: Codec) -> String {
+    match codec {
+        Codec::Zstd(level) => format!("zstd:{level}"),
+        Codec::Lzma(effort) => format!("lzma:{}", effort_name(effort)),
+    }
+}
+
+const fn effort_name(effort: Effort) -> &'static str {
+    match effort {
+        Effort::Fast => "fast",
+        Effort::Normal => "normal",
+        Effort::Strong => "strong",
+    }
+}
+
+/// Reads what [`name_of`] writes.
+///
+/// # Errors
+/// Says what would have been a codec.
+pub fn codec_of(name: &str) -> Result<Codec, String> {
+    let level = |name: &str| name.strip_prefix("zstd:")?.parse().ok();
+    if let Some(level) = level(name).filter(|level| (1..=19).contains(level)) {
+        return Ok(Codec::Zstd(level));
+    }
+    [Effort::Fast, Effort::Normal, Effort::Strong]
+        .into_iter()
+        .map(Codec::Lzma)
+        .find(|codec| name_of(*codec) == name)
+        .ok_or_else(|| {
+            format!(
+                "{name:?} is no codec; use zstd:1 to zstd:19, lzma:fast, lzma:normal or lzma:strong"
+            )
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codecs_have_names() {
+        for name in [
+            "zstd:1",
+            "zstd:19",
+            "lzma:fast",
+            "lzma:normal",
+            "lzma:strong",
+        ] {
+            assert_eq!(name_of(codec_of(name).unwrap()), name);
+        }
+        for name in [
+            "", "zstd", "zstd:0", "zstd:20", "zstd:x", "lzma", "lzma:9", "xz",
+        ] {
+            assert!(codec_of(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_line_has_its_heads() {
+        let row = Row {
+            strategy: Strategy::Twin,
+            codec: "lzma:strong".to_owned(),
+            image: "device".to_owned(),
+            bytes: Bytes::default(),
+            pages: PageCounts::default(),
+            seconds: Seconds::default(),
+            peak_memory: Some(5 << 20),
+        };
+        assert_eq!(row.line().len(), Row::heads().len());
+    }
+}

@@ -1,0 +1,48 @@
+//! `replay-migrate bench`
+
+use anyhow::Context;
+use benches::{Options, Report, Row, Strategy};
+
+use crate::args::{BenchCommand, BenchStrategyArg};
+use crate::output::Output;
+
+pub(crate) async fn run(command: BenchCommand, output: &Output) -> anyhow::Result<()> {
+    let BenchCommand::Reconcile {
+        capture,
+        strategy,
+        codec,
+    } = command;
+    let options = Options {
+        strategies: strategy.into_iter().map(strategy_of).collect(),
+        codecs: codec,
+    };
+    // Rows come as they are measured; the table that is the result stands by itself.
+    let (rows, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let measured = tokio::task::spawn_blocking(move || {
+        benches::reconcile(&capture, &options, &mut |row| {
+            // Nobody hears it when the command is ending.
+            let _ = rows.send(row.line());
+        })
+    });
+    output.say(&Row::heads());
+    while let Some(line) = heard.recv().await {
+        output.say(&line);
+    }
+    let report = measured.await.context("measuring ended early")??;
+    output.result(&report, table)
+}
+
+fn table(report: &Report) -> String {
+    let lines = report.rows.iter().map(Row::line);
+    let lines: Vec<String> = std::iter::once(Row::heads()).chain(lines).collect();
+    lines.join("\n")
+}
+
+const fn strategy_of(arg: BenchStrategyArg) -> Strategy {
+    match arg {
+        BenchStrategyArg::Full => Strategy::Full,
+        BenchStrategyArg::Base => Strategy::Base,
+        BenchStrategyArg::Replay => Strategy::Replay,
+        BenchStrategyArg::Twin => Strategy::Twin,
+    }
+}
