@@ -6,6 +6,9 @@
 //! Nothing the program says of itself is believed: all images are compared from outside, byte by
 //! byte. At D the desktop goes on.
 
+mod images;
+mod roam;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,22 +16,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use image::RgbImage;
 use serde_json::{Value, json};
-use testkit::link::{Link, LinkProfile, Rate, parse_delay};
+use testkit::link::{LinkProfile, Rate, parse_delay};
 use testkit::robot::{Robot, Waited};
 use testkit::session::{Played, Session};
-use testkit::site::{
-    self, Agent, Difference, Site, compare_disks, compare_files, newest_generation,
-};
+use testkit::site::{self, Agent, Site};
+
+use images::{differing_pixels, same_images, same_state, screenshot, side_by_side};
+use roam::{Replays, roam};
 
 const VM: &str = "desk";
 /// A build of the guest downloads packages, and a first boot is emulated.
 const GUEST_LIMIT: Duration = Duration::from_secs(1800);
-/// A whole migration over the thin line: `full` is some 200 MB.
-const MIGRATE_LIMIT: Duration = Duration::from_secs(1800);
-/// TLS ends a connection with an alert each way.
-const GOODBYE: u64 = 256;
 /// What is typed at the end, to see the desktop alive.
 const SIGN_OF_LIFE: &str = "date\n";
 
@@ -51,6 +50,9 @@ struct Options {
     /// With a guest that chance is taken out of, see `vm create --replay-friendly`
     #[arg(long)]
     replay_friendly: bool,
+    /// When the sites replay [default: while the user works]
+    #[arg(long, value_enum, default_value_t = Replays::Follow)]
+    replays: Replays,
     /// Keep the sites' state directories
     #[arg(long)]
     keep: bool,
@@ -119,6 +121,12 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
         );
     }
 
+    let profile = LinkProfile::symmetric(options.rate, options.delay);
+    let mut following = match options.replays {
+        Replays::Follow => Some(roam::follow(&sites.a, &sites.b, &agents[0], profile).await?),
+        Replays::Beside | Replays::After => None,
+    };
+
     heading("A user works at A");
     let mut robot = Robot::connect(&recorder.vnc).await?;
     let looks = out.join("session");
@@ -139,7 +147,6 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
         options.delay.as_millis()
     );
     let before = screenshot(&sites.a, &out.join("a.png")).await?;
-    let profile = LinkProfile::symmetric(options.rate, options.delay);
     let mut reports = serde_json::Map::new();
     let mut identical = true;
     let mut after = None;
@@ -148,7 +155,17 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
         ("base", &sites.b, &sites.c, &agents[1]),
         ("full", &sites.c, &sites.d, &agents[2]),
     ] {
-        let report = roam(from, to, agent, profile, strategy).await?;
+        let following = following.take();
+        let report = roam(
+            from,
+            to,
+            agent,
+            profile,
+            strategy,
+            options.replays,
+            following,
+        )
+        .await?;
         identical &= same_images(from, to).await?;
         reports.insert(strategy.to_owned(), report);
         if strategy == "replay" {
@@ -285,170 +302,6 @@ async fn open_sites(sites: &mut Sites, guest: &str) -> anyhow::Result<[Agent; 3]
     agents
         .try_into()
         .map_err(|_| anyhow::anyhow!("three agents were started"))
-}
-
-/// Two machines replay beside each other; on one, with few processors, they would slow down each
-/// other, and then no replay is like the original.
-fn twin_turn() -> &'static str {
-    let count = std::thread::available_parallelism().map_or(1, usize::from);
-    if count < 6 { "after" } else { "beside" }
-}
-
-/// Moves the VM over the thin line, and leaves it paused.
-async fn roam(
-    from: &Site,
-    to: &Site,
-    agent: &Agent,
-    profile: LinkProfile,
-    strategy: &str,
-) -> anyhow::Result<Value> {
-    let link = Link::start(agent.addr, profile)?;
-    from.trust(to.name(), link.addr(), &agent.key).await?;
-    println!(
-        "{} to {} by {strategy} ...",
-        from.name().to_uppercase(),
-        to.name().to_uppercase()
-    );
-    let mut migration = from.spawn(&[
-        "migrate",
-        VM,
-        "--to",
-        to.name(),
-        "--strategy",
-        strategy,
-        "--twin",
-        twin_turn(),
-        "--paused",
-    ])?;
-    let begun = Instant::now();
-    let mut phase = String::new();
-    loop {
-        let line = migration
-            .until("get on", MIGRATE_LIMIT, |line| line["phase"].is_string())
-            .await?;
-        let Some(line) = line else { break };
-        let now = line["phase"].as_str().unwrap_or_default();
-        if now != phase {
-            now.clone_into(&mut phase);
-            println!("  {:6.1} s  {phase}", begun.elapsed().as_secs_f64());
-        }
-    }
-    let report: Value = migration.finish(MIGRATE_LIMIT).await?.success()?.last()?;
-    let (sent, received) = (link.bytes_up(), link.bytes_down());
-    println!(
-        "  {:6.1} s  there, verified; on the line: {} sent, {} received",
-        begun.elapsed().as_secs_f64(),
-        mebibytes(sent),
-        mebibytes(received)
-    );
-    // Only the goodbyes come after the report is made up.
-    let said = report["bytes"]["sent"].as_u64().unwrap_or_default();
-    if said + GOODBYE < sent {
-        bail!("the report says {said} bytes were sent, and {sent} came over the line");
-    }
-    Ok(report)
-}
-
-/// Compares what both sites hold after a migration, and the paused VM itself.
-async fn same_images(from: &Site, to: &Site) -> anyhow::Result<bool> {
-    let (number, left) = newest_generation(from.dir(), VM)?;
-    let (other, right) = newest_generation(to.dir(), VM)?;
-    if number != other {
-        println!(
-            "  generation {number} at {}, but {other} at {}",
-            from.name(),
-            to.name()
-        );
-        return Ok(false);
-    }
-    let live_ram = to.live_ram(VM).await?;
-    let live_disk = to.dir().join("vms").join(VM).join("live/run/disk0.qcow2");
-    let disk = left.join("disk0.qcow2");
-    let compared = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
-        Ok([
-            (
-                "RAM",
-                compare_files(&left.join("ram.img"), &right.join("ram.img"))?,
-            ),
-            (
-                "devices",
-                compare_files(&left.join("device.bin"), &right.join("device.bin"))?,
-            ),
-            ("disk", compare_disks(&disk, &right.join("disk0.qcow2"))?),
-            (
-                "RAM of the paused VM",
-                compare_files(&left.join("ram.img"), &live_ram)?,
-            ),
-            ("disk of the paused VM", compare_disks(&disk, &live_disk)?),
-        ])
-    })
-    .await??;
-    let mut same = true;
-    for (what, difference) in compared {
-        if difference != Difference::None {
-            println!("  {what}: DIFFERENT, {difference:?}");
-            same = false;
-        }
-    }
-    if same {
-        println!("  images of generation {number} at both sites, and the paused VM: identical");
-    }
-    Ok(same)
-}
-
-/// Compares what left A with what came to D: all strategies faced one state only if it is the same.
-async fn same_state(first: &Site, last: &Site) -> anyhow::Result<bool> {
-    let (_, left) = newest_generation(first.dir(), VM)?;
-    let (_, right) = newest_generation(last.dir(), VM)?;
-    let compared = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
-        Ok([
-            compare_files(&left.join("ram.img"), &right.join("ram.img"))?,
-            compare_files(&left.join("device.bin"), &right.join("device.bin"))?,
-            compare_disks(&left.join("disk0.qcow2"), &right.join("disk0.qcow2"))?,
-        ])
-    })
-    .await??;
-    let same = compared
-        .iter()
-        .all(|difference| *difference == Difference::None);
-    if same {
-        println!("what left A and what came to D: identical, so all three moved the same state");
-    } else {
-        println!("what left A and what came to D: DIFFERENT, {compared:?}");
-    }
-    Ok(same)
-}
-
-async fn screenshot(site: &Site, path: &Path) -> anyhow::Result<RgbImage> {
-    site.json(&["vm", "screenshot", VM, "--out", &path.to_string_lossy()])
-        .await?;
-    println!(
-        "screen of {}: {}",
-        site.name().to_uppercase(),
-        path.display()
-    );
-    Ok(image::open(path)
-        .with_context(|| format!("cannot read {}", path.display()))?
-        .into_rgb8())
-}
-
-fn differing_pixels(one: &RgbImage, other: &RgbImage) -> usize {
-    let missing = one.pixels().len().abs_diff(other.pixels().len());
-    missing
-        + one
-            .pixels()
-            .zip(other.pixels())
-            .filter(|(a, b)| a != b)
-            .count()
-}
-
-fn side_by_side(left: &RgbImage, right: &RgbImage) -> RgbImage {
-    let gap = 16;
-    let height = left.height().max(right.height());
-    let mut both = RgbImage::new(left.width() + gap + right.width(), height);
-    image::imageops::replace(&mut both, left, 0, 0);
-    image::imageops::replace(&mut both, right, i64::from(left.width() + gap), 0);
-    both
 }
 
 /// Lets the VM run, types a little, and sees that the screen answers.
