@@ -1,7 +1,7 @@
 //! What a guest may write into its RAM: nothing is read beyond it, and looking always ends.
 #![no_main]
 
-use introspection::{Linux, Physical, address_spaces, entropy, kinds};
+use introspection::{Linux, Physical, address_spaces, entropy, kinds, slabs};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|ram: &[u8]| {
@@ -13,6 +13,9 @@ fuzz_target!(|ram: &[u8]| {
         }
         if let Some(kinds) = kinds::of(&linux) {
             assert_eq!(kinds.all().len(), ram.len() / 4096);
+            if let Some(slabs) = slabs::of(&linux, &kinds) {
+                assert!((0..pages).all(|page| slabs.name(page).is_none_or(|name| name.len() < 64)));
+            }
         }
     }
     if let Some(generator) = entropy::find(ram) {

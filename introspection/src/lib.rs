@@ -14,7 +14,9 @@ mod kallsyms;
 pub mod kinds;
 mod memory_map;
 mod physical;
+pub mod slabs;
 mod spaces;
+mod survey;
 mod tables;
 #[cfg(test)]
 mod testing;
@@ -102,6 +104,7 @@ mod tests {
                 }
                 if let Some(kinds) = kinds::of(&linux) {
                     prop_assert_eq!(kinds.all().len(), ram.len() / 4096);
+                    slabs::of(&linux, &kinds);
                 }
             }
             if let Some(generator) = entropy::find(&ram) {

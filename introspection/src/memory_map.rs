@@ -214,6 +214,23 @@ impl<'a> MemoryMap<'a> {
         })
     }
 
+    /// How many words of eight bytes a `struct page` has.
+    pub(crate) fn words(&self) -> u64 {
+        self.fields.size / 8
+    }
+
+    /// A word of the `struct page` of a page, or of the one that it belongs to.
+    pub(crate) fn word(&mut self, physical: u64, number: u64) -> Option<u64> {
+        let mut page = self.page(physical)?;
+        if let Some(head) = self.fields.head {
+            let head = self.u64(page.checked_add(head)?)?;
+            if head & 1 != 0 {
+                page = head - 1;
+            }
+        }
+        self.u64(page.checked_add(number * 8)?)
+    }
+
     /// Of a page that belongs to the one before it whose `struct page` is at `head`.
     fn tail(&self, page: u64, number: u64, head: u64) -> State {
         let distance = page.wrapping_sub(head) / self.fields.size;

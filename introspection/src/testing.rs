@@ -41,6 +41,14 @@ pub(crate) const MODULE: usize = 0x29000;
 /// Free from here on, with this many pages.
 pub(crate) const FREE: (usize, u64) = (0x2c000, 4);
 
+/// Caches of `kmalloc` and one of something else, as addresses.
+pub(crate) const CACHES: [u64; 2] = [DIRECT + 0xe100, DIRECT + 0xee00];
+/// The table of the former, and the names of both.
+pub(crate) const CACHE_TABLE: usize = 0x8000;
+pub(crate) const CACHE_NAMES: [&str; 2] = ["kmalloc-1", "dentry"];
+/// Where in a cache the address of its name is.
+const CACHE_NAME: usize = 0x60;
+
 /// The kernel's addresses of all RAM, of its large allocations, and of its account of pages.
 const DIRECT: u64 = 0xffff_8880_0000_0000;
 const LARGE: u64 = 0xffff_c900_0000_0000;
@@ -123,6 +131,7 @@ pub(crate) fn kernel() -> Vec<u8> {
         ("Dinit_top_pgt", TOP),
         ("Dvmalloc_base", 0xc008),
         ("B_end", IMAGE_END),
+        ("Bkmalloc_caches", CACHE_TABLE),
     ];
     let mut names = Vec::new();
     let mut offsets = Vec::new();
@@ -134,7 +143,7 @@ pub(crate) fn kernel() -> Vec<u8> {
         offsets.extend_from_slice(&(offset as i32).to_le_bytes());
     }
     let parts: [(&str, usize, Vec<u8>); 6] = [
-        ("kallsyms_num_syms", 0x5000, 8_u32.to_le_bytes().to_vec()),
+        ("kallsyms_num_syms", 0x5000, 9_u32.to_le_bytes().to_vec()),
         (
             "kallsyms_relative_base",
             0x5008,
@@ -208,6 +217,18 @@ pub(crate) fn kernel() -> Vec<u8> {
     // The sections of memory: a root, and in it one that lists the account.
     put(0x1a000, &(DIRECT + 0x1a800).to_le_bytes());
     put(0x1a800, &(ACCOUNT | 0xf).to_le_bytes());
+    // Caches, and their names; the first place of the table is empty.
+    for number in 1..=14 {
+        let (cache, name) = (0xe000 + number * 0x100, 0xf000 + number * 0x40);
+        let text = if number < 14 {
+            put(CACHE_TABLE + number * 8, &entry(DIRECT + cache as u64));
+            format!("kmalloc-{number}")
+        } else {
+            CACHE_NAMES[1].to_owned()
+        };
+        put(name, text.as_bytes());
+        put(cache + CACHE_NAME, &entry(DIRECT + name as u64));
+    }
     // A process: four tables, and a stack with its name at the top.
     let mut table = 0x10000;
     for (level, next) in [(27, 0x11000), (18, 0x12000), (9, 0x13000)] {
