@@ -92,9 +92,9 @@ pub(crate) enum Command {
         /// The log
         #[arg(long, value_name = "FILE")]
         log: PathBuf,
-        /// Think time runs this many times faster
-        #[arg(long, default_value_t = 1.0, value_name = "X")]
-        speed: f64,
+        /// How to replay it
+        #[command(flatten)]
+        options: ReplayArgs,
     },
     /// The interaction logs
     #[command(subcommand)]
@@ -133,6 +133,19 @@ pub(crate) enum BenchStrategyArg {
     Replay,
     /// The same, told by the source's own replay
     Twin,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ReplayArgs {
+    /// Think time runs this many times faster; with --quick, at most so many times
+    #[arg(long, value_name = "X")]
+    pub(crate) speed: Option<f64>,
+    /// Think time ends as soon as the guest is ready for what comes next
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Keep pictures of what was missed in this folder; they show the user's screen
+    #[arg(long, value_name = "DIR")]
+    pub(crate) misses: Option<PathBuf>,
 }
 
 #[derive(clap::Args, Debug)]

@@ -1,11 +1,14 @@
 //! Replaying a log here, to see how it goes: on a fork that is thrown away.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use replayer::Options;
+pub use replayer::Pace;
+use replayer::{Divergence, Miss, Options, ReplayReport};
+use serde::Serialize;
 use traces::Log;
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::fork::{Fork, ForkFiles, Played};
 use crate::phase::Phase;
 use crate::progress::Progress;
@@ -14,14 +17,76 @@ use crate::store::VmDir;
 use crate::vm::Id;
 use crate::work::{Work, Workplace};
 
+/// How to replay a log.
+#[derive(Clone, Debug)]
+pub struct ReplayOptions {
+    /// How much quicker than life pauses pass.
+    pub speed: f64,
+    /// Whether they are waited out.
+    pub pace: Pace,
+    /// A folder to keep pictures of the first misses in. They are of the user's screen: only this
+    /// user can read them.
+    pub pictures: Option<PathBuf>,
+}
+
+/// How it went.
+#[derive(Clone, Debug, Serialize)]
+pub struct Replayed {
+    /// In short.
+    #[serde(flatten)]
+    pub summary: ReplaySummary,
+    /// Pauses that were not waited out, in seconds.
+    pub saved_seconds: f64,
+    /// Where it was given up, if it was.
+    pub diverged: Option<Divergence>,
+    /// Interactions that were left out because it was.
+    pub skipped: usize,
+    /// Each miss.
+    pub misses: Vec<Miss>,
+    /// Pictures kept, two a miss.
+    pub pictures: usize,
+}
+
+impl Replayed {
+    fn of(report: ReplayReport) -> Self {
+        Self {
+            summary: ReplaySummary::of(&report),
+            saved_seconds: report.saved.as_secs_f64(),
+            diverged: report.diverged,
+            skipped: report.skipped,
+            misses: report.missed,
+            pictures: 0,
+        }
+    }
+
+    /// Writes what was seen, and what is known of what was expected.
+    fn keep_pictures(&mut self, dir: &Path) -> Result<()> {
+        files::make_dir(dir)?;
+        for miss in &self.misses {
+            let Some(pictures) = &miss.pictures else {
+                continue;
+            };
+            let millis = miss.at.micros / 1000;
+            let both = [("seen", &pictures.seen), ("expected", &pictures.expected)];
+            for (kind, picture) in both {
+                let path = dir.join(format!("miss-{millis:09}-ms-{kind}.png"));
+                let png = picture.png().map_err(Error::file("draw", &path))?;
+                files::write_atomic(&path, &png)?;
+                self.pictures += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Replays a log of a VM on a fork of the generation that the log continues, and throws the fork
 /// away, however it ends.
 pub async fn replay_and_discard(
     vm: &VmDir,
     log: &Path,
-    speed: f64,
+    options: &ReplayOptions,
     progress: &dyn Progress,
-) -> Result<ReplaySummary> {
+) -> Result<Replayed> {
     let record = vm.record()?;
     let log = Log::read(log, &vm.store().log_key()?)
         .map_err(Error::log(format!("cannot read the log {}", log.display())))
@@ -58,11 +123,12 @@ pub async fn replay_and_discard(
             disks: work.disk_paths(),
             device: work.device().to_vec(),
         };
-        let options = Options {
-            speed,
+        let playing = Options {
+            speed: options.speed,
+            pace: options.pace.clone(),
             ..Options::default()
         };
-        let mut fork = Fork::start(vm, &record, files, options).await?;
+        let mut fork = Fork::start(vm, &record, files, playing).await?;
         let played = async {
             fork.play(log.records)?;
             while let Played::Progress(so_far) = fork.played().await? {
@@ -73,13 +139,17 @@ pub async fn replay_and_discard(
                 );
             }
             fork.settle()?;
-            Ok(ReplaySummary::of(&fork.done().await?))
+            fork.done().await
         };
         let summary = played.await;
         fork.kill().await?;
         summary
     };
-    let outcome = outcome.await;
+    let outcome: Result<ReplayReport> = outcome.await;
     Workplace::Incoming.clear(vm).await?;
-    outcome
+    let mut replayed = Replayed::of(outcome?);
+    if let Some(dir) = &options.pictures {
+        replayed.keep_pictures(dir)?;
+    }
+    Ok(replayed)
 }

@@ -48,8 +48,8 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
             follow::run(&store()?, &name, &to, !no_twin, output).await
         }
         Command::Migrate(args) => migrate::run(&store()?, &args, output).await,
-        Command::Replay { name, log, speed } => {
-            replay::run(&vm_of(&store()?, &name)?, &log, speed, output).await
+        Command::Replay { name, log, options } => {
+            replay::run(&vm_of(&store()?, &name)?, &log, options, output).await
         }
         Command::Capture(args) => capture::run(&vm_of(&store()?, &args.name)?, args, output).await,
         Command::Bench(command) => bench::run(command, output).await,
