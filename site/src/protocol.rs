@@ -24,7 +24,9 @@
 //! Where the target follows, pieces of the log come long before Log, while the user works:
 //!   | -- Follow.. ------------------------------------>  |  replayed as they come; empty now and
 //!   | <------------------------------------- Following   |  then, to show that the line lives
-//!   | -- Leave --------------------------------------->  |  the user stays where they are
+//!   | -- CatchUp ------------------------------------->  |  the user moves: nothing else comes
+//!   | <--------------------------------------- Replayed  |  before Freeze
+//!   | -- Leave --------------------------------------->  |  or the user stays where they are
 //!
 //! <images>, for each image:
 //!   | -- Image (which, size), Offer.. ---------------->  |  all images at once, before any answer
@@ -90,6 +92,12 @@ pub enum ToTarget {
         /// The part.
         part: BlobPart,
         /// The recorded time now, in microseconds: nothing from before it is still to come.
+        at: u64,
+    },
+    /// The source stands still, or soon will: the replay that follows is to reach this recorded
+    /// time. Answered by `Replayed` when it has.
+    CatchUp {
+        /// In microseconds.
         at: u64,
     },
     /// The target need not follow any longer.

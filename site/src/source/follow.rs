@@ -126,6 +126,7 @@ pub async fn follow(
         bytes: ByteReport::default(),
         twin: None,
         clock: None,
+        behind: None,
     };
     let followed = follower.run().await;
     if let Some(twin) = follower.twin.take() {
@@ -172,6 +173,8 @@ struct Follower<'a> {
     twin: Option<Twin>,
     /// A recorded time, and when it was that.
     clock: Option<(Duration, Instant)>,
+    /// How far behind the target was last.
+    behind: Option<Duration>,
 }
 
 /// Why a line was left.
@@ -253,6 +256,7 @@ impl Follower<'_> {
 
     fn begin_anew(&mut self) {
         self.base = None;
+        self.behind = None;
         self.sent = 0;
         self.records.clear();
     }
@@ -329,10 +333,11 @@ impl Follower<'_> {
                     let ToSource::Following { records, at, missed } = word? else {
                         return Err(line.unexpected(Phase::Replay, "no word of the replay"));
                     };
-                    let now = self.now();
+                    let behind = self.now().saturating_sub(Duration::from_micros(at));
+                    self.behind = Some(behind);
                     (self.standing)(&Standing::Behind {
                         records,
-                        seconds: now.saturating_sub(Duration::from_micros(at)).as_secs_f64(),
+                        seconds: behind.as_secs_f64(),
                         missed,
                         sent: self.bytes.sent + line.traffic().sent(),
                     });
@@ -448,6 +453,7 @@ impl Follower<'_> {
             records: self.sent,
             bytes: self.bytes,
             twin: self.twin.take(),
+            behind: Some(self.behind.unwrap_or(Duration::MAX)),
         };
         let options = MigrateOptions {
             strategy: Some(Strategy::Replay),

@@ -10,9 +10,11 @@ mod hand_over;
 mod opening;
 mod replay;
 mod seed;
+mod stop;
 mod twin;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use vm_host::{Status, Vm};
@@ -41,6 +43,7 @@ use hand_over::{ask_target, keep};
 use opening::{begin, hello};
 use replay::{realign, without_twin};
 use seed::{ship_files, ship_generation};
+use stop::Stopped;
 use twin::Twin;
 
 pub(crate) use follow::clear_following;
@@ -110,6 +113,8 @@ struct Opened {
     bytes: ByteReport,
     /// The replay at this site that follows as well.
     twin: Option<Twin>,
+    /// How far behind the target follows; nothing, where it does not.
+    behind: Option<Duration>,
 }
 
 /// Migrates over a new line, or over one on which the target follows.
@@ -284,6 +289,7 @@ impl Migration<'_> {
                 ..ByteReport::default()
             },
             twin: None,
+            behind: None,
         })
     }
 
@@ -291,7 +297,6 @@ impl Migration<'_> {
     async fn prepare(&mut self, opened: Option<Opened>) -> Result<Prepared> {
         let live = Live::of_running(self.vm, self.qemu).await?;
         let next = local::next_generation(self.vm)?;
-        let follows = opened.is_some();
         let Opened {
             mut line,
             strategy,
@@ -300,6 +305,7 @@ impl Migration<'_> {
             records,
             mut bytes,
             twin,
+            behind,
         } = match opened {
             Some(opened) => opened,
             None => self.open(&live, next).await?,
@@ -315,49 +321,26 @@ impl Migration<'_> {
         let mut replay = None;
         if strategy == Strategy::Replay
             && let Some(base) = base
+            && behind.is_none()
         {
-            if self.options.twin == TwinTurn::Beside && !follows {
+            if self.options.twin == TwinTurn::Beside {
                 self.start_twin(base).await;
             }
-            let (summary, log) = self.replay(&mut line, base, records).await?;
+            let (summary, log) = self.replay(&mut line, base).await?;
             replay = Some(summary);
             bytes.log += log;
         }
         let base_images = Arc::new(local::joined(base_images).await?);
 
-        self.clock.enter(Phase::Stop);
-        self.stopped = true;
-        self.clock.down();
-        let what = |what: &str| format!("cannot {what} {}", self.vm.name());
-        // The twin stops while the VM's devices are saved. Both end if this is interrupted.
-        let twin = self.twin.take();
-        let stop_twin = async {
-            match twin {
-                Some(twin) => without_twin(twin.stop().await),
-                None => None,
-            }
+        let still = if let Some(behind) = behind {
+            self.stop_followed(&mut line, &live, base, records, behind)
+                .await?
+        } else {
+            self.stop(&mut line, &live).await?
         };
-        let qemu = self.qemu;
-        let stop_guest = async {
-            qemu.pause().await.map_err(Error::host(what("pause")))?;
-            line.send(ToTarget::Freeze).await?;
-            line.flush().await?;
-            qemu.save_device_state()
-                .await
-                .map_err(Error::host(what("save the devices of")))
-        };
-        let (device, twin) = tokio::join!(stop_guest, stop_twin);
-        let device = device?;
-        let state = {
-            let (vm, record, live) = (self.vm.clone(), self.record.clone(), live.clone());
-            let ram = self.vm.runtime_dir("live")?.join("ram.img");
-            let work = move || {
-                let overlays = live.overlay_paths(&vm);
-                State::of_paused(&vm, &record, live.generation, &ram, &overlays, device)
-            };
-            Arc::new(local::blocking(work).await?)
-        };
-
+        let Stopped { state, twin, .. } = still;
+        bytes.log += still.log;
+        replay = replay.or(still.replay);
         let twin = match twin {
             Some(twin) => without_twin(realign(twin, &state, &base_images).await),
             None => None,

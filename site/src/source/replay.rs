@@ -27,14 +27,13 @@ const TAIL_ROUNDS: usize = 3;
 const SIGN_OF_LIFE: Duration = Duration::from_secs(30);
 
 impl Migration<'_> {
-    /// Ships the log but for the records that the target has, and has it replayed, then the tail
-    /// that was typed meanwhile.
+    /// Ships the log and has it replayed, then the tail that was typed meanwhile.
     pub(super) async fn replay(
         &mut self,
         line: &mut Line,
         base: GenerationId,
-        mut sent_records: usize,
     ) -> Result<(ReplaySummary, u64)> {
+        let mut sent_records = 0;
         let mut log_bytes = 0;
         let mut total: Option<ReplaySummary> = None;
         for _ in 0..TAIL_ROUNDS {

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use replayer::Options;
-use traces::Record;
+use traces::{GuestTime, Record};
 use vm_host::{RamMap, probe};
 
 use crate::error::{Error, Result};
@@ -73,6 +73,16 @@ impl Twin {
         self.fork.play(records)
     }
 
+    /// Has it live until this recorded time, once it has played what it was given.
+    pub(super) async fn catch_up(&mut self, at: GuestTime) -> Result<()> {
+        self.fork.idle(at, PATIENCE)?;
+        let caught_up = tokio::time::timeout(PATIENCE, self.fork.done()).await;
+        let report = caught_up.unwrap_or_else(|_| Err(too_long()))?;
+        self.playing = false;
+        tracing::info!(missed = report.missed.len(), "the twin is as old as the VM");
+        Ok(())
+    }
+
     /// Waits until it has played what it was given, for so long at most.
     pub(super) async fn settle(&mut self, patience: Option<Duration>) -> Result<()> {
         let settle = async {
@@ -89,11 +99,7 @@ impl Twin {
             return settle.await;
         };
         let settled = tokio::time::timeout(patience, settle);
-        settled.await.unwrap_or_else(|_| {
-            Err(Error::Refused(
-                "the replay at this site takes too long".into(),
-            ))
-        })
+        settled.await.unwrap_or_else(|_| Err(too_long()))
     }
 
     /// Stops it; the RAM it leaves.
@@ -113,4 +119,8 @@ impl Twin {
             tracing::warn!(error = error.chain(), "could not end the twin");
         }
     }
+}
+
+fn too_long() -> Error {
+    Error::Refused("the replay at this site takes too long".into())
 }

@@ -311,6 +311,11 @@ impl Session {
                     let records = receive_log(line, part, true).await?;
                     self.follow(records, GuestTime { micros: at }).await?;
                 }
+                ToTarget::CatchUp { at } => {
+                    let summary = self.catch_up(line, GuestTime { micros: at }).await?;
+                    line.send(ToSource::Replayed(summary)).await?;
+                    line.flush().await?;
+                }
                 ToTarget::Leave => return Ok(()),
                 ToTarget::Log(part) => {
                     self.phase = Phase::Log;
@@ -393,7 +398,7 @@ impl Session {
             ToTarget::Log(_) | ToTarget::Follow { .. } => replays,
             ToTarget::Freeze => migrates && !received,
             ToTarget::Plan(_) => migrates,
-            ToTarget::Leave => self.following.is_some(),
+            ToTarget::CatchUp { .. } | ToTarget::Leave => self.following.is_some(),
             ToTarget::Commit(_) => migrates && received,
             _ => true,
         };

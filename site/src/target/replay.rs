@@ -18,6 +18,9 @@ use crate::report::ReplaySummary;
 /// more.
 const SILENCE: Duration = Duration::from_secs(30);
 
+/// How long a fork may idle to be as old as its source.
+const CATCH_UP: Duration = Duration::from_secs(10);
+
 impl Session {
     async fn start_fork(&self, options: Options) -> Result<Fork> {
         let Some(work) = &self.work else {
@@ -86,6 +89,27 @@ impl Session {
             .await?;
             line.flush().await?;
         }
+    }
+
+    /// Has the fork that follows play all it has, and live until this recorded time.
+    pub(super) async fn catch_up(
+        &mut self,
+        line: &mut TargetLine,
+        at: GuestTime,
+    ) -> Result<ReplaySummary> {
+        let Some(fork) = self.fork.as_mut() else {
+            return Err(self.out_of_place("a replay"));
+        };
+        fork.idle(at, CATCH_UP)?;
+        let caught_up = tokio::select! {
+            report = fork.done() => ReplaySummary::of(&report?),
+            said = line.receive(Phase::Replay) => {
+                said?;
+                return Err(self.out_of_place("a message during the replay"));
+            }
+        };
+        self.pieces.clear();
+        Ok(caught_up)
     }
 
     /// Replays one piece of the log, and what was queued before it, to the end, and tells the
