@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use introspection::{Linux, Physical, address_spaces};
 use reconciler::{
-    ApplyOptions, Codec, EncodeOptions, Holdings, Image, ImageTree, Layout, OfferOptions, Overlaid,
-    PAGE_SIZE, PageHash, Place, PlaceKind, Processes, ReadPages, Realigned, Salt, SlicePages,
-    SlicePagesMut, Source, Space, Stats, pages_for, reconcile_in_memory,
+    ApplyOptions, Codec, EncodeOptions, Holdings, Image, ImageTree, Known, Layout, OfferOptions,
+    Overlaid, PAGE_SIZE, PageHash, Place, PlaceKind, Processes, ReadPages, Realigned, Salt,
+    SlicePages, SlicePagesMut, Source, Space, Stats, pages_for, reconcile_in_memory,
 };
 
 use crate::error::{Error, Result};
@@ -107,6 +107,8 @@ pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) ->
 struct Told {
     twin: State,
     twin_pages: Realigned,
+    /// Of the twin so realigned.
+    twin_tree: ImageTree,
     /// The target's pages in the source's layout, what they replaced, and the tree after.
     pages: Realigned,
     displaced: Vec<u8>,
@@ -153,6 +155,11 @@ impl Told {
         let (layout, twin_pages) =
             Layout::between(processes(source, &there), processes(&twin, &here), base);
         let encoded = layout.encode().map_err(failed)?;
+        let mut twin_tree = twin.ram_tree.clone();
+        for (index, page) in &twin_pages {
+            let hash = PageHash::of(page);
+            twin_tree.set(*index, hash).map_err(Error::Hash)?;
+        }
         let mut seconds = Seconds {
             layout: begun.elapsed().as_secs_f64(),
             ..Seconds::default()
@@ -172,6 +179,7 @@ impl Told {
         Ok(Self {
             twin,
             twin_pages,
+            twin_tree,
             pages: moved,
             displaced_tree: tree_of(&SlicePages(&displaced))?,
             displaced,
@@ -205,7 +213,11 @@ struct Task<'a> {
     base: Option<(&'a dyn ReadPages, &'a ImageTree)>,
     current: Option<&'a ImageTree>,
     places: Vec<Place<'a>>,
+    /// Images that both hold besides the base.
+    shared: Vec<&'a ImageTree>,
     twin: Option<&'a dyn ReadPages>,
+    /// What the source's replay made of this image, for saying what the target lacks.
+    twins: Vec<&'a ImageTree>,
 }
 
 impl Run<'_> {
@@ -228,13 +240,17 @@ impl Run<'_> {
             .begins
             .map_or_else(Vec::new, |begins| begins.device.clone());
         built.resize(self.source.device.len(), 0);
+        let told = self.realigned.as_ref().map(|told| &told.twin);
+        let told = told.map(|twin| (SlicePages(&twin.device), &twin.device_tree));
         let task = Task {
             image: &image,
             tree: &self.source.device_tree,
             base: base.as_ref().map(|(image, tree)| (image as _, *tree)),
             current: self.begins.map(|begins| &begins.device_tree),
             places: Vec::new(),
-            twin: None,
+            shared: Vec::new(),
+            twin: told.as_ref().map(|(image, _)| image as _),
+            twins: told.iter().map(|(_, tree)| *tree).collect(),
         };
         self.run(
             "device".to_owned(),
@@ -256,6 +272,8 @@ impl Run<'_> {
         let ram = self
             .begins
             .map(|begins| (SlicePages(&begins.ram), &begins.ram_tree));
+        let told = self.realigned.as_ref();
+        let told = told.and_then(|told| told.twin.disks.get(index));
         let places = ram.iter().map(|(reader, tree)| Place {
             kind: PlaceKind::OtherImage,
             tree,
@@ -267,7 +285,12 @@ impl Run<'_> {
             base: base.map(|base| (&base.disks[index].image as _, &base.disks[index].tree)),
             current: begins.map(|begins| &begins.disks[index].tree),
             places: places.collect(),
-            twin: None,
+            shared: match self.base {
+                Some(base) if self.strategy == Strategy::Base => vec![&base.ram_tree],
+                _ => Vec::new(),
+            },
+            twin: told.map(|disk| &disk.image as _),
+            twins: told.iter().map(|disk| &disk.tree).collect(),
         };
         let name = match index {
             0 => "disk".to_owned(),
@@ -317,7 +340,9 @@ impl Run<'_> {
                 .map(|told| &told.tree)
                 .or(self.begins.map(|begins| &begins.ram_tree)),
             places,
+            shared: self.source.disks.iter().map(|disk| &disk.tree).collect(),
             twin: twin.as_ref().map(|twin| twin as _),
+            twins: told.map_or_else(Vec::new, |told| vec![&told.twin_tree, &told.twin.ram_tree]),
         };
         let mut row = self.run(
             "ram".to_owned(),
@@ -348,7 +373,9 @@ impl Run<'_> {
             base,
             current,
             mut places,
+            mut shared,
             twin,
+            twins,
         } = task;
         let (base_reader, base) = (
             base.map(|base| base.0),
@@ -362,6 +389,7 @@ impl Run<'_> {
                 reader,
             };
             places.insert(0, place);
+            shared.push(base);
         }
         let holdings = Holdings {
             base,
@@ -375,6 +403,11 @@ impl Run<'_> {
             base,
             base_reader,
             twin,
+            known: Known {
+                shared: &shared,
+                twin: &twins,
+                nothing_else: matches!(self.strategy, Strategy::Full | Strategy::Base),
+            },
         };
         let options = reconciler::Options {
             offer: OfferOptions {

@@ -53,7 +53,7 @@ pub struct Applier<'a> {
     failed: Vec<u32>,
     /// How often pages were asked for again.
     retries: u32,
-    shorts: Shorts,
+    salt: Salt,
     repeats: Vec<(u32, PageIndex)>,
     touched: Vec<u64>,
     counts: PageCounts,
@@ -78,12 +78,7 @@ struct Wanted {
     first: PageIndex,
     /// Its short hash.
     short: u64,
-}
-
-/// How the offer's short hashes are made.
-#[derive(Clone, Copy)]
-struct Shorts {
-    salt: Salt,
+    /// Of so many bits; without any there is no telling whether a patch fits.
     bits: u32,
 }
 
@@ -125,6 +120,7 @@ impl<'a> Applier<'a> {
             .map(|(&first, content)| Wanted {
                 first,
                 short: offer.shorts()[content.0 as usize],
+                bits: offer.bits_of(content.0 as u32),
             })
             .collect();
         let mut applier = Self {
@@ -135,10 +131,7 @@ impl<'a> Applier<'a> {
             failed: Vec::new(),
             retries: 0,
             wanted,
-            shorts: Shorts {
-                salt: offer.salt(),
-                bits: offer.bits(),
-            },
+            salt: offer.salt(),
             repeats: resolution.repeats,
             touched,
             counts: PageCounts {
@@ -237,7 +230,7 @@ impl<'a> Applier<'a> {
             round,
             failed,
             retries,
-            shorts,
+            salt,
             repeats,
             counts,
             ..
@@ -245,7 +238,7 @@ impl<'a> Applier<'a> {
         decoder.push(chunk, &mut |position, coded| {
             // The decoder announces no position that was not asked for.
             let slot = round[position as usize];
-            let Wanted { first, short } = wanted[slot as usize];
+            let Wanted { first, short, bits } = wanted[slot as usize];
             let mut patched = ZERO_PAGE;
             let page = match coded {
                 Coded::Literal(page) => {
@@ -259,7 +252,7 @@ impl<'a> Applier<'a> {
                 }
                 Coded::Patch(mask, words) => {
                     patch(image.reader(), first, &mask, words, &mut patched)?;
-                    let fits = shorts.of(&patched) == short;
+                    let fits = bits > 0 && short_of(salt, bits, &patched) == short;
                     let count = match (*retries, fits) {
                         (0, true) => &mut counts.patched,
                         (0, false) => &mut counts.patch_failed,
@@ -320,7 +313,7 @@ impl<'a> Applier<'a> {
 
     /// What the image has of these pages.
     fn guesses(&self, pages: &PageSet) -> Result<Unpatched, Error> {
-        let mut unpatched = Unpatched::new(self.shorts.salt);
+        let mut unpatched = Unpatched::new(self.salt);
         let mut page = ZERO_PAGE;
         for index in pages.iter() {
             let read = self.image.reader().read(index, &mut page);
@@ -351,10 +344,8 @@ impl<'a> Applier<'a> {
     }
 }
 
-impl Shorts {
-    fn of(&self, page: &Page) -> u64 {
-        short(&self.salt, self.bits, &PageHash::of(page))
-    }
+fn short_of(salt: &Salt, bits: u32, page: &Page) -> u64 {
+    short(salt, bits, &PageHash::of(page))
 }
 
 impl fmt::Debug for Applier<'_> {

@@ -6,8 +6,8 @@ use crate::page::PageIndex;
 
 /// Why a step of the reconciliation failed.
 ///
-/// Whatever a peer sent ends in [`Error::Malformed`], [`Error::TooLarge`] or
-/// [`Error::WrongBase`]; the image being built is then useless but nothing else is harmed.
+/// Whatever a peer sent ends in [`Error::Malformed`], [`Error::TooLarge`],
+/// [`Error::WrongBase`] or [`Error::NotShared`]; the image being built is then useless but nothing else is harmed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An image could not be read.
@@ -53,6 +53,11 @@ pub enum Error {
         "the offer starts from another base than the one held here; send it from a common generation"
     )]
     WrongBase,
+    /// The offer names places in an image that this side does not hold.
+    #[error(
+        "the offer names pages of an image that is not held here; list it among the places to look in"
+    )]
+    NotShared,
     /// A page has to go back to the base's content, and the base cannot be read here.
     #[error("{pages} pages have to go back to the base, which is not at hand; pass its reader")]
     NoBase {

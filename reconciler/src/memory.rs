@@ -12,6 +12,7 @@ use crate::apply::{Applier, ApplyOptions, Retry};
 use crate::descend::{Descent, NodeServer};
 use crate::encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages};
 use crate::error::Error;
+use crate::known::Known;
 use crate::lines::Unpatched;
 use crate::offer::{Offer, OfferOptions};
 use crate::page::{Image, PageIndex, ReadPages};
@@ -109,6 +110,8 @@ pub struct Source<'a> {
     pub base_reader: Option<&'a dyn ReadPages>,
     /// What the source's own replay made of the base, when there is one.
     pub twin: Option<&'a dyn ReadPages>,
+    /// What it knows of the target.
+    pub known: Known<'a>,
 }
 
 /// Options of both ends.
@@ -134,7 +137,7 @@ pub fn reconcile_in_memory(
 ) -> Result<(Verified, Stats), Error> {
     let mut stats = Stats::default();
     let (offered, mut bytes) = timed(&mut stats.times.offer, || {
-        let offered = Offer::new(source.tree, source.base, &options.offer)?;
+        let offered = Offer::knowing(source.tree, source.base, &source.known, &options.offer)?;
         let bytes = offered.encode()?;
         Ok::<_, Error>((offered, bytes))
     })?;

@@ -1,13 +1,22 @@
-//! What the source says first: which pages differ from the common base, and a short hash of
-//! each distinct content among them.
+//! What the source says first: which pages differ from the common base, and how the target
+//! finds each distinct content among them: by a place in an image that both hold, or by a
+//! short hash ([`crate::Known`] says which).
 //!
 //! # How short
-//! The target holds `c` candidate pages and the offer names `s` contents. A wrong page is taken
-//! for a right one when their shorts of `b` bits are equal by chance; the expected number of
-//! such accidents is at most `s * c / 2^b`. `b` is chosen so that this is at most 2^-14: one
-//! migration in 16,000 has to refetch a page. An accident costs a round trip and never
-//! correctness, for the full root is compared at the end. For 26,000 contents against 700,000
-//! candidates that is 49 bits: 160 kB instead of 830 kB of full hashes.
+//! A wrong page is taken for a right one when their shorts are equal by chance. Nothing false
+//! comes of it, for the full root is compared at the end; the page is found by descending the
+//! tree and sent again, in four round trips. So a bit more in each short is worth what it takes
+//! on the line as long as that is less than these round trips, times their odds: 23,000 bits
+//! are 2.3 ms at 10 Mbit/s, four round trips some 0.2 s, and both are equal where one migration
+//! in a hundred or so has to mend a page.
+//!
+//! - A content that may lie anywhere is compared with all `c` pages that the target searches.
+//!   With `s` of these and shorts of `b` bits at most `s * c / 2^b` accidents are expected; `b`
+//!   is chosen so that this is at most 2^-9. What lies in shared images is not searched, for
+//!   the source has looked there itself.
+//! - A content that is looked for at its own address is compared with that page, perhaps with
+//!   what a patch makes of it: 2^-6 accidents, if none of `n` pages is right, take log2(n) + 6
+//!   bits.
 //!
 //! Shorts are keyed with a fresh salt, so that nobody can plant pages in a guest that collide.
 //! Contents whose shorts collide with one another make the source take more bits.
@@ -17,17 +26,22 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, within};
+use crate::known::{
+    Hint, Known, MAX_SHARED_LEN, Shared, decode_hints, decode_shared, encode_hints, encode_shared,
+};
 use crate::page::{MAX_PAGES, PageHash, PageIndex};
 use crate::page_set::PageSet;
 use crate::tree::{ImageTree, Root};
 use crate::wire::{Cursor, put_section, put_varint, take_section};
 
 const MAGIC: &[u8; 4] = b"RMof";
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const WHAT: &str = "offer";
 
 /// The expected number of accidents in a migration is at most 2 to minus this.
-const COLLISION_BUDGET_BITS: u32 = 14;
+const COLLISION_BUDGET_BITS: u32 = 9;
+/// The same for contents that are compared with one page or two.
+const HERE_BUDGET_BITS: u32 = 6;
 /// Fewer bits save nothing worth having.
 const MIN_BITS: u32 = 16;
 const MAX_BITS: u32 = 64;
@@ -36,6 +50,12 @@ const MAX_BITS: u32 = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Salt(pub [u8; 32]);
+
+/// How many bits a short needs where so many contents are looked for at their own addresses.
+fn here_bits(contents: u64) -> u32 {
+    let bits = contents.max(1).next_power_of_two().trailing_zeros() + HERE_BUDGET_BITS;
+    bits.clamp(MIN_BITS, MAX_BITS)
+}
 
 /// How many bits a short needs for so many contents and candidates.
 pub fn short_bits(contents: u64, candidates: u64) -> u32 {
@@ -50,7 +70,8 @@ pub(crate) fn short(salt: &Salt, bits: u32, hash: &PageHash) -> u64 {
     let keyed = blake3::keyed_hash(&salt.0, &hash.0);
     let mut first = [0; 8];
     first.copy_from_slice(&keyed.as_bytes()[..8]);
-    u64::from_le_bytes(first) & (u64::MAX >> (64 - bits))
+    let mask = u64::MAX.checked_shr(64 - bits).unwrap_or_default();
+    u64::from_le_bytes(first) & mask
 }
 
 /// How the source builds an offer.
@@ -72,24 +93,54 @@ pub struct Offer {
     base: Root,
     root: Root,
     salt: Salt,
-    bits: u32,
+    bits: Bits,
+    shared: Vec<Shared>,
     zeros: PageSet,
     changed: PageSet,
     /// For each page of `changed`, in order, which content it has.
     contents: Vec<u32>,
-    /// For each content, in order of first appearance.
+    /// For each content, in order of first appearance, how to find it.
+    hints: Vec<Hint>,
+    /// And by which short; 0 where it takes none.
     shorts: Vec<u64>,
+}
+
+/// How long the shorts are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Bits {
+    anywhere: u32,
+    here: u32,
+}
+
+impl Bits {
+    const fn of(self, hint: Hint) -> u32 {
+        match hint {
+            Hint::Anywhere => self.anywhere,
+            Hint::Here => self.here,
+            Hint::Shared(_) | Hint::Lacking => 0,
+        }
+    }
 }
 
 impl Offer {
     /// Compares the new image with the base. `base` is the tree of the generation that both
     /// sites hold, or [`ImageTree::zero`] when there is none.
     pub fn new(new: &ImageTree, base: &ImageTree, options: &OfferOptions) -> Result<Self, Error> {
+        Self::knowing(new, base, &Known::default(), options)
+    }
+
+    /// The same, in fewer bytes by what is known of the target.
+    pub fn knowing(
+        new: &ImageTree,
+        base: &ImageTree,
+        known: &Known<'_>,
+        options: &OfferOptions,
+    ) -> Result<Self, Error> {
         let differing = new.differing(base);
         let (mut zeros, mut changed) = (PageSet::new(), PageSet::new());
         let mut contents = Vec::new();
-        let mut distinct: Vec<PageHash> = Vec::new();
-        let mut known: HashMap<PageHash, u32> = HashMap::new();
+        let mut distinct: Vec<(PageHash, PageIndex)> = Vec::new();
+        let mut ordinals: HashMap<PageHash, u32> = HashMap::new();
         for index in differing.iter() {
             let leaf = new.leaf(index);
             if leaf.is_zero() {
@@ -97,24 +148,40 @@ impl Offer {
                 continue;
             }
             changed.push(index);
-            contents.push(*known.entry(leaf).or_insert_with(|| {
-                distinct.push(leaf);
+            contents.push(*ordinals.entry(leaf).or_insert_with(|| {
+                distinct.push((leaf, index));
                 // Below 2^30, as the number of pages is.
                 distinct.len() as u32 - 1
             }));
         }
+        let hints = known.hints(&distinct);
+        let shared = known.shared();
+        let with = |wanted: Hint| hints.iter().filter(|hint| **hint == wanted).count() as u64;
+        // Where the base need not be searched, what the target's replay has changed is what is
+        // left; that is about as much as changed here.
+        let candidates = if shared.iter().any(|image| image.root == base.root()) {
+            options.candidates.min(2 * differing.len())
+        } else {
+            options.candidates
+        };
         let forced = options.force_bits.map(|bits| bits.clamp(1, MAX_BITS));
-        let mut bits =
-            forced.unwrap_or_else(|| short_bits(distinct.len() as u64, options.candidates));
+        let mut bits = Bits {
+            anywhere: forced.unwrap_or_else(|| short_bits(with(Hint::Anywhere), candidates)),
+            here: forced.unwrap_or_else(|| here_bits(with(Hint::Here))),
+        };
         let shorts = loop {
-            let shorts: Vec<u64> = distinct
-                .iter()
-                .map(|hash| short(&options.salt, bits, hash))
+            let named = distinct.iter().zip(&hints);
+            let shorts: Vec<u64> = named
+                .clone()
+                .map(|((hash, _), hint)| short(&options.salt, bits.of(*hint), hash))
                 .collect();
-            if forced.is_some() || bits == MAX_BITS || all_distinct(&shorts) {
+            let anywhere = named.zip(&shorts);
+            let anywhere = anywhere.filter(|((_, hint), _)| **hint == Hint::Anywhere);
+            let unlike = all_distinct(anywhere.map(|(_, short)| *short).collect());
+            if forced.is_some() || bits.anywhere == MAX_BITS || unlike {
                 break shorts;
             }
-            bits = (bits + 8).min(MAX_BITS);
+            bits.anywhere = (bits.anywhere + 8).min(MAX_BITS);
         };
         Ok(Self {
             pages: new.pages(),
@@ -122,9 +189,11 @@ impl Offer {
             root: new.root(),
             salt: options.salt,
             bits,
+            shared,
             zeros,
             changed,
             contents,
+            hints,
             shorts,
         })
     }
@@ -153,9 +222,9 @@ impl Offer {
     pub fn distinct(&self) -> u64 {
         self.shorts.len() as u64
     }
-    /// Bits of each short hash.
+    /// Bits of each short hash of a content that may lie anywhere.
     pub const fn bits(&self) -> u32 {
-        self.bits
+        self.bits.anywhere
     }
 
     pub(crate) const fn salt(&self) -> Salt {
@@ -164,8 +233,23 @@ impl Offer {
     pub(crate) fn shorts(&self) -> &[u64] {
         &self.shorts
     }
+    pub(crate) fn hints(&self) -> &[Hint] {
+        &self.hints
+    }
+    pub(crate) fn shared(&self) -> &[Shared] {
+        &self.shared
+    }
+    /// The short of a page that is compared with contents that may lie anywhere.
     pub(crate) fn short_of(&self, hash: &PageHash) -> u64 {
-        short(&self.salt, self.bits, hash)
+        short(&self.salt, self.bits.anywhere, hash)
+    }
+    /// How many bits the short of a content has.
+    pub(crate) fn bits_of(&self, content: u32) -> u32 {
+        self.bits.of(self.hints[content as usize])
+    }
+    /// The short of a page that is compared with one content.
+    pub(crate) fn short_as(&self, content: u32, hash: &PageHash) -> u64 {
+        short(&self.salt, self.bits_of(content), hash)
     }
 
     /// The changed pages with the content each has, ascending by page.
@@ -192,14 +276,21 @@ impl Offer {
         out.extend_from_slice(&self.base.0);
         out.extend_from_slice(&self.root.0);
         out.extend_from_slice(&self.salt.0);
-        out.push(self.bits as u8);
+        out.push(self.bits.anywhere as u8);
+        out.push(self.bits.here as u8);
+        encode_shared(&self.shared, &mut out);
         let mut index = Vec::new();
         self.zeros.encode_into(&mut index);
         self.changed.encode_into(&mut index);
         self.encode_repeats(&mut index);
         put_section(&mut out, &index)?;
         put_varint(&mut out, self.distinct());
-        pack_bits(&mut out, &self.shorts, self.bits);
+        let mut hints = Vec::new();
+        encode_hints(&self.hints, &mut hints);
+        put_section(&mut out, &hints)?;
+        let hints = self.hints.iter();
+        let bits = hints.map(|hint| self.bits.of(*hint));
+        pack_bits(&mut out, self.shorts.iter().copied().zip(bits));
         Ok(out)
     }
 
@@ -227,7 +318,10 @@ impl Offer {
 
     /// The most bytes an offer about `max_pages` pages takes, for [`crate::BlobAssembler`].
     pub const fn max_encoded_len(max_pages: u64) -> u64 {
-        256 + index_limit(max_pages) + max_pages.saturating_mul(8)
+        256 + MAX_SHARED_LEN
+            + index_limit(max_pages)
+            + hints_limit(max_pages)
+            + max_pages.saturating_mul(8)
     }
 
     /// Reads an offer about an image of at most `max_pages` pages.
@@ -247,10 +341,15 @@ impl Offer {
         )?;
         let (base, root) = (Root(cursor.array()?), Root(cursor.array()?));
         let salt = Salt(cursor.array()?);
-        let bits = u32::from(cursor.array::<1>()?[0]);
-        if !(1..=MAX_BITS).contains(&bits) {
+        let [anywhere, here] = cursor.array()?.map(u32::from);
+        if [anywhere, here]
+            .iter()
+            .any(|bits| !(1..=MAX_BITS).contains(bits))
+        {
             return Err(cursor.malformed("short hashes of no possible length"));
         }
+        let bits = Bits { anywhere, here };
+        let shared = decode_shared(&mut cursor)?;
         let index = take_section(&mut cursor, index_limit(pages))?;
         let mut sets = Cursor::new(WHAT, &index);
         let zeros = PageSet::decode_from(&mut sets, pages)?;
@@ -259,7 +358,13 @@ impl Offer {
             return Err(cursor.malformed("a page is both zero and not"));
         }
         let distinct = cursor.varint()?;
-        let shorts = unpack_bits(&mut cursor, distinct, bits)?;
+        within("the number of contents", distinct, changed.len())?;
+        let coded = take_section(&mut cursor, hints_limit(pages))?;
+        let mut coded = Cursor::new(WHAT, &coded);
+        let hints = decode_hints(&mut coded, distinct, &shared)?;
+        coded.end()?;
+        let lengths = hints.iter().map(|hint| bits.of(*hint));
+        let shorts = unpack_bits(&mut cursor, lengths)?;
         cursor.end()?;
         let contents = decode_repeats(&mut sets, changed.len(), distinct)?;
         sets.end()?;
@@ -269,9 +374,11 @@ impl Offer {
             root,
             salt,
             bits,
+            shared,
             zeros,
             changed,
             contents,
+            hints,
             shorts,
         })
     }
@@ -280,6 +387,11 @@ impl Offer {
 /// Two sets, repeats and their references, all at their longest.
 const fn index_limit(pages: u64) -> u64 {
     64 + pages.saturating_mul(24)
+}
+
+/// Three sets of contents, and two numbers for each of them at most.
+const fn hints_limit(pages: u64) -> u64 {
+    64 + pages.saturating_mul(48)
 }
 
 fn decode_repeats(cursor: &mut Cursor<'_>, len: u64, distinct: u64) -> Result<Vec<u32>, Error> {
@@ -324,15 +436,15 @@ fn decode_repeats(cursor: &mut Cursor<'_>, len: u64, distinct: u64) -> Result<Ve
     Ok(contents)
 }
 
-fn all_distinct(shorts: &[u64]) -> bool {
-    let mut sorted = shorts.to_vec();
-    sorted.sort_unstable();
-    sorted.windows(2).all(|pair| pair[0] != pair[1])
+fn all_distinct(mut shorts: Vec<u64>) -> bool {
+    shorts.sort_unstable();
+    shorts.windows(2).all(|pair| pair[0] != pair[1])
 }
 
-fn pack_bits(out: &mut Vec<u8>, values: &[u64], bits: u32) {
+/// Appends values of so many bits each.
+fn pack_bits(out: &mut Vec<u8>, values: impl Iterator<Item = (u64, u32)>) {
     let (mut held, mut count) = (0u128, 0);
-    for &value in values {
+    for (value, bits) in values {
         held |= u128::from(value) << count;
         count += bits;
         while count >= 8 {
@@ -346,22 +458,22 @@ fn pack_bits(out: &mut Vec<u8>, values: &[u64], bits: u32) {
     }
 }
 
-fn unpack_bits(cursor: &mut Cursor<'_>, values: u64, bits: u32) -> Result<Vec<u64>, Error> {
-    let len = values
-        .checked_mul(u64::from(bits))
-        .map(|bits| bits.div_ceil(8));
-    let len = len.ok_or(cursor.malformed("it ends early"))?;
-    let packed = cursor.bytes(len)?;
+/// Reads values of so many bits each, at most 64.
+fn unpack_bits(
+    cursor: &mut Cursor<'_>,
+    lengths: impl Iterator<Item = u32> + Clone,
+) -> Result<Vec<u64>, Error> {
+    let all: u64 = lengths.clone().map(u64::from).sum();
+    let mut bytes = cursor.bytes(all.div_ceil(8))?.iter();
     let (mut held, mut count) = (0u128, 0);
-    let mut out = Vec::with_capacity(values as usize);
-    let mut bytes = packed.iter();
-    for _ in 0..values {
+    let mut out = Vec::new();
+    for bits in lengths {
         while count < bits {
-            // `packed` holds values * bits bits.
+            // The bytes hold all bits.
             held |= u128::from(bytes.next().copied().unwrap_or_default()) << count;
             count += 8;
         }
-        out.push(held as u64 & (u64::MAX >> (64 - bits)));
+        out.push(held as u64 & u64::MAX.checked_shr(64 - bits).unwrap_or_default());
         held >>= bits;
         count -= bits;
     }
@@ -439,8 +551,9 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_asks_for_49_bits_in_the_measured_case() {
-        assert_eq!(short_bits(26_537, 700_000), 49);
+    fn the_budget_asks_for_44_bits_in_the_measured_case() {
+        assert_eq!(short_bits(26_537, 700_000), 44);
+        assert_eq!((here_bits(23_000), here_bits(0)), (21, MIN_BITS));
         assert_eq!(short_bits(0, 0), MIN_BITS);
         assert_eq!(short_bits(1 << 30, 1 << 30), MAX_BITS);
     }

@@ -4,6 +4,10 @@
 //! first those of the image being built, then the other places in the caller's order. The
 //! first hit wins, so that pages already in their place stay there. Two candidates with one
 //! short but different contents make it worthless: that content is asked for.
+//!
+//! A content that the source says lies in a shared image is taken from there, and one that can
+//! only lie at its own address is looked for nowhere else. Shared images are not searched: the
+//! source has done so.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -14,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::answer::encode_answer;
 use crate::error::Error;
+use crate::known::{Hint, locate};
 use crate::offer::Offer;
 use crate::page::{PageHash, PageIndex, ReadPages};
 use crate::page_set::PageSet;
@@ -153,7 +158,7 @@ pub fn resolve(offer: &Offer, holdings: &Holdings<'_>) -> Result<Resolution, Err
     if offer.base() != holdings.base.root() {
         return Err(Error::WrongBase);
     }
-    let found = search(offer, holdings);
+    let found = search(offer, holdings)?;
     let current = holdings.current;
     let mut out = Resolution {
         zero: offer
@@ -212,27 +217,66 @@ pub fn resolve(offer: &Offer, holdings: &Holdings<'_>) -> Result<Resolution, Err
 }
 
 /// For each content, where it is.
-fn search(offer: &Offer, holdings: &Holdings<'_>) -> Vec<Found> {
+fn search(offer: &Offer, holdings: &Holdings<'_>) -> Result<Vec<Found>, Error> {
+    let shared = offer
+        .shared()
+        .iter()
+        .map(|image| {
+            let is_it = |place: &Place<'_>| {
+                place.tree.pages() == image.pages && place.tree.root() == image.root
+            };
+            holdings.places.iter().position(is_it)
+        })
+        .collect::<Option<Vec<_>>>()
+        .ok_or(Error::NotShared)?;
     let mut found = vec![Found::Nothing; offer.shorts().len()];
     let mut by_short = ShortMap::default();
-    for (content, &short) in offer.shorts().iter().enumerate() {
-        match by_short.entry(short) {
-            Entry::Vacant(slot) => {
-                slot.insert(content as u32);
+    let first_pages = offer.first_pages();
+    for (content, (&short, hint)) in offer.shorts().iter().zip(offer.hints()).enumerate() {
+        match *hint {
+            Hint::Lacking => {}
+            Hint::Shared(place) => {
+                // Decoding an offer checks that its places are in its images.
+                let (at, index) = locate(offer.shared(), place).ok_or(Error::NotShared)?;
+                let hash = holdings.places[shared[at]].tree.leaf(index);
+                found[content] = Found::At(Origin::Place(shared[at] as u32, index), hash);
             }
-            // Nobody can tell these two contents apart.
-            Entry::Occupied(first) => {
-                found[*first.get() as usize] = Found::Ambiguous;
-                found[content] = Found::Ambiguous;
+            Hint::Here => {
+                let index = first_pages[content];
+                let hash = holdings.current.leaf(index);
+                if !hash.is_zero() && offer.short_as(content as u32, &hash) == short {
+                    found[content] = Found::At(Origin::Current(index), hash);
+                }
             }
+            Hint::Anywhere => match by_short.entry(short) {
+                Entry::Vacant(slot) => {
+                    slot.insert(content as u32);
+                }
+                // Nobody can tell these two contents apart.
+                Entry::Occupied(first) => {
+                    found[*first.get() as usize] = Found::Ambiguous;
+                    found[content] = Found::Ambiguous;
+                }
+            },
         }
     }
     if by_short.is_empty() {
-        return found;
+        return Ok(found);
     }
+    let is_shared = |place: Option<u32>| place.is_some_and(|at| shared.contains(&(at as usize)));
+    let base_is_shared = offer
+        .shared()
+        .iter()
+        .any(|image| image.root == offer.base());
     let current = std::iter::once((None, holdings.current));
     let places = holdings.places.iter().enumerate();
     for (place, tree) in current.chain(places.map(|(i, place)| (Some(i as u32), place.tree))) {
+        if is_shared(place) {
+            continue;
+        }
+        let unchanged = |(index, hash): &(PageIndex, PageHash)| {
+            base_is_shared && place.is_none() && holdings.base.leaf(*index) == *hash
+        };
         let chunks = tree.chunks().len();
         // Pages past the end of the new image are gone before they could be copied.
         let end = if place.is_none() {
@@ -244,6 +288,7 @@ fn search(offer: &Offer, holdings: &Holdings<'_>) -> Vec<Found> {
             let hits: Vec<_> = tree
                 .content(first..chunks.min(first + BATCH_CHUNKS))
                 .filter(|(index, _)| index.0 < end)
+                .filter(|page| !unchanged(page))
                 .filter_map(|(index, hash)| {
                     by_short
                         .get(&offer.short_of(&hash))
@@ -261,5 +306,5 @@ fn search(offer: &Offer, holdings: &Holdings<'_>) -> Vec<Found> {
             }
         }
     }
-    found
+    Ok(found)
 }
