@@ -10,12 +10,15 @@
 //! type "TEXT"                   \n is Enter, \t Tab; as are `repeat N type "TEXT"`
 //! key  CHORD                    Return, ctrl+s, alt+F4
 //! think TIME                    2s, 500ms: nothing is done
+//! since TIME                    nothing is done until so long after the last action
 //! quiet [X Y W H] TIME LIMIT    until nothing there has changed for TIME
 //! changed [X Y W H] LIMIT       until something there has, since the last action began
 //! look NAME                     a screenshot, where the caller wants any
 //! ```
 //!
-//! A limit that passes ends the wait, and the session goes on, as a person would.
+//! A limit that passes ends the wait, and the session goes on, as a person would. What must not
+//! go to the wrong window waits for its window with `changed` and `quiet`; `since` after them makes
+//! the pause a fixed one wherever the guest is quick enough.
 
 use std::path::Path;
 use std::str::FromStr;
@@ -24,15 +27,28 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use crate::robot::keys::Chord;
-use crate::robot::{Button, Region, Robot, RobotError, Waited};
+use crate::robot::{self, Button, Region, Robot, RobotError, Waited};
 
-/// The session of `make demo`: more than a minute in a terminal, an editor, a file manager and a
-/// word processor.
-pub const DEMO: &str = include_str!("../sessions/demo.txt");
-/// The session that all published figures refer to; fixed waits, so that its length is, too.
-pub const REFERENCE: &str = include_str!("../sessions/reference.txt");
 /// A quarter of a minute in a terminal and an editor, for tests.
 pub const SHORT: &str = include_str!("../sessions/short.txt");
+
+macro_rules! suite {
+    ($($name:literal),+ $(,)?) => {
+        &[$(($name, include_str!(concat!("../sessions/", $name, ".txt")))),+]
+    };
+}
+
+/// The workload suite, by name; `docs/sessions.md` says what each does.
+pub const SUITE: &[(&str, &str)] = suite![
+    "writing",
+    "spreadsheet",
+    "drawing",
+    "files",
+    "compile",
+    "reading",
+    "reference",
+    "demo",
+];
 
 /// One step of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +67,7 @@ enum Step {
     Type(String),
     Key(Chord),
     Think(Duration),
+    Since(Duration),
     Quiet {
         region: Option<Region>,
         quiet: Duration,
@@ -94,20 +111,69 @@ impl Session {
     /// # Errors
     /// If there is no such session and no such file, or it can't be followed.
     pub fn named(name: &str) -> std::io::Result<Self> {
-        let text = match name {
-            "demo" => DEMO.to_owned(),
-            "reference" => REFERENCE.to_owned(),
-            "short" => SHORT.to_owned(),
-            path => std::fs::read_to_string(path).map_err(|error| {
+        let known = SUITE
+            .iter()
+            .chain(&[("short", SHORT)])
+            .find(|(known, _)| *known == name);
+        let text = match known {
+            Some((_, text)) => (*text).to_owned(),
+            None => std::fs::read_to_string(name).map_err(|error| {
                 let kind = error.kind();
                 std::io::Error::new(
                     kind,
-                    format!("{path} is no session of the suite, and no file: {error}"),
+                    format!("{name} is no session of the suite, and no file: {error}"),
                 )
             })?,
         };
         text.parse()
             .map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))
+    }
+
+    /// What it takes if the guest answers everything at once: typing, moving and thinking. Waits
+    /// for the guest count with the quiet that they end with.
+    pub fn nominal(&self) -> Duration {
+        let mut since_action = Duration::ZERO;
+        let mut total = Duration::ZERO;
+        for (_, step) in &self.steps {
+            let time = match step {
+                Step::Say(_) | Step::Look(_) | Step::Changed { .. } => Duration::ZERO,
+                Step::Think(time) => *time,
+                Step::Since(time) => time.saturating_sub(since_action),
+                Step::Quiet { quiet, .. } => *quiet,
+                Step::Type(text) => robot::KEY_SPACING * text.len() as u32,
+                Step::Wheel { clicks, .. } => robot::KEY_SPACING * *clicks,
+                Step::Key(_) => robot::KEY_SPACING,
+                Step::Move(..) | Step::Click(..) | Step::DoubleClick(..) | Step::Drag(..) => {
+                    POINTER_TRAVEL
+                }
+            };
+            total += time;
+            since_action = if step.is_action() {
+                Duration::ZERO
+            } else {
+                since_action + time
+            };
+        }
+        total
+    }
+}
+
+/// What going somewhere with the pointer takes, roughly: its way is only known when it moves.
+const POINTER_TRAVEL: Duration = Duration::from_millis(600);
+
+impl Step {
+    /// Whether the guest gets to know of it.
+    fn is_action(&self) -> bool {
+        matches!(
+            self,
+            Self::Move(..)
+                | Self::Click(..)
+                | Self::DoubleClick(..)
+                | Self::Drag(..)
+                | Self::Wheel { .. }
+                | Self::Type(_)
+                | Self::Key(_)
+        )
     }
 }
 
@@ -197,6 +263,10 @@ fn parse(line: &str) -> Result<Vec<Step>, String> {
         "think" => {
             exactly(1)?;
             Step::Think(time(args[0])?)
+        }
+        "since" => {
+            exactly(1)?;
+            Step::Since(time(args[0])?)
         }
         "quiet" => {
             let (region, rest) = region(&args, 2)?;
@@ -299,9 +369,14 @@ impl Session {
         mut told: impl FnMut(Duration, &str),
     ) -> Result<Played, RobotError> {
         let begun = Instant::now();
+        let mut acted = begun;
         let mut played = Played::default();
         for (line, step) in &self.steps {
             let waited = match step {
+                Step::Since(time) => {
+                    tokio::time::sleep(time.saturating_sub(acted.elapsed())).await;
+                    Waited::Happened
+                }
                 Step::Say(text) => {
                     told(begun.elapsed(), text);
                     Waited::Happened
@@ -314,6 +389,9 @@ impl Session {
                 }
                 step => act(robot, step).await?,
             };
+            if step.is_action() {
+                acted = Instant::now();
+            }
             if waited == Waited::Limit {
                 played.limits.push(*line);
             }
@@ -332,7 +410,8 @@ fn save(robot: &Robot, path: &Path) {
 
 async fn act(robot: &mut Robot, step: &Step) -> Result<Waited, RobotError> {
     match step {
-        Step::Say(_) | Step::Look(_) => {}
+        // Their caller sees to these.
+        Step::Say(_) | Step::Look(_) | Step::Since(_) => {}
         Step::Move(x, y) => robot.move_to(*x, *y).await?,
         Step::Click(x, y, button) => robot.click(*x, *y, *button).await?,
         Step::DoubleClick(x, y) => robot.double_click(*x, *y).await?,
@@ -359,10 +438,26 @@ mod tests {
 
     #[test]
     fn the_sessions_that_come_along_can_be_played() {
-        for text in [DEMO, REFERENCE, SHORT] {
-            let session: Session = text.parse().unwrap();
-            assert!(session.steps.len() > 5);
+        for (name, _) in SUITE {
+            let session = Session::named(name).unwrap();
+            let nominal = session.nominal().as_secs();
+            assert!((60..180).contains(&nominal), "{name} takes {nominal} s");
+            let looks = |(_, step): &(usize, Step)| matches!(step, Step::Look(_));
+            assert!(
+                session.steps.last().is_some_and(looks),
+                "{name} does not show how it ended"
+            );
         }
+        assert!(Session::named("short").unwrap().steps.len() > 5);
+    }
+
+    #[test]
+    fn the_nominal_time_counts_what_is_certain() {
+        let text = "type \"abcde\"\nthink 1s\nsince 3s\nquiet 500ms 60s\nsince 2s\nchanged 9s";
+        let session: Session = text.parse().unwrap();
+        // Five keys, three seconds after them, half a second; the second `since` is over by then.
+        let expected = 5 * robot::KEY_SPACING + Duration::from_millis(3500);
+        assert_eq!(session.nominal(), expected);
     }
 
     #[test]

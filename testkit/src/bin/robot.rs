@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Parser;
 use testkit::robot::{Robot, VncAddr};
-use testkit::session::{DEMO, REFERENCE, SHORT, Session};
+use testkit::session::Session;
 
 /// Plays a session of a user at a VNC server.
 #[derive(Parser)]
@@ -14,7 +13,7 @@ struct Arguments {
     /// ADDRESS:PORT or unix:PATH
     #[arg(long, value_name = "ADDR")]
     vnc: VncAddr,
-    /// demo, reference, short, or a file
+    /// The name of a session of the suite, or a file
     #[arg(long, default_value = "demo")]
     session: String,
     /// Folder for the screenshots that the session asks for
@@ -25,13 +24,7 @@ struct Arguments {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let text = match arguments.session.as_str() {
-        "demo" => DEMO.to_owned(),
-        "reference" => REFERENCE.to_owned(),
-        "short" => SHORT.to_owned(),
-        path => std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?,
-    };
-    let session: Session = text.parse()?;
+    let session = Session::named(&arguments.session)?;
     let mut robot = Robot::connect(&arguments.vnc).await?;
     let played = session
         .play(&mut robot, arguments.looks.as_deref(), |at, text| {

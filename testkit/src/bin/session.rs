@@ -3,13 +3,13 @@
 //! One site, one guest: what the session makes of the base, and what replays of its log do. The
 //! captures are what `bench reconcile` and the ablation of replay work on.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use serde_json::Value;
+use serde_json::{Value, json};
 use testkit::robot::Robot;
 use testkit::session::Session;
 use testkit::site::{self, Site};
@@ -27,9 +27,15 @@ struct Options {
     /// What the user does: the name of a session of the suite, or a file
     #[arg(long, default_value = "demo")]
     session: String,
-    /// The folder to make
+    /// The capture's folder, to be made
+    #[arg(long, value_name = "DIR", required_unless_present = "record_only")]
+    out: Option<PathBuf>,
+    /// Plays and records, but keeps and captures nothing: to see whether a session goes well
+    #[arg(long, conflicts_with_all = ["out", "speed"])]
+    record_only: bool,
+    /// Folder for the screenshots that the session asks for
     #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    looks: Option<PathBuf>,
     /// With a guest that chance is taken out of, see `vm create --replay-friendly`
     #[arg(long)]
     replay_friendly: bool,
@@ -57,8 +63,12 @@ async fn main() -> ExitCode {
 async fn run(options: &Options) -> anyhow::Result<()> {
     let program = site::program()?;
     let session = Session::named(&options.session)?;
-    if options.out.exists() {
-        bail!("{} is there already", options.out.display());
+    if let Some(out) = options.out.as_ref().filter(|out| out.exists()) {
+        bail!("{} is there already", out.display());
+    }
+    if let Some(looks) = &options.looks {
+        std::fs::create_dir_all(looks)
+            .with_context(|| format!("cannot make {}", looks.display()))?;
     }
     let temporary = tempfile::tempdir().context("cannot make a folder for the site")?;
     let site = Site::new(&program, "session", temporary.path().join("site"));
@@ -83,19 +93,35 @@ async fn record(options: &Options, site: &Site, session: &Session) -> anyhow::Re
     let recorder = site.record(VM).await?;
     let mut robot = Robot::connect(&recorder.vnc).await?;
     let played = session
-        .play(&mut robot, None, |at, text| {
+        .play(&mut robot, options.looks.as_deref(), |at, text| {
             println!("{:5.0} s  the user {text}", at.as_secs_f64());
         })
         .await?;
     drop(robot);
-    println!("{:5.0} s  captured", played.time.as_secs_f64());
-    let speed = options.speed.to_string();
-    let out = std::path::absolute(&options.out)?;
-    let out = out.to_string_lossy();
+    println!("{:5.0} s  the session ends", played.time.as_secs_f64());
+    for line in &played.limits {
+        println!("the wait in line {line} of the session ended by its limit");
+    }
+    let captured = match &options.out {
+        Some(out) => capture(site, out, options.speed).await?,
+        None => Value::Null,
+    };
+    let recorded: Value = recorder.process.stop().await?.success()?.last()?;
+    let report = json!({
+        "session": options.session,
+        "seconds": played.time.as_secs_f64(),
+        "waits_ended_by_limit": played.limits,
+        "recorded": recorded,
+        "captured": captured,
+    });
+    println!("{}", serde_json::to_string_pretty(&report)?);
+    Ok(())
+}
+
+async fn capture(site: &Site, out: &Path, speed: f64) -> anyhow::Result<Value> {
+    let out = std::path::absolute(out)?;
+    let (out, speed) = (out.to_string_lossy(), speed.to_string());
     let capture = ["capture", VM, "--out", &out, "--speed", &speed];
     let captured = site.spawn(&capture)?.finish(CAPTURE_LIMIT).await?;
-    let captured: Value = captured.success()?.last()?;
-    println!("{}", serde_json::to_string_pretty(&captured)?);
-    recorder.process.stop().await?.success()?;
-    Ok(())
+    Ok(captured.success()?.last()?)
 }
