@@ -155,9 +155,12 @@ pub(crate) struct CaptureArgs {
     /// The folder to make
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// Think time runs this many times faster in the replays
-    #[arg(long, default_value_t = 1.0, value_name = "X")]
-    pub speed: f64,
+    /// Think time runs this many times faster in the replays; with --quick, at most so many times
+    #[arg(long, value_name = "X")]
+    pub speed: Option<f64>,
+    /// In the replays think time ends as soon as the guest is ready for what comes next
+    #[arg(long)]
+    pub quick: bool,
     /// Replay once only: no `twin`
     #[arg(long)]
     pub no_twin: bool,

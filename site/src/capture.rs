@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use reconciler::{PAGE_SIZE, PageIndex, ReadPages};
+use replayer::Pace;
 use serde::{Deserialize, Serialize};
 use traces::{GuestTime, Record};
 use vm_host::{Status, Vm};
@@ -39,6 +40,8 @@ pub struct CaptureOptions {
     pub out: PathBuf,
     /// How much quicker than life pauses pass while it is replayed.
     pub speed: f64,
+    /// Whether they are waited out.
+    pub pace: Pace,
     /// Replay twice: the second stands for the source's own replay.
     pub twin: bool,
 }
@@ -212,6 +215,7 @@ async fn replay(
     };
     let playing = replayer::Options {
         speed: options.speed,
+        pace: options.pace.clone(),
         ..replayer::Options::default()
     };
     let mut fork = Fork::start(vm, record, files, playing).await?;
@@ -224,7 +228,7 @@ async fn replay(
                 Some(so_far.of_recorded.as_millis() as u64),
             );
         }
-        if options.speed > 1.0 {
+        if options.speed > 1.0 || options.pace != Pace::Recorded {
             fork.settle()?;
         } else {
             fork.idle(until, IDLE_LIMIT)?;

@@ -3,13 +3,16 @@
 use site::VmDir;
 use site::capture::{CaptureOptions, capture};
 
+use super::replay;
 use crate::args::CaptureArgs;
 use crate::output::Output;
 
 pub(crate) async fn run(vm: &VmDir, args: CaptureArgs, output: &Output) -> anyhow::Result<()> {
+    let (speed, pace) = replay::pace(args.quick, args.speed);
     let options = CaptureOptions {
         out: args.out,
-        speed: args.speed,
+        speed,
+        pace,
         twin: !args.no_twin,
     };
     let progress = output.progress();

@@ -15,10 +15,7 @@ pub(crate) async fn run(
     args: ReplayArgs,
     output: &Output,
 ) -> anyhow::Result<()> {
-    let (speed, pace) = match (args.quick, args.speed) {
-        (true, at_most) => (1.0, Pace::quick(at_most)),
-        (false, speed) => (speed.unwrap_or(1.0), Pace::Recorded),
-    };
+    let (speed, pace) = pace(args.quick, args.speed);
     let options = ReplayOptions {
         speed,
         pace,
@@ -28,6 +25,14 @@ pub(crate) async fn run(
     let replayed = replay_and_discard(vm, log, &options, progress.as_ref()).await?;
     drop(progress);
     output.result(&replayed, |replayed| told(replayed, &options))
+}
+
+/// How `--quick` and `--speed` go together: the one makes a bound of the other.
+pub(super) fn pace(quick: bool, speed: Option<f64>) -> (f64, Pace) {
+    match (quick, speed) {
+        (true, at_most) => (1.0, Pace::quick(at_most)),
+        (false, speed) => (speed.unwrap_or(1.0), Pace::Recorded),
+    }
 }
 
 fn told(replayed: &Replayed, options: &ReplayOptions) -> String {
