@@ -33,6 +33,9 @@ struct Options {
     /// Plays and records, but keeps and captures nothing: to see whether a session goes well
     #[arg(long, conflicts_with_all = ["out", "speed"])]
     record_only: bool,
+    /// Then replays it once, and throws that away too: to see what a replay misses
+    #[arg(long, requires = "record_only")]
+    replay: bool,
     /// Folder for the screenshots that the session asks for
     #[arg(long, value_name = "DIR")]
     looks: Option<PathBuf>,
@@ -107,11 +110,19 @@ async fn record(options: &Options, site: &Site, session: &Session) -> anyhow::Re
         None => Value::Null,
     };
     let recorded: Value = recorder.process.stop().await?.success()?.last()?;
+    let replayed = match recorded["log"].as_str().filter(|_| options.replay) {
+        Some(log) => {
+            let replay = site.spawn(&["replay", VM, "--log", log])?;
+            replay.finish(CAPTURE_LIMIT).await?.success()?.last()?
+        }
+        None => Value::Null,
+    };
     let report = json!({
         "session": options.session,
         "seconds": played.time.as_secs_f64(),
         "waits_ended_by_limit": played.limits,
         "recorded": recorded,
+        "replayed": replayed,
         "captured": captured,
     });
     println!("{}", serde_json::to_string_pretty(&report)?);
