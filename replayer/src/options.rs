@@ -40,6 +40,10 @@ pub enum Pace {
     /// It passes likewise at the most, and ends as soon as the guest has nothing left to do and
     /// the screen is ready for the next interaction.
     Quick(QuickOptions),
+    /// As recorded while the replay is in time, counted from its beginning; quickly where it is
+    /// late, until it no longer is. For a replay that follows while the recording goes on: a
+    /// piece of the log that came late, or a wait for the screen, does not put off all the rest.
+    Follow(QuickOptions),
 }
 
 impl Pace {
@@ -167,7 +171,7 @@ impl Options {
     fn quick_bound(&self) -> Option<f64> {
         match &self.pace {
             Pace::Recorded => None,
-            Pace::Quick(quick) => quick.at_most,
+            Pace::Quick(quick) | Pace::Follow(quick) => quick.at_most,
         }
     }
 }

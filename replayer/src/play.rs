@@ -40,6 +40,8 @@ pub(crate) struct Player<G> {
 struct Pause<'a> {
     /// How long it was.
     thought: Duration,
+    /// When it ended, as recorded.
+    until: GuestTime,
     /// What the screen showed at its end.
     anchor: Option<&'a Anchor>,
     /// Whether the screen is looked at before anything comes of the interaction: it only moves
@@ -127,6 +129,7 @@ impl<G: Guest> Player<G> {
             });
         let pause = Pause {
             thought: between(recorded, act.start),
+            until: act.start,
             // One of which everything changes by itself says nothing.
             anchor: anchor.filter(|anchor| anchor.tiles.is_empty() || anchor.compared() > 0),
             leads,
@@ -167,7 +170,15 @@ impl<G: Guest> Player<G> {
         let due = real + pause.thought.div_f64(self.options.speed);
         match &self.options.pace {
             Pace::Recorded => sleep_until(due).await,
-            Pace::Quick(quick) => self.think_quickly(pause, quick, due).await?,
+            Pace::Quick(quick) => self.think_quickly(pause, quick, real, due).await?,
+            Pace::Follow(quick) => {
+                let in_time = self.in_time(pause.until);
+                if in_time < due {
+                    self.think_quickly(pause, quick, in_time, due).await?;
+                } else {
+                    sleep_until(due).await;
+                }
+            }
         }
         // A guest that was late has had more time than it needed, which is no credit.
         let saved = (real + pause.thought).saturating_duration_since(Instant::now().max(real));
@@ -176,16 +187,22 @@ impl<G: Guest> Player<G> {
         Ok(())
     }
 
-    /// Waits until the guest is ready for what comes next, or it is due.
+    /// When a recorded time comes, in a replay that was never late.
+    fn in_time(&self, at: GuestTime) -> Instant {
+        self.begun + between(self.options.start, at).div_f64(self.options.speed)
+    }
+
+    /// Waits until the guest is ready for what comes next, but not before `from`, or it is due.
     async fn think_quickly(
         &self,
         pause: &Pause<'_>,
         quick: &QuickOptions,
+        from: Instant,
         due: Instant,
     ) -> Result<(), Error> {
         let (_, real) = self.last;
         let bound = quick.at_most.map(|bound| pause.thought.div_f64(bound));
-        let earliest = real + quick.floor.max(bound.unwrap_or_default());
+        let earliest = from.max(real + quick.floor.max(bound.unwrap_or_default()));
         if earliest >= due {
             sleep_until(due).await;
             return Ok(());
@@ -331,7 +348,10 @@ impl<G: Guest> Player<G> {
             return;
         }
         let (recorded, real) = self.last;
-        let wanted = real + between(recorded, until);
+        let wanted = match self.options.pace {
+            Pace::Follow(_) => self.in_time(until),
+            _ => real + between(recorded, until),
+        };
         sleep_until(wanted.min(Instant::now() + limit)).await;
         // Also where the limit cut it short: that much of the recorded time is over.
         self.last = (recorded.max(until), Instant::now().min(wanted));

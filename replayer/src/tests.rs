@@ -1,6 +1,7 @@
 //! The schedule, under a clock that jumps.
 
 mod astray;
+mod follow;
 mod quick;
 
 use std::time::Duration;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use replayer::{Options, Replay, ReplayReport};
+use replayer::{Options, Pace, QuickOptions, Replay, ReplayReport};
 use tokio::sync::{mpsc, watch};
 use traces::{GuestTime, Record};
 use vm_host::screen::Observer;
@@ -49,6 +49,7 @@ pub(crate) fn following_from(records: &[Record], at: GuestTime) -> Options {
         start: GuestTime {
             micros: first.micros.saturating_sub(behind),
         },
+        pace: Pace::Follow(QuickOptions::default()),
         ..Options::default()
     }
 }
