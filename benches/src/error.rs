@@ -59,6 +59,9 @@ pub enum Error {
         /// The first page that differs.
         page: u64,
     },
+    /// zstd refused.
+    #[error("cannot compress deltas")]
+    Compress(#[source] io::Error),
     /// A hash tree could not be made.
     #[error("cannot hash an image of the capture")]
     Hash(#[source] reconciler::Error),

@@ -13,14 +13,18 @@
 //! | `replay` | its replay | the same | the base |
 //! | `twin` | its replay, in the source's layout | the same | the base and its own replay |
 //!
+//! With `base` come the delta codecs of the papers, on the pages that `base` sends ([`DeltaRow`]).
+//!
 //! Not promised: seconds that hold on another machine, or beside other work.
 
+mod deltas;
 mod error;
 mod measure;
 mod memory;
 mod report;
 mod states;
 
+pub use deltas::DeltaRow;
 pub use error::Error;
 pub use measure::{Options, reconcile};
 pub use reconciler::Codec;

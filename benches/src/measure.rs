@@ -10,6 +10,7 @@ use reconciler::{
     SlicePages, SlicePagesMut, Source, Space, Stats, pages_for, reconcile_in_memory,
 };
 
+use crate::deltas::{self, DeltaRow};
 use crate::error::{Error, Result};
 use crate::memory::peak;
 use crate::report::{Bytes, Report, Row, Seconds, Strategy, name_of};
@@ -70,6 +71,11 @@ pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) ->
         None => None,
     };
     let mut rows = Vec::new();
+    let deltas = if strategies.contains(&Strategy::Base) {
+        tell_deltas(&source, &base)?
+    } else {
+        Vec::new()
+    };
     for strategy in strategies {
         let (base, begins) = match strategy {
             Strategy::Full => (None, None),
@@ -100,7 +106,38 @@ pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) ->
             })?;
         }
     }
-    Ok(Report { rows })
+    Ok(Report { rows, deltas })
+}
+
+/// Every delta codec on every image, as against a target that has the base.
+fn tell_deltas(source: &State, base: &State) -> Result<Vec<DeltaRow>> {
+    let mut rows = deltas::measure(
+        "device",
+        (&SlicePages(&source.device), &source.device_tree),
+        (&SlicePages(&base.device), &base.device_tree),
+        &[],
+    )?;
+    let base_ram = (&SlicePages(&base.ram) as &dyn ReadPages, &base.ram_tree);
+    for (index, (new, old)) in source.disks.iter().zip(&base.disks).enumerate() {
+        rows.extend(deltas::measure(
+            &disk_name(index),
+            (&new.image, &new.tree),
+            (&old.image, &old.tree),
+            &[base_ram],
+        )?);
+    }
+    let disks = source.disks.iter();
+    let disks: Vec<deltas::Side<'_>> = disks.map(|disk| (&disk.image as _, &disk.tree)).collect();
+    let ram = (&SlicePages(&source.ram) as &dyn ReadPages, &source.ram_tree);
+    rows.extend(deltas::measure("ram", ram, base_ram, &disks)?);
+    Ok(rows)
+}
+
+fn disk_name(index: usize) -> String {
+    match index {
+        0 => "disk".to_owned(),
+        more => format!("disk{more}"),
+    }
 }
 
 /// What the source's own replay is good for.
@@ -292,11 +329,7 @@ impl Run<'_> {
             twin: told.map(|disk| &disk.image as _),
             twins: told.iter().map(|disk| &disk.tree).collect(),
         };
-        let name = match index {
-            0 => "disk".to_owned(),
-            more => format!("disk{more}"),
-        };
-        self.run(name, codec, task, &mut scratch.pages()?)
+        self.run(disk_name(index), codec, task, &mut scratch.pages()?)
     }
 
     fn ram(&self, codec: Codec) -> Result<Row> {

@@ -42,6 +42,14 @@ fn every_strategy_sends_what_its_target_lacks() {
     assert_eq!(counts("disk"), [1, 1, 0, 0]);
     assert_eq!(counts("device"), [3, 2, 1, 1]);
     assert!(report.rows.iter().all(|row| row.bytes.total > 0));
+    let mut deltas = report.deltas.iter();
+    let ram =
+        deltas.find(|row| (row.codec.as_str(), row.image.as_str()) == ("changed-bytes", "ram"));
+    let ram = ram.unwrap();
+    // Pages 1 to 3, every byte of which has changed.
+    assert_eq!((ram.pages, ram.overflows), (3, 3));
+    assert_eq!((ram.changed_bytes, ram.encoded_bytes), (3 * 4096, 3 * 4096));
+    assert_eq!(report.deltas.len(), 3 * 4);
 }
 
 #[test]

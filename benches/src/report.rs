@@ -5,6 +5,8 @@ use std::fmt;
 use reconciler::{Codec, Effort, PageCounts, Stats};
 use serde::Serialize;
 
+use crate::deltas::DeltaRow;
+
 /// A way of moving a state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -129,6 +131,8 @@ pub struct Seconds {
 pub struct Report {
     /// One for each strategy, codec and image.
     pub rows: Vec<Row>,
+    /// One for each delta codec and image, if `base` was measured.
+    pub deltas: Vec<DeltaRow>,
 }
 
 impl Row {

@@ -34,6 +34,7 @@ mod answer;
 mod apply;
 mod codec;
 mod compress;
+mod delta;
 mod descend;
 mod encode;
 mod error;
@@ -58,6 +59,7 @@ mod wire;
 
 pub use apply::{Applier, ApplyOptions, Retry};
 pub use codec::{Codec, Effort};
+pub use delta::PageDelta;
 pub use descend::{Descent, MAX_NODES, NodeServer, NodesReply, NodesRequest};
 pub use encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages};
 pub use error::Error;

@@ -1,7 +1,7 @@
 //! `replay-migrate bench`
 
 use anyhow::Context;
-use benches::{Options, Report, Row, Strategy};
+use benches::{DeltaRow, Options, Report, Row, Strategy};
 
 use crate::args::{BenchCommand, BenchStrategyArg};
 use crate::output::Output;
@@ -33,8 +33,12 @@ pub(crate) async fn run(command: BenchCommand, output: &Output) -> anyhow::Resul
 }
 
 fn table(report: &Report) -> String {
-    let lines = report.rows.iter().map(Row::line);
-    let lines: Vec<String> = std::iter::once(Row::heads()).chain(lines).collect();
+    let mut lines = vec![Row::heads()];
+    lines.extend(report.rows.iter().map(Row::line));
+    if !report.deltas.is_empty() {
+        lines.extend([String::new(), DeltaRow::heads()]);
+        lines.extend(report.deltas.iter().map(DeltaRow::line));
+    }
     lines.join("\n")
 }
 
