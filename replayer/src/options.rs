@@ -27,7 +27,7 @@ pub struct Options {
     /// When a replay has gone astray and stops; none to never stop.
     pub divergence: Option<DivergenceOptions>,
     /// Of how many misses the pictures are kept, the first ones. Those are of the user's screen,
-    /// and take 37 kB each.
+    /// and take 344 kB each.
     pub pictures: usize,
 }
 

@@ -1,18 +1,21 @@
 //! Pictures of a miss, for a person to see what went another way.
 //!
-//! The log holds no pictures of what was expected, only hashes: eight kilobytes a picture would
+//! The log holds no pictures of what was expected, only hashes: some kilobytes a picture would
 //! outweigh all the rest of it, and show what the user saw to whoever opens a log. So one picture
 //! is what the replay's screen showed, and the other the part of it that is known to be as
 //! expected. Both are of the user's screen: `Debug` tells sizes only.
 
 use std::fmt;
 use std::io::{self, Cursor};
+use std::ops::Range;
 
 use image::{ImageFormat, RgbImage};
 use traces::{Anchor, Pixels, Region, TileMatch};
 
 /// Columns and rows, at most: anchors are smaller, but a log is written by others.
 const EDGE: u16 = 512;
+/// What is shown around the anchor's region on each side: enough to see where that is.
+const MARGIN: u16 = 80;
 /// What a pixel that should have been another is drawn as, every few of them.
 const STRUCK: [u8; 3] = [255, 0, 255];
 /// The distance of those.
@@ -29,14 +32,14 @@ pub struct Picture {
     pub rgb: Vec<u8>,
 }
 
-/// The two pictures of a miss, of the anchor's region as far as it is on the screen.
+/// The two pictures of a miss, of the anchor's region and what is around it on the screen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MissPictures {
     /// What the screen showed.
     pub seen: Picture,
     /// What is known of what was expected: tiles that are as they were recorded, as they are;
-    /// those that differ struck out in magenta, as only their hashes were recorded; those that
-    /// change by themselves dimmed.
+    /// those that differ struck out in magenta, as only their hashes were recorded; all else
+    /// dimmed: those that change by themselves, and what is around the region.
     pub expected: Picture,
 }
 
@@ -65,60 +68,107 @@ impl Picture {
         Ok(png.into_inner())
     }
 
-    fn row(&mut self, y: usize, from: usize, to: usize) -> Option<&mut [u8]> {
+    /// Where a stretch of a row lies in `rgb`.
+    fn place(&self, y: usize, columns: &Range<usize>) -> Range<usize> {
         let start = y * usize::from(self.width);
-        self.rgb.get_mut((start + from) * 3..(start + to) * 3)
+        (start + columns.start) * 3..(start + columns.end) * 3
     }
 }
 
 impl MissPictures {
     /// None where nothing of the region is on the screen.
     pub(crate) fn take(frame: &Pixels<'_>, anchor: &Anchor) -> Option<Self> {
-        let seen = cut(frame, anchor.region)?;
+        let shown = around(frame, anchor.region)?;
+        let seen = cut(frame, shown)?;
         let mut expected = seen.clone();
+        dim(&mut expected.rgb);
         for (tile, found) in anchor.compare(frame) {
-            mark(&mut expected, anchor.region, tile, found);
+            let Some(tile) = within(shown, tile) else {
+                continue;
+            };
+            match found {
+                TileMatch::Same => keep(&mut expected, &seen, &tile),
+                TileMatch::Differs => strike(&mut expected, &tile),
+                TileMatch::Uncompared => {}
+            }
         }
         Some(Self { seen, expected })
     }
 }
 
-fn cut(frame: &Pixels<'_>, region: Region) -> Option<Picture> {
-    let width = region
-        .width
-        .min(frame.width.checked_sub(region.x)?)
-        .min(EDGE);
-    let height = region
-        .height
-        .min(frame.height.checked_sub(region.y)?)
-        .min(EDGE);
-    let mut rgb = Vec::with_capacity(usize::from(width) * usize::from(height) * 3);
-    for y in 0..usize::from(height) {
-        let start = (usize::from(region.y) + y) * usize::from(frame.width) + usize::from(region.x);
-        let row = start * 3..(start + usize::from(width)) * 3;
-        rgb.extend_from_slice(frame.rgb.get(row)?);
-    }
-    (!rgb.is_empty()).then_some(Picture { width, height, rgb })
+/// The region with what is around it on the screen.
+fn around(frame: &Pixels<'_>, region: Region) -> Option<Region> {
+    let span = |from: u16, size: u16, limit: u16| {
+        if from >= limit || size == 0 {
+            return None;
+        }
+        let to = from.saturating_add(size).saturating_add(MARGIN).min(limit);
+        let from = from.saturating_sub(MARGIN);
+        Some((from, (to - from).min(EDGE)))
+    };
+    let (x, width) = span(region.x, region.width, frame.width)?;
+    let (y, height) = span(region.y, region.height, frame.height)?;
+    Some(Region {
+        x,
+        y,
+        width,
+        height,
+    })
 }
 
-fn mark(picture: &mut Picture, region: Region, tile: Region, found: TileMatch) {
-    let from = usize::from(tile.x.saturating_sub(region.x));
-    let to = (from + usize::from(tile.width)).min(picture.width.into());
-    let top = usize::from(tile.y.saturating_sub(region.y));
-    let bottom = (top + usize::from(tile.height)).min(picture.height.into());
-    if from >= to || found == TileMatch::Same {
-        return;
+fn cut(frame: &Pixels<'_>, shown: Region) -> Option<Picture> {
+    let (width, height) = (usize::from(shown.width), usize::from(shown.height));
+    let mut rgb = Vec::with_capacity(width * height * 3);
+    for y in 0..height {
+        let row = usize::from(shown.y) + y;
+        let start = row * usize::from(frame.width) + usize::from(shown.x);
+        rgb.extend_from_slice(frame.rgb.get(start * 3..(start + width) * 3)?);
     }
-    for y in top..bottom {
-        let Some(row) = picture.row(y, from, to) else {
-            return;
-        };
+    Some(Picture {
+        width: shown.width,
+        height: shown.height,
+        rgb,
+    })
+}
+
+/// Columns and rows of a tile in the picture, as far as it is there.
+fn within(shown: Region, tile: Region) -> Option<[Range<usize>; 2]> {
+    let span = |from: u16, size: u16, at: u16, limit: u16| {
+        let from = usize::from(from.checked_sub(at)?);
+        let to = (from + usize::from(size)).min(limit.into());
+        (from < to).then_some(from..to)
+    };
+    Some([
+        span(tile.x, tile.width, shown.x, shown.width)?,
+        span(tile.y, tile.height, shown.y, shown.height)?,
+    ])
+}
+
+fn keep(picture: &mut Picture, seen: &Picture, [columns, rows]: &[Range<usize>; 2]) {
+    for y in rows.clone() {
+        let place = picture.place(y, columns);
+        if let (Some(into), Some(from)) = (picture.rgb.get_mut(place.clone()), seen.rgb.get(place))
+        {
+            into.copy_from_slice(from);
+        }
+    }
+}
+
+fn strike(picture: &mut Picture, [columns, rows]: &[Range<usize>; 2]) {
+    for y in rows.clone() {
+        let place = picture.place(y, columns);
+        let row = picture.rgb.get_mut(place).unwrap_or_default();
         for (x, pixel) in row.chunks_exact_mut(3).enumerate() {
-            match found {
-                TileMatch::Differs if (x + y) % STRIPES < 2 => pixel.copy_from_slice(&STRUCK),
-                _ => pixel.iter_mut().for_each(|value| *value /= 4),
+            if (x + y) % STRIPES < STRIPES / 2 {
+                pixel.copy_from_slice(&STRUCK);
             }
         }
+    }
+}
+
+fn dim(rgb: &mut [u8]) {
+    for value in rgb {
+        *value /= 4;
     }
 }
 
@@ -146,15 +196,16 @@ mod tests {
         anchor.tiles[3] = Anchor::UNCOMPARED;
         let pictures = MissPictures::take(&frame, &anchor).unwrap();
         let Picture { width, height, rgb } = &pictures.seen;
-        assert_eq!((*width, *height, rgb.len()), (40, 32, 40 * 32 * 3));
+        assert_eq!((*width, *height, rgb.len()), (48, 32, 48 * 32 * 3));
         assert!(rgb.iter().all(|value| *value == 200));
         let pixel = |x: usize, y: usize| {
-            let at = (y * 40 + x) * 3;
+            let at = (y * 48 + x) * 3;
             [0, 1, 2].map(|i| pictures.expected.rgb[at + i])
         };
         assert_eq!(pixel(3, 3), [200; 3]);
         assert_eq!((pixel(16, 0), pixel(18, 0)), (STRUCK, [50; 3]));
         assert_eq!((pixel(3, 20), pixel(39, 31)), ([50; 3], [200; 3]));
+        assert_eq!(pixel(40, 3), [50; 3]);
         assert!(!format!("{pictures:?}").contains("200"));
         let png = pictures.expected.png().unwrap();
         let read = image::load_from_memory(&png).unwrap().into_rgb8();
@@ -182,7 +233,8 @@ mod tests {
             };
             MissPictures::take(&frame, &anchor).map(|p| (p.seen.width, p.seen.height))
         };
-        assert_eq!(take(590, 10, 80, 16), Some((10, 10)));
+        assert_eq!(take(590, 10, 80, 16), Some((90, 20)));
+        assert_eq!(take(200, 2, 96, 8), Some((256, 20)));
         assert_eq!(take(0, 0, u16::MAX, u16::MAX), Some((512, 20)));
         assert_eq!(take(600, 0, 80, 16), None);
         assert_eq!(take(700, 0, 80, 16), None);
