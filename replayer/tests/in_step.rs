@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use replayer::{Options, ReplayReport};
+use replayer::{Options, Pace, ReplayReport};
 use tempfile::TempDir;
 use traces::{Anchor, Event, GuestTime, Pixels, Record, Region};
 use vm_host::screen::{Frame, Observer};
@@ -19,6 +19,8 @@ use vm_host::{Accelerator, Hardware, Input, Launch, Network, Vm, programs};
 
 /// H, E, L, O as Linux input codes.
 const TYPED: [u16; 4] = [35, 18, 38, 24];
+/// Ticks a key: twenty times those of the original.
+const SLOW: u16 = 20;
 
 /// The boot sector of a guest that computes for `ticks` of the BIOS's clock (55 ms) a key.
 fn boot_sector(ticks: u16) -> Vec<u8> {
@@ -162,7 +164,7 @@ fn whole(observer: &Observer, look: impl FnOnce(&Pixels<'_>, Region) -> Anchor) 
 }
 
 /// A user at the fast guest: looks at the screen, thinks, types.
-async fn record(guest: &Guest) -> Vec<Record> {
+async fn record(guest: &Guest, thought: Duration) -> Vec<Record> {
     let begun = Instant::now();
     let mut records = Vec::new();
     let mut note = |event| {
@@ -174,7 +176,7 @@ async fn record(guest: &Guest) -> Vec<Record> {
     };
     for (n, code) in TYPED.into_iter().enumerate() {
         guest.await_line(&vec![true; n + 1]).await;
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::sleep(thought).await;
         note(Event::Anchor(whole(&guest.observer, Anchor::capture)));
         for down in [true, false] {
             note(Event::Key { code, down });
@@ -186,8 +188,8 @@ async fn record(guest: &Guest) -> Vec<Record> {
     records
 }
 
-async fn replay(records: &[Record], options: &Options) -> (ReplayReport, Anchor) {
-    let copy = Guest::start(20).await;
+async fn replay(records: &[Record], options: &Options, ticks: u16) -> (ReplayReport, Anchor) {
+    let copy = Guest::start(ticks).await;
     let report = replayer::replay(&copy.vm, &copy.observer, records, options, |_| ())
         .await
         .unwrap();
@@ -198,11 +200,11 @@ async fn replay(records: &[Record], options: &Options) -> (ReplayReport, Anchor)
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slower_copy_gets_every_key() {
     let original = Guest::start(1).await;
-    let records = record(&original).await;
+    let records = record(&original, Duration::from_millis(200)).await;
     let wanted = whole(&original.observer, Anchor::capture);
     drop(original);
 
-    let (report, shown) = replay(&records, &Options::default()).await;
+    let (report, shown) = replay(&records, &Options::default(), SLOW).await;
     eprintln!("{report:?}");
     assert_eq!((report.matched, report.missed.len()), (TYPED.len(), 0));
     assert_eq!(
@@ -224,9 +226,36 @@ async fn a_slower_copy_gets_every_key() {
         anchor_limit: Duration::ZERO,
         ..Options::default()
     };
-    let (report, shown) = replay(&records, &options).await;
+    let (report, shown) = replay(&records, &options, SLOW).await;
     assert!(!report.missed.is_empty());
     assert!(differing(&wanted, &shown) > 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_is_ready_is_not_kept_waiting_and_one_that_is_not_loses_no_key() {
+    let original = Guest::start(1).await;
+    let records = record(&original, Duration::from_millis(2500)).await;
+    let wanted = whole(&original.observer, Anchor::capture);
+    drop(original);
+
+    let options = Options {
+        pace: Pace::quick(None),
+        ..Options::default()
+    };
+    let mut saved = Vec::new();
+    for ticks in [1, SLOW] {
+        let (report, shown) = replay(&records, &options, ticks).await;
+        eprintln!("{report:?}");
+        assert_eq!((report.matched, report.missed.len()), (TYPED.len(), 0));
+        assert!(
+            differing(&wanted, &shown) <= 2,
+            "but for the caret the screens are the same"
+        );
+        saved.push((report.saved, report.recorded));
+    }
+    let (quick, recorded) = saved[0];
+    assert!(quick * 2 >= recorded, "{saved:?}");
+    assert!(saved[1].0 < quick, "it waits for a slower copy: {saved:?}");
 }
 
 fn differing(one: &Anchor, other: &Anchor) -> usize {
