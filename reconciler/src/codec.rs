@@ -81,6 +81,18 @@ impl Codec {
     }
 }
 
+impl Codec {
+    /// For a stream beside the literals, which are several times as many bytes: while they keep
+    /// one core busy, another can take a step more over the rest.
+    pub(crate) const fn beside_literals(self) -> Self {
+        match self {
+            Self::Zstd(_) => self,
+            Self::Lzma(Effort::Fast) => Self::Lzma(Effort::Normal),
+            Self::Lzma(Effort::Normal | Effort::Strong) => Self::Lzma(Effort::Strong),
+        }
+    }
+}
+
 /// An LZMA2 encoder for at most so many bytes, and the byte that names it.
 pub(crate) struct LzmaEncoder {
     stream: Stream,

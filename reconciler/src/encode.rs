@@ -117,21 +117,25 @@ pub fn encode_pages(
     let most = pages.len() as u64 * PAGE_SIZE as u64;
     thread::scope(|scope| {
         let (chunks_in, chunks) = bounded::<PageChunk>(QUEUE);
-        let compress = |stream| {
+        let beside = EncodeOptions {
+            codec: options.codec.beside_literals(),
+            ..options
+        };
+        let compress = |stream, options| {
             let (queue_in, queue) = bounded::<Vec<u8>>(QUEUE);
             let to_wire = chunks_in.clone();
             let stage = scope
                 .spawn(move || StreamWriter::new(stream, &to_wire, options, most).drain(&queue));
             (queue_in, stage)
         };
-        let (literals, literal) = compress(StreamId::Literal);
-        let (deltas, delta) = compress(StreamId::Delta);
-        let (words, word) = compress(StreamId::Words);
+        let (literals, literal) = compress(StreamId::Literal, options);
+        let (deltas, delta) = compress(StreamId::Delta, beside);
+        let (words, word) = compress(StreamId::Words, beside);
         let reader = scope.spawn(move || {
             // Masks are few and may not be overtaken: they are compressed on the spot.
             let alone = EncodeOptions {
                 workers: 0,
-                ..options
+                ..beside
             };
             let most_masks = (pages.len() * MASK_BYTES) as u64;
             let stage = ReadStage {

@@ -24,15 +24,10 @@ use rayon::prelude::*;
 use crate::error::Error;
 use crate::page::{PAGE_SIZE, Page, PageIndex, ReadPages, SlicePages};
 use crate::page_set::PageSet;
+use crate::patch::MOST_WORDS;
 use crate::realign_landmarks::{Landmark, Shift, View, choose, landmarks};
 use crate::tree::ImageTree;
 use crate::wire::{Cursor, put_section, put_varint, take_section};
-
-/// Words of a page.
-const WORDS: usize = PAGE_SIZE / 8;
-
-/// A page that has more wrong words than this after realignment is better sent as it is.
-const WRONG_MOST: usize = WORDS / 2;
 
 /// A process's part of guest RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,7 +113,7 @@ impl Layout {
                     let wanted = page_of(source.ram, *page)?;
                     let there = page_of(twin.ram, *page)?;
                     let wrong = differing(wanted, &*guess);
-                    (wrong < WRONG_MOST && wrong < differing(wanted, there))
+                    (wrong < MOST_WORDS && wrong < differing(wanted, there))
                         .then_some((PageIndex(*page), guess))
                 })
                 .collect();

@@ -3,6 +3,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::tree::no_progress;
 
+/// Words of a page.
+const WORDS: usize = PAGE_SIZE / 8;
+
 const BASE: u64 = 0x5555_5555_0000;
 
 /// A guest of one process, whose pages lie in RAM in an order of their own.
