@@ -324,6 +324,10 @@ pub(crate) struct MigrateArgs {
     /// When this site replays as well, which saves bytes
     #[arg(long, value_enum, default_value_t = TwinArg::Beside)]
     pub(crate) twin: TwinArg,
+    /// Replay without waiting out the time in which the user thought: as fast as the guest can,
+    /// for some more bytes. A site that follows has replayed already
+    #[arg(long)]
+    pub(crate) quick: bool,
     /// Say what each strategy would cost, and stop
     #[arg(long)]
     pub(crate) dry_run: bool,

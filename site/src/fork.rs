@@ -54,6 +54,18 @@ pub(crate) fn following_from(records: &[Record], at: GuestTime) -> Options {
     }
 }
 
+/// How a fork replays a whole log.
+pub(crate) fn pace_of(quick: bool) -> Options {
+    Options {
+        pace: if quick {
+            Pace::quick(None)
+        } else {
+            Pace::Recorded
+        },
+        ..Options::default()
+    }
+}
+
 /// What a fork is to do next.
 enum Step {
     /// Play a piece of the log.

@@ -247,6 +247,8 @@ pub struct Plan {
     pub strategy: Strategy,
     /// The generation that both sites have once Base is over.
     pub base: Option<GenerationId>,
+    /// The replay does not wait out the time in which the user thought.
+    pub quick: bool,
 }
 
 /// An image of a state.

@@ -115,6 +115,10 @@ pub struct ReplaySummary {
     pub recorded_seconds: f64,
     /// Whether the guest came to rest at the end.
     pub came_to_rest: bool,
+    /// Why it was given up, if it went astray.
+    pub diverged: Option<String>,
+    /// Interactions that it was not given because of that.
+    pub skipped: u64,
 }
 
 impl ReplaySummary {
@@ -126,6 +130,8 @@ impl ReplaySummary {
             seconds: report.duration.as_secs_f64(),
             recorded_seconds: report.recorded.as_secs_f64(),
             came_to_rest: report.came_to_rest,
+            diverged: report.diverged.as_ref().map(ToString::to_string),
+            skipped: report.skipped as u64,
         }
     }
 }

@@ -29,6 +29,7 @@ pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> a
             StrategyArg::Full => Some(Strategy::Full),
         },
         paused: args.paused,
+        quick: args.quick,
         twin: match args.twin {
             TwinArg::Beside => TwinTurn::Beside,
             TwinArg::After => TwinTurn::After,
@@ -75,10 +76,17 @@ fn show_report(report: &MigrationReport, site: &str) -> String {
         }
     }
     let sent = &report.bytes;
+    let astray = report.replay.as_ref().and_then(|replay| {
+        let why = replay.diverged.as_ref()?;
+        Some(format!(
+            "\nthe replay was given up, with {} interactions left: {why}",
+            replay.skipped
+        ))
+    });
     format!(
         "{} is at {site}, generation {}, verified\n{}\
          downtime {:.1} s, {:.1} s in all\n\
-         {} sent, {} received: log {}, hashes {}, RAM {}, disk {}, devices {}",
+         {} sent, {} received: log {}, hashes {}, RAM {}, disk {}, devices {}{}",
         report.vm,
         report.generation_to,
         table(&rows),
@@ -91,5 +99,6 @@ fn show_report(report: &MigrationReport, site: &str) -> String {
         bytes(sent.ram),
         bytes(sent.disk),
         bytes(sent.device),
+        astray.unwrap_or_default(),
     )
 }

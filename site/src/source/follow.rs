@@ -288,7 +288,12 @@ impl Follower<'_> {
         let feasible = Feasible::of(vm, &live, &welcome)?;
         let strategy = Strategy::Replay;
         let base = feasible.base_for(vm, strategy)?;
-        line.send(ToTarget::Plan(Plan { strategy, base })).await?;
+        line.send(ToTarget::Plan(Plan {
+            strategy,
+            base,
+            quick: false,
+        }))
+        .await?;
         let shipped = ship_base(&mut line, vm, record, &welcome, base, rate, self.progress).await?;
         self.bytes.base += shipped;
         line.send(ToTarget::Prepare).await?;
@@ -459,6 +464,7 @@ impl Follower<'_> {
             strategy: Some(Strategy::Replay),
             paused,
             twin: TwinTurn::Beside,
+            quick: false,
         };
         let (vm, peer, transfer) = (self.vm, self.peer, self.transfer);
         let gone = caller.gone.clone();

@@ -73,6 +73,8 @@ pub struct MigrateOptions {
     pub paused: bool,
     /// When to replay here as well.
     pub twin: TwinTurn,
+    /// Replay without waiting out the time in which the user thought.
+    pub quick: bool,
 }
 
 /// Moves a VM to another site.
@@ -271,7 +273,12 @@ impl Migration<'_> {
             estimates.choice
         };
         let base = feasible.base_for(self.vm, strategy)?;
-        line.send(ToTarget::Plan(Plan { strategy, base })).await?;
+        line.send(ToTarget::Plan(Plan {
+            strategy,
+            base,
+            quick: self.options.quick,
+        }))
+        .await?;
 
         self.clock.enter(Phase::Base);
         let (vm, record) = (self.vm, self.record);

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reconciler::Layout;
-use replayer::Options;
 
 use super::twin::{self, Twin};
 use super::{Migration, TwinTurn};
 use crate::error::{Error, Result};
+use crate::fork::pace_of;
 use crate::generation::GenerationId;
 use crate::layout::TwinRam;
 use crate::line::Line;
@@ -65,12 +65,13 @@ impl Migration<'_> {
                     ToSource::Replaying { done, total } => {
                         self.progress.advance(Phase::Replay, done, Some(total));
                     }
-                    ToSource::Replayed(summary) => break summary,
+                    ToSource::Replayed(summary) => break self.judged(summary).await,
                     _ => return Err(line.unexpected(Phase::Replay, "no word of the replay")),
                 }
             };
             // A report is of all pieces so far.
-            if total.replace(summary).is_none() && self.options.twin == TwinTurn::After {
+            let in_step = summary.diverged.is_none();
+            if total.replace(summary).is_none() && in_step && self.options.twin == TwinTurn::After {
                 self.start_twin(base).await;
                 if let Some(twin) = self.twin.as_mut() {
                     without_twin(twin.play(new.to_vec()));
@@ -89,7 +90,7 @@ impl Migration<'_> {
             Workplace::Incoming,
             self.transfer,
             base.number,
-            Options::default(),
+            pace_of(self.options.quick),
         );
         let twin = twin.await;
         self.twin = without_twin(twin).flatten();
@@ -125,6 +126,17 @@ impl Migration<'_> {
             self.drop_twin().await;
         }
         Ok(())
+    }
+
+    /// A replay that went astray is not like the twin: patches of it would not fit.
+    pub(super) async fn judged(&mut self, summary: ReplaySummary) -> ReplaySummary {
+        if let Some(why) = &summary.diverged {
+            self.progress.note(&format!(
+                "the replay went astray ({why}); its best pages are kept"
+            ));
+            self.drop_twin().await;
+        }
+        summary
     }
 
     pub(super) async fn drop_twin(&mut self) {

@@ -103,10 +103,12 @@ impl Migration<'_> {
             Ok::<_, Error>(replay)
         };
         let (state, replay, twin) = tokio::join!(self.hashed(live), stop_standby, stop_twin);
+        let replay = self.judged(replay?).await;
         Ok(Stopped {
             state: state?,
-            twin,
-            replay: Some(replay?),
+            // One that is in step says nothing of a replay that is not.
+            twin: twin.filter(|_| replay.diverged.is_none()),
+            replay: Some(replay),
             log: tail.log,
         })
     }

@@ -11,7 +11,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use replayer::Options;
+use replayer::{Options, ReplayReport};
 use traces::{GuestTime, Record};
 use vm_host::{RamMap, probe};
 
@@ -80,7 +80,7 @@ impl Twin {
         let report = caught_up.unwrap_or_else(|_| Err(too_long()))?;
         self.playing = false;
         tracing::info!(missed = report.missed.len(), "the twin is as old as the VM");
-        Ok(())
+        in_step(&report)
     }
 
     /// Waits until it has played what it was given, for so long at most.
@@ -92,6 +92,7 @@ impl Twin {
                 self.fork.settle()?;
                 let report = self.fork.done().await?;
                 tracing::info!(missed = report.missed.len(), "the twin is done");
+                in_step(&report)?;
             }
             Ok(())
         };
@@ -118,6 +119,16 @@ impl Twin {
         if let Err(error) = self.fork.kill().await {
             tracing::warn!(error = error.chain(), "could not end the twin");
         }
+    }
+}
+
+/// A twin that went astray tells nothing of the target's replay.
+fn in_step(report: &ReplayReport) -> Result<()> {
+    match &report.diverged {
+        None => Ok(()),
+        Some(why) => Err(Error::Refused(format!(
+            "the replay at this site went astray: {why}"
+        ))),
     }
 }
 

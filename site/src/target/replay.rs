@@ -8,7 +8,7 @@ use traces::{GuestTime, Record};
 
 use super::Session;
 use crate::error::{Error, Result};
-use crate::fork::{Fork, ForkFiles, Played, following_from};
+use crate::fork::{Fork, ForkFiles, Played, following_from, pace_of};
 use crate::line::TargetLine;
 use crate::phase::Phase;
 use crate::protocol::{ToSource, ToTarget};
@@ -120,7 +120,8 @@ impl Session {
         records: Vec<Record>,
     ) -> Result<ReplaySummary> {
         if self.fork.is_none() {
-            self.fork = Some(self.start_fork(Options::default()).await?);
+            let quick = self.plan.is_some_and(|plan| plan.quick);
+            self.fork = Some(self.start_fork(pace_of(quick)).await?);
         }
         // From here on nobody can go on with it on another line.
         self.following = None;
