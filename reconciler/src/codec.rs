@@ -228,6 +228,10 @@ mod tests {
         let speeds =
             [1, 5, 10, 30, 80, 500, 10_000].map(|mbit| strength(Codec::for_line(mbit * 1_000_000)));
         assert!(speeds.is_sorted_by(|a, b| a > b), "{speeds:?}");
+        for mbit in [1, 5, 10, 30, 10_000] {
+            let codec = Codec::for_line(mbit * 1_000_000);
+            assert!(strength(codec.beside_literals()) >= strength(codec));
+        }
     }
 
     #[test]

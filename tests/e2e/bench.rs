@@ -60,6 +60,11 @@ fn a_capture_is_measured_by_every_strategy() {
     assert!(total("base") < total("full"), "{report}");
     assert!(total("replay") < total("base"), "{report}");
     assert_eq!(ram("replay")["pages"]["literal"], 1);
+    let deltas = report["deltas"].as_array().unwrap();
+    let mut xbzrle = deltas.iter().filter(|row| row["codec"] == "xbzrle");
+    let told = xbzrle.find(|row| row["image"] == "ram").unwrap();
+    // Pages 30 to 39, and one of those that all became alike.
+    assert_eq!(told["pages"], 11, "{report}");
     assert!(ram("twin")["seconds"]["encode"].as_f64().unwrap() > 0.0);
 
     fs::remove_dir_all(dir.path().join("twin")).unwrap();

@@ -1,8 +1,11 @@
 //! The delta codecs of the papers, by name: one page told by what differs from an older one.
 //!
 //! They are here to be compared with on the same pages (`bench reconcile`), and to be used
-//! where a page travels alone. A migration compresses deltas together ([`crate::encode_pages`]),
-//! which takes fewer bytes than any of these followed by a compressor.
+//! where a page travels alone. A migration takes page by page whichever of literal and XOR has
+//! fewer words, and compresses either with its like ([`crate::encode_pages`]). On the 24,999
+//! pages that a desktop's session of 87 s left in RAM and the base lacks, 102 MB of which 33 MB
+//! changed, that took 10.7 MB with zstd 3 and 7.5 MB with LZMA fast; XBRLE and zstd 3 took
+//! 11.5, XBZRLE 10.8, word-wise XOR 10.6 and changed bytes 10.5.
 //!
 //! | name | from |
 //! |---|---|
