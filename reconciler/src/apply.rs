@@ -15,11 +15,12 @@ use std::fmt;
 
 use crate::error::Error;
 use crate::lines::Unpatched;
-use crate::offer::{Offer, Salt, short};
+use crate::offer::Offer;
 use crate::page::{Image, Page, PageHash, PageIndex, ReadPages, ZERO_PAGE};
 use crate::page_set::PageSet;
 use crate::patch::{Mask, xor};
 use crate::resolve::{Holdings, Origin, PlaceKind, Resolution};
+use crate::short::{Salt, short};
 use crate::spool::Spool;
 use crate::stats::PageCounts;
 use crate::stream::{Coded, PageChunk, PageDecoder};

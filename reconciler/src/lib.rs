@@ -49,6 +49,7 @@ mod patch;
 mod realign;
 mod realign_landmarks;
 mod resolve;
+mod short;
 mod spool;
 mod stats;
 mod stream;
@@ -67,7 +68,7 @@ pub use file::FilePages;
 pub use known::Known;
 pub use lines::Unpatched;
 pub use memory::{MAX_REPAIRS, Message, Options, Source, Stats, Times, reconcile_in_memory};
-pub use offer::{Offer, OfferOptions, Salt, short_bits};
+pub use offer::{Offer, OfferOptions};
 pub use page::{
     Image, MAX_PAGES, PAGE_SIZE, Page, PageHash, PageIndex, ReadPages, SlicePages, SlicePagesMut,
     WritePages, ZERO_PAGE, is_zero, pages_for,
@@ -75,6 +76,7 @@ pub use page::{
 pub use page_set::PageSet;
 pub use realign::{Layout, Overlaid, Processes, Realigned, Space};
 pub use resolve::{Holdings, Place, PlaceKind, Resolution, resolve};
+pub use short::{Salt, short_bits};
 pub use stats::PageCounts;
 pub use stream::{PageChunk, StreamId};
 pub use tree::{FAN_OUT, ImageTree, Progress, Root, no_progress};

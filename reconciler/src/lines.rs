@@ -20,10 +20,11 @@
 //! line's content: nobody who makes content in the guest can aim at it.
 
 use crate::error::{Error, within};
-use crate::offer::{Offer, Salt};
+use crate::offer::Offer;
 use crate::page::{PAGE_SIZE, Page, PageIndex};
 use crate::page_set::PageSet;
 use crate::patch::{Mask, WORD};
+use crate::short::Salt;
 use crate::wire::Cursor;
 
 /// Bytes of a line.

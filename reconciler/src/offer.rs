@@ -1,29 +1,7 @@
 //! What the source says first: which pages differ from the common base, and how the target
 //! finds each distinct content among them: by a place in an image that both hold, or by a
-//! short hash ([`crate::Known`] says which).
-//!
-//! # How short
-//! A wrong page is taken for a right one when their shorts are equal by chance. Nothing false
-//! comes of it, for the full root is compared at the end; the page is found by descending the
-//! tree and sent again, in four round trips. So a bit more in each short is worth what it takes
-//! on the line as long as that is less than these round trips, times their odds: 23,000 bits
-//! are 2.3 ms at 10 Mbit/s, four round trips some 0.2 s, and both are equal where one migration
-//! in a hundred or so has to mend a page.
-//!
-//! - A content that may lie anywhere is compared with all `c` pages that the target searches.
-//!   With `s` of these and shorts of `b` bits at most `s * c / 2^b` accidents are expected; `b`
-//!   is chosen so that this is at most 2^-9. What lies in shared images is not searched, for
-//!   the source has looked there itself.
-//! - A content that is looked for at its own address is compared with that page, perhaps with
-//!   what a patch makes of it: 2^-6 accidents, if none of `n` pages is right, take log2(n) + 6
-//!   bits.
-//!
-//! Shorts are keyed with a fresh salt, so that nobody can plant pages in a guest that collide.
-//! Contents whose shorts collide with one another make the source take more bits.
-
+//! short hash ([`crate::Known`] says which, [`crate::short_bits`] how short).
 use std::collections::HashMap;
-
-use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, within};
 use crate::known::{
@@ -31,48 +9,15 @@ use crate::known::{
 };
 use crate::page::{MAX_PAGES, PageHash, PageIndex};
 use crate::page_set::PageSet;
+use crate::short::{
+    Bits, MAX_BITS, Salt, all_distinct, here_bits, pack_bits, short, short_bits, unpack_bits,
+};
 use crate::tree::{ImageTree, Root};
 use crate::wire::{Cursor, put_section, put_varint, take_section};
 
 const MAGIC: &[u8; 4] = b"RMof";
 const VERSION: u64 = 2;
 const WHAT: &str = "offer";
-
-/// The expected number of accidents in a migration is at most 2 to minus this.
-const COLLISION_BUDGET_BITS: u32 = 9;
-/// The same for contents that are compared with one page or two.
-const HERE_BUDGET_BITS: u32 = 6;
-/// Fewer bits save nothing worth having.
-const MIN_BITS: u32 = 16;
-const MAX_BITS: u32 = 64;
-
-/// A random value, fresh for each exchange, that shorts are keyed with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Salt(pub [u8; 32]);
-
-/// How many bits a short needs where so many contents are looked for at their own addresses.
-fn here_bits(contents: u64) -> u32 {
-    let bits = contents.max(1).next_power_of_two().trailing_zeros() + HERE_BUDGET_BITS;
-    bits.clamp(MIN_BITS, MAX_BITS)
-}
-
-/// How many bits a short needs for so many contents and candidates.
-pub fn short_bits(contents: u64, candidates: u64) -> u32 {
-    let pairs = u128::from(contents.max(1)) * u128::from(candidates.max(1));
-    let bits = 128 - (pairs - 1).leading_zeros() + COLLISION_BUDGET_BITS;
-    bits.clamp(MIN_BITS, MAX_BITS)
-}
-
-/// The first `bits` bits of the salted hash of a page hash.
-#[inline]
-pub(crate) fn short(salt: &Salt, bits: u32, hash: &PageHash) -> u64 {
-    let keyed = blake3::keyed_hash(&salt.0, &hash.0);
-    let mut first = [0; 8];
-    first.copy_from_slice(&keyed.as_bytes()[..8]);
-    let mask = u64::MAX.checked_shr(64 - bits).unwrap_or_default();
-    u64::from_le_bytes(first) & mask
-}
 
 /// How the source builds an offer.
 #[derive(Clone, Copy, Debug)]
@@ -103,23 +48,6 @@ pub struct Offer {
     hints: Vec<Hint>,
     /// And by which short; 0 where it takes none.
     shorts: Vec<u64>,
-}
-
-/// How long the shorts are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Bits {
-    anywhere: u32,
-    here: u32,
-}
-
-impl Bits {
-    const fn of(self, hint: Hint) -> u32 {
-        match hint {
-            Hint::Anywhere => self.anywhere,
-            Hint::Here => self.here,
-            Hint::Shared(_) | Hint::Lacking => 0,
-        }
-    }
 }
 
 impl Offer {
@@ -436,50 +364,6 @@ fn decode_repeats(cursor: &mut Cursor<'_>, len: u64, distinct: u64) -> Result<Ve
     Ok(contents)
 }
 
-fn all_distinct(mut shorts: Vec<u64>) -> bool {
-    shorts.sort_unstable();
-    shorts.windows(2).all(|pair| pair[0] != pair[1])
-}
-
-/// Appends values of so many bits each.
-fn pack_bits(out: &mut Vec<u8>, values: impl Iterator<Item = (u64, u32)>) {
-    let (mut held, mut count) = (0u128, 0);
-    for (value, bits) in values {
-        held |= u128::from(value) << count;
-        count += bits;
-        while count >= 8 {
-            out.push(held as u8);
-            held >>= 8;
-            count -= 8;
-        }
-    }
-    if count > 0 {
-        out.push(held as u8);
-    }
-}
-
-/// Reads values of so many bits each, at most 64.
-fn unpack_bits(
-    cursor: &mut Cursor<'_>,
-    lengths: impl Iterator<Item = u32> + Clone,
-) -> Result<Vec<u64>, Error> {
-    let all: u64 = lengths.clone().map(u64::from).sum();
-    let mut bytes = cursor.bytes(all.div_ceil(8))?.iter();
-    let (mut held, mut count) = (0u128, 0);
-    let mut out = Vec::new();
-    for bits in lengths {
-        while count < bits {
-            // The bytes hold all bits.
-            held |= u128::from(bytes.next().copied().unwrap_or_default()) << count;
-            count += 8;
-        }
-        out.push(held as u64 & u64::MAX.checked_shr(64 - bits).unwrap_or_default());
-        held >>= bits;
-        count -= bits;
-    }
-    Ok(out)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -548,13 +432,5 @@ mod tests {
                 prop_assert_eq!(offer.first_pages().len() as u64, offer.distinct());
             }
         }
-    }
-
-    #[test]
-    fn the_budget_asks_for_44_bits_in_the_measured_case() {
-        assert_eq!(short_bits(26_537, 700_000), 44);
-        assert_eq!((here_bits(23_000), here_bits(0)), (21, MIN_BITS));
-        assert_eq!(short_bits(0, 0), MIN_BITS);
-        assert_eq!(short_bits(1 << 30, 1 << 30), MAX_BITS);
     }
 }
