@@ -10,13 +10,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use reconciler::{
-    BlobAssembler, BlobPart, Closed, EncodeOptions, EncodeStats, NodeServer, Offer, OfferOptions,
-    Page, PageChunk, PageIndex, PageSet, ReadPages, References, Salt, Unpatched, blob_parts,
+    BlobAssembler, BlobPart, Closed, EncodeOptions, EncodeStats, ImageTree, Known, NodeServer,
+    Offer, OfferOptions, Page, PageChunk, PageIndex, PageSet, ReadPages, References, Salt,
+    Unpatched, blob_parts,
 };
 use tokio::sync::mpsc;
 
 use crate::error::{Error, Result};
-use crate::layout::TwinRam;
+use crate::layout::TwinState;
 use crate::line::Line;
 use crate::local::blocking;
 use crate::phase::Phase;
@@ -58,8 +59,10 @@ pub(crate) struct Outgoing<'a> {
     pub state: &'a Arc<State>,
     /// What the target has as well.
     pub base: &'a Arc<Base>,
-    /// RAM as this site's own replay left it, if the target has replayed.
-    pub twin: Option<&'a Arc<TwinRam>>,
+    /// Whether the target has replayed.
+    pub replayed: bool,
+    /// What this site's own replay left, if the target has replayed.
+    pub twin: Option<&'a Arc<TwinState>>,
     /// The line's rate, in bits per second.
     pub rate: f64,
     /// Hears how it gets on.
@@ -89,6 +92,7 @@ pub(crate) async fn send_images(
     enter(Phase::Device);
     let salt = salt()?;
     let (for_offers, base_for_offers) = (out.state.clone(), out.base.clone());
+    let (twin, replayed) = (out.twin.cloned(), out.replayed);
     let offers = blocking(move || {
         let state = for_offers;
         let options = OfferOptions {
@@ -100,12 +104,24 @@ pub(crate) async fn send_images(
             .heads()
             .into_iter()
             .map(|head| {
-                let offer = Offer::new(
-                    state.tree(head.kind),
-                    &base_for_offers.tree(head.kind)?,
-                    &options,
-                )
-                .map_err(Error::reconcile("cannot say what differs"))?;
+                let base = base_for_offers.tree(head.kind)?;
+                let base_ram = base_for_offers.tree(ImageKind::Ram)?;
+                let known = Known {
+                    shared: &shared(
+                        &state,
+                        &base_for_offers,
+                        head.kind,
+                        &base,
+                        &base_ram,
+                        replayed,
+                    ),
+                    twin: &twin
+                        .as_ref()
+                        .map_or_else(Vec::new, |twin| twin.trees(head.kind)),
+                    nothing_else: !replayed,
+                };
+                let offer = Offer::knowing(state.tree(head.kind), &base, &known, &options)
+                    .map_err(Error::reconcile("cannot say what differs"))?;
                 let encoded = offer
                     .encode()
                     .map_err(Error::reconcile("cannot say what differs"))?;
@@ -132,6 +148,40 @@ pub(crate) async fn send_images(
         sent.push(send_image(line, out, offered).await?);
     }
     Ok(sent)
+}
+
+/// The images that the target holds as well when it looks this one up: as in
+/// [`crate::work::Work`], where it lists the places.
+fn shared<'a>(
+    state: &'a State,
+    common: &Base,
+    kind: ImageKind,
+    base: &'a ImageTree,
+    base_ram: &'a ImageTree,
+    replayed: bool,
+) -> Vec<&'a ImageTree> {
+    let generation = common.has_ram();
+    let mut shared = Vec::new();
+    match kind {
+        ImageKind::Device if generation => shared.push(base),
+        ImageKind::Device => {}
+        ImageKind::Disk(_) => {
+            shared.push(base);
+            if generation && !replayed {
+                shared.push(base_ram);
+            }
+        }
+        ImageKind::Ram => {
+            if generation {
+                shared.push(base);
+            }
+            // They come before.
+            let disks = state.heads().into_iter().map(|head| head.kind);
+            let disks = disks.filter(|kind| matches!(kind, ImageKind::Disk(_)));
+            shared.extend(disks.map(|disk| state.tree(disk)));
+        }
+    }
+    shared
 }
 
 async fn send_image(line: &mut Line, out: &Outgoing<'_>, offered: Offered) -> Result<Sent> {
@@ -256,7 +306,7 @@ async fn send_pages(
     let (state, base) = (out.state.clone(), out.base.clone());
     let twin = out
         .twin
-        .filter(|_| matches!(against, Against::All) && kind == ImageKind::Ram)
+        .filter(|_| matches!(against, Against::All))
         .cloned();
     // How well pages compress is known only at the end, so progress counts them as read.
     let read = Arc::new(AtomicU64::new(0));
@@ -284,7 +334,7 @@ async fn send_pages(
                         reconciler::encode_pages(&image, references, &pages, options, &mut sink)
                     };
                     match &twin {
-                        Some(twin) => twin.with_pages(|twin| encode(Some(twin))),
+                        Some(twin) => twin.with_pages(kind, encode),
                         None => encode(None),
                     }
                 })

@@ -232,6 +232,11 @@ impl Base {
         &self.disks
     }
 
+    /// Whether it is a generation, with RAM of its own.
+    pub(crate) fn has_ram(&self) -> bool {
+        self.ram.is_some()
+    }
+
     /// The device state; empty without a common generation.
     pub(crate) fn device(&self) -> &[u8] {
         &self.device

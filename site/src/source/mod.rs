@@ -367,6 +367,7 @@ impl Migration<'_> {
         let out = Outgoing {
             state: &state,
             base: &base_images,
+            replayed: replay.is_some(),
             twin: twin.as_ref(),
             rate,
             progress: self.progress,

@@ -10,7 +10,7 @@ use super::{Migration, TwinTurn};
 use crate::error::{Error, Result};
 use crate::fork::pace_of;
 use crate::generation::GenerationId;
-use crate::layout::TwinRam;
+use crate::layout::TwinState;
 use crate::line::Line;
 use crate::local;
 use crate::phase::Phase;
@@ -148,10 +148,10 @@ impl Migration<'_> {
 
 /// Brings the twin's RAM to the layout of the state; the target is told how to do the same.
 pub(super) async fn realign(
-    mut twin: TwinRam,
+    mut twin: TwinState,
     state: &Arc<State>,
     base: &Arc<Base>,
-) -> Result<(Arc<TwinRam>, Option<Layout>)> {
+) -> Result<(Arc<TwinState>, Option<Layout>)> {
     let (state, base) = (state.clone(), base.clone());
     local::blocking(move || {
         let layout = twin.realign(&state, &base)?;

@@ -76,6 +76,7 @@ pub(super) async fn ship_generation(
     let out = Outgoing {
         state: &state,
         base: &base,
+        replayed: false,
         twin: None,
         rate,
         progress,

@@ -10,7 +10,7 @@ use super::replay::without_twin;
 use super::twin::Twin;
 use crate::error::{Error, Result};
 use crate::generation::GenerationId;
-use crate::layout::TwinRam;
+use crate::layout::TwinState;
 use crate::line::Line;
 use crate::local::{self, Live};
 use crate::phase::Phase;
@@ -25,7 +25,7 @@ const CLOSE: Duration = Duration::from_secs(4);
 /// What there is once the VM stands still.
 pub(super) struct Stopped {
     pub(super) state: Arc<State>,
-    pub(super) twin: Option<TwinRam>,
+    pub(super) twin: Option<TwinState>,
     /// What a standby did, if there was one.
     pub(super) replay: Option<ReplaySummary>,
     /// Bytes of the log that were sent meanwhile.
@@ -37,14 +37,15 @@ impl Migration<'_> {
     pub(super) async fn stop(&mut self, line: &mut Line, live: &Live) -> Result<Stopped> {
         self.stand_still();
         let twin = self.twin.take();
+        let this = &*self;
         // The twin stops while the VM's devices are saved. Both end if this is interrupted.
         let stop_guest = async {
-            self.pause().await?;
+            this.pause().await?;
             line.send(ToTarget::Freeze).await?;
             line.flush().await?;
-            self.hashed(live).await
+            this.hashed(live).await
         };
-        let (state, twin) = tokio::join!(stop_guest, stop_twin(twin));
+        let (state, twin) = tokio::join!(stop_guest, this.stop_twin(twin));
         Ok(Stopped {
             state: state?,
             twin,
@@ -88,13 +89,14 @@ impl Migration<'_> {
         // The guest's clock stands still, too: this is where all are to end.
         let at = self.send_tail(line, &mut tail).await?;
         let twin = self.twin.take();
+        let this = &*self;
         let stop_twin = async {
             let mut twin = twin?;
             if without_twin(twin.catch_up(at).await).is_none() {
                 twin.kill().await;
                 return None;
             }
-            stop_twin(Some(twin)).await
+            this.stop_twin(Some(twin)).await
         };
         let stop_standby = async {
             let replay = caught_up(line).await?;
@@ -102,7 +104,7 @@ impl Migration<'_> {
             line.flush().await?;
             Ok::<_, Error>(replay)
         };
-        let (state, replay, twin) = tokio::join!(self.hashed(live), stop_standby, stop_twin);
+        let (state, replay, twin) = tokio::join!(this.hashed(live), stop_standby, stop_twin);
         let replay = self.judged(replay?).await;
         Ok(Stopped {
             state: state?,
@@ -111,6 +113,10 @@ impl Migration<'_> {
             replay: Some(replay),
             log: tail.log,
         })
+    }
+
+    async fn stop_twin(&self, twin: Option<Twin>) -> Option<TwinState> {
+        without_twin(twin?.stop(self.vm, self.record).await)
     }
 
     fn stand_still(&mut self) {
@@ -185,12 +191,5 @@ async fn caught_up(line: &mut Line) -> Result<ReplaySummary> {
             ToSource::Replayed(summary) => return Ok(summary),
             _ => return Err(line.unexpected(Phase::Replay, "no word of the replay")),
         }
-    }
-}
-
-async fn stop_twin(twin: Option<Twin>) -> Option<TwinRam> {
-    match twin {
-        Some(twin) => without_twin(twin.stop().await),
-        None => None,
     }
 }

@@ -17,7 +17,7 @@ use vm_host::{RamMap, probe};
 
 use crate::error::{Error, Result};
 use crate::fork::{Fork, ForkFiles};
-use crate::layout::TwinRam;
+use crate::layout::TwinState;
 use crate::local;
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
@@ -33,6 +33,9 @@ const MARGIN: u64 = 512 << 20;
 pub(super) struct Twin {
     fork: Fork,
     ram: PathBuf,
+    disks: Vec<PathBuf>,
+    /// The generation that it began with.
+    base: u64,
     playing: bool,
 }
 
@@ -54,15 +57,18 @@ impl Twin {
         }
         let work = Work::prepare_fork(vm, record, place, transfer, Some(base)).await?;
         let ram = work.ram_path();
+        let disks = work.disk_paths();
         let files = ForkFiles {
             runtime: work.runtime().to_owned(),
-            disks: work.disk_paths(),
+            disks: disks.clone(),
             device: work.device().to_vec(),
         };
         let fork = Fork::start(vm, record, files, options).await?;
         Ok(Some(Self {
             fork,
             ram,
+            disks,
+            base,
             playing: false,
         }))
     }
@@ -103,13 +109,13 @@ impl Twin {
         settled.await.unwrap_or_else(|_| Err(too_long()))
     }
 
-    /// Stops it; the RAM it leaves.
-    pub(super) async fn stop(self) -> Result<TwinRam> {
-        self.fork.freeze().await?;
+    /// Stops it; the state it leaves.
+    pub(super) async fn stop(self, vm: &VmDir, record: &VmRecord) -> Result<TwinState> {
+        let device = self.fork.freeze().await?;
+        let (vm, record) = (vm.clone(), record.clone());
         local::blocking(move || {
-            TwinRam::new(
-                RamMap::open(&self.ram).map_err(Error::host("cannot read the twin's RAM"))?,
-            )
+            let ram = RamMap::open(&self.ram).map_err(Error::host("cannot read the twin's RAM"))?;
+            TwinState::new(&vm, &record, self.base, ram, &self.disks, device)
         })
         .await
     }
