@@ -40,8 +40,8 @@ pub enum Pace {
     /// It passes likewise at the most, and ends as soon as the guest has nothing left to do and
     /// the screen is ready for the next interaction.
     Quick(QuickOptions),
-    /// As recorded while the replay is in time, counted from its beginning; quickly where it is
-    /// late, until it no longer is. For a replay that follows while the recording goes on: a
+    /// As recorded while the replay is about in time, counted from its beginning; quickly where
+    /// it is later than [`QuickOptions::late`], until it no longer is. For a replay that follows while the recording goes on: a
     /// piece of the log that came late, or a wait for the screen, does not put off all the rest.
     Follow(QuickOptions),
 }
@@ -66,7 +66,10 @@ pub struct QuickOptions {
     /// For how long the guest has to have been at rest, where the anchor tells that the screen
     /// is ready.
     pub rest: Duration,
-    /// The same where there is no anchor; and for how long the vCPUs have to have been idle
+    /// How late a replay that follows may be. What comes after a shorter time than it was
+    /// recorded brings about something else more often than what comes somewhat late.
+    pub late: Duration,
+    /// As `rest`, where there is no anchor; and for how long the vCPUs have to have been idle
     /// where there is one and the rest of the screen never comes to rest.
     pub unanchored_rest: Duration,
 }
@@ -82,6 +85,7 @@ impl Default for QuickOptions {
             at_most: None,
             floor: Duration::from_millis(550),
             rest: Duration::from_millis(400),
+            late: Duration::from_secs(3),
             unanchored_rest: Duration::from_secs(1),
         }
     }

@@ -173,7 +173,7 @@ impl<G: Guest> Player<G> {
             Pace::Quick(quick) => self.think_quickly(pause, quick, real, due).await?,
             Pace::Follow(quick) => {
                 let in_time = self.in_time(pause.until);
-                if in_time < due {
+                if in_time + quick.late < due {
                     self.think_quickly(pause, quick, in_time, due).await?;
                 } else {
                     sleep_until(due).await;

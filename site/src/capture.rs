@@ -218,7 +218,7 @@ async fn replay(
         pace: options.pace.clone(),
         ..replayer::Options::default()
     };
-    let mut fork = Fork::start(vm, record, files, playing).await?;
+    let mut fork = Fork::start(vm, record, files, playing, None).await?;
     let played = async {
         fork.play(records.to_vec())?;
         while let Played::Progress(so_far) = fork.played().await? {

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replayer::{Options, Pace, QuickOptions, Replay, ReplayReport};
 use tokio::sync::{mpsc, watch};
@@ -43,14 +43,25 @@ const BEHIND: Duration = Duration::from_secs(2);
 /// Where nothing was typed yet, the time until now is not waited for: a fork that is late at its
 /// beginning would stay so.
 pub(crate) fn following_from(records: &[Record], at: GuestTime) -> Options {
-    let first = records.first().map_or(at, |record| record.at.min(at));
-    let behind = BEHIND.as_micros() as u64;
+    let typed = |record: &&Record| {
+        use traces::Event::{Button, Key, Pointer, Wheel};
+        matches!(
+            record.event,
+            Key { .. } | Button { .. } | Pointer { .. } | Wheel { .. }
+        )
+    };
+    let first = records.iter().find(typed);
+    let first = first.map_or(at, |record| record.at.min(at));
     Options {
-        start: GuestTime {
-            micros: first.micros.saturating_sub(behind),
-        },
+        start: moved(first, -(BEHIND.as_micros() as i64)),
         pace: Pace::Follow(QuickOptions::default()),
         ..Options::default()
+    }
+}
+
+fn moved(time: GuestTime, micros: i64) -> GuestTime {
+    GuestTime {
+        micros: time.micros.saturating_add_signed(micros),
     }
 }
 
@@ -90,11 +101,15 @@ pub(crate) struct Fork {
 
 impl Fork {
     /// Restores the fork and lets it run.
+    ///
+    /// Where `since` is given, the recorded time was `options.start` then, and went on: the time
+    /// that starting takes does not make it late.
     pub(crate) async fn start(
         vm: &VmDir,
         record: &VmRecord,
         files: ForkFiles,
-        options: Options,
+        mut options: Options,
+        since: Option<Instant>,
     ) -> Result<Self> {
         let launch = local::launch(
             vm,
@@ -128,6 +143,9 @@ impl Fork {
                 return Err(error);
             }
         };
+        if let Some(since) = since {
+            options.start = moved(options.start, since.elapsed().as_micros() as i64);
+        }
         let (steps, mut inbox) = mpsc::unbounded_channel();
         let (outbox, done) = mpsc::unbounded_channel();
         let (telling, progress) = watch::channel(replayer::Progress::default());
@@ -252,5 +270,39 @@ impl Fork {
             .kill()
             .await
             .map_err(Error::host("cannot end a fork"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use traces::Event;
+
+    use super::*;
+
+    #[test]
+    fn time_in_which_nothing_was_typed_is_not_waited_for() {
+        let at = |millis: u64, event| Record {
+            at: GuestTime {
+                micros: millis * 1000,
+            },
+            event,
+        };
+        let now = GuestTime { micros: 60_000_000 };
+        let screen = at(
+            1,
+            Event::Screen {
+                width: 1280,
+                height: 800,
+            },
+        );
+        let start = |records: &[Record]| following_from(records, now).start.micros;
+        assert_eq!(start(&[]), 58_000_000);
+        assert_eq!(start(&[screen.clone()]), 58_000_000);
+        let key = Event::Key {
+            code: 30,
+            down: true,
+        };
+        let typed = [screen, at(9000, key.clone()), at(20_000, key)];
+        assert_eq!(start(&typed), 7_000_000);
     }
 }

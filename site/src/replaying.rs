@@ -128,7 +128,7 @@ pub async fn replay_and_discard(
             pace: options.pace.clone(),
             ..Options::default()
         };
-        let mut fork = Fork::start(vm, &record, files, playing).await?;
+        let mut fork = Fork::start(vm, &record, files, playing, None).await?;
         let played = async {
             fork.play(log.records)?;
             while let Played::Progress(so_far) = fork.played().await? {

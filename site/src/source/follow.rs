@@ -297,7 +297,12 @@ impl Follower<'_> {
         let shipped = ship_base(&mut line, vm, record, &welcome, base, rate, self.progress).await?;
         self.bytes.base += shipped;
         line.send(ToTarget::Prepare).await?;
+        // That takes seconds, which are not to make the replay late.
+        line.send(ToTarget::Probe(Vec::new())).await?;
         line.flush().await?;
+        let ToSource::Probed = line.recv(Phase::Base).await? else {
+            return Err(line.unexpected(Phase::Base, "no answer to a probe"));
+        };
         if self.base != base {
             // A twin of another base is of no use.
             if let Some(twin) = self.twin.take() {
@@ -400,7 +405,9 @@ impl Follower<'_> {
             let options = following_from(all, at);
             let place = Workplace::Following;
             let (vm, record) = (self.vm, self.record);
-            let twin = Twin::start(vm, record, place, self.transfer, base.number, options).await;
+            let since = self.clock.map(|(_, since)| since.into_std());
+            let (transfer, base) = (self.transfer, base.number);
+            let twin = Twin::start(vm, record, place, transfer, base, options, since).await;
             self.twin = without_twin(twin).flatten();
             self.options.twin = self.twin.is_some();
             if let Some(twin) = self.twin.as_mut() {

@@ -91,6 +91,7 @@ impl Migration<'_> {
             self.transfer,
             base.number,
             pace_of(self.options.quick),
+            None,
         );
         let twin = twin.await;
         self.twin = without_twin(twin).flatten();

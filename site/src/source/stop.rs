@@ -100,6 +100,7 @@ impl Migration<'_> {
         };
         let stop_standby = async {
             let replay = caught_up(line).await?;
+            tracing::info!("the target's replay is as old as the VM");
             line.send(ToTarget::Freeze).await?;
             line.flush().await?;
             Ok::<_, Error>(replay)
@@ -116,7 +117,9 @@ impl Migration<'_> {
     }
 
     async fn stop_twin(&self, twin: Option<Twin>) -> Option<TwinState> {
-        without_twin(twin?.stop(self.vm, self.record).await)
+        let twin = without_twin(twin?.stop(self.vm, self.record).await);
+        tracing::info!("the twin's state is hashed");
+        twin
     }
 
     fn stand_still(&mut self) {
@@ -127,7 +130,9 @@ impl Migration<'_> {
 
     async fn pause(&self) -> Result<()> {
         let what = || format!("cannot pause {}", self.vm.name());
-        self.qemu.pause().await.map_err(Error::host(what()))
+        self.qemu.pause().await.map_err(Error::host(what()))?;
+        tracing::info!("the VM stands still");
+        Ok(())
     }
 
     /// The state of the VM, which stands still.
@@ -144,7 +149,9 @@ impl Migration<'_> {
             let overlays = live.overlay_paths(&vm);
             State::of_paused(&vm, &record, live.generation, &ram, &overlays, device)
         };
-        Ok(Arc::new(local::blocking(work).await?))
+        let state = Arc::new(local::blocking(work).await?);
+        tracing::info!("the VM's state is hashed");
+        Ok(state)
     }
 
     /// Sends what is left of the log and the time that the standby is to reach; the twin gets

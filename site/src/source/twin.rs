@@ -9,7 +9,7 @@
 //! are sent as without.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replayer::{Options, ReplayReport};
 use traces::{GuestTime, Record};
@@ -48,6 +48,7 @@ impl Twin {
         transfer: Id,
         base: u64,
         options: Options,
+        since: Option<Instant>,
     ) -> Result<Option<Self>> {
         let needed = record.hardware.memory_bytes().saturating_mul(2) + MARGIN;
         let free = probe::free_memory().map_err(Error::host("cannot measure memory"))?;
@@ -63,7 +64,7 @@ impl Twin {
             disks: disks.clone(),
             device: work.device().to_vec(),
         };
-        let fork = Fork::start(vm, record, files, options).await?;
+        let fork = Fork::start(vm, record, files, options, since).await?;
         Ok(Some(Self {
             fork,
             ram,

@@ -1,7 +1,7 @@
 //! The fork at the target: replays a whole log once the user wants to move, or follows the user
 //! while they work.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replayer::Options;
 use traces::{GuestTime, Record};
@@ -22,7 +22,7 @@ const SILENCE: Duration = Duration::from_secs(30);
 const CATCH_UP: Duration = Duration::from_secs(10);
 
 impl Session {
-    async fn start_fork(&self, options: Options) -> Result<Fork> {
+    async fn start_fork(&self, options: Options, since: Option<Instant>) -> Result<Fork> {
         let Some(work) = &self.work else {
             return Err(self.out_of_place("a replay"));
         };
@@ -31,7 +31,7 @@ impl Session {
             disks: work.disk_paths(),
             device: work.device().to_vec(),
         };
-        Fork::start(&self.vm, &self.hello.vm, files, options).await
+        Fork::start(&self.vm, &self.hello.vm, files, options, since).await
     }
 
     /// Whether there is a fork that follows the source.
@@ -42,8 +42,8 @@ impl Session {
     /// Queues a piece of the log for the fork that follows, and says how it gets on.
     pub(super) async fn follow(&mut self, records: Vec<Record>, at: GuestTime) -> Result<()> {
         if self.fork.is_none() {
-            let options = following_from(&records, at);
-            self.fork = Some(self.start_fork(options).await?);
+            let (options, since) = (following_from(&records, at), Instant::now());
+            self.fork = Some(self.start_fork(options, Some(since)).await?);
         }
         let count = records.len() as u64;
         if let Some(fork) = self.fork.as_mut() {
@@ -121,7 +121,7 @@ impl Session {
     ) -> Result<ReplaySummary> {
         if self.fork.is_none() {
             let quick = self.plan.is_some_and(|plan| plan.quick);
-            self.fork = Some(self.start_fork(pace_of(quick)).await?);
+            self.fork = Some(self.start_fork(pace_of(quick), None).await?);
         }
         // From here on nobody can go on with it on another line.
         self.following = None;

@@ -106,7 +106,10 @@ pub(crate) async fn roam(
     }
     let report: Value = migration.finish(MIGRATE_LIMIT).await?.success()?.last()?;
     if let Some(follower) = follower {
-        follower.finish(FOLLOW_LIMIT).await?.success()?;
+        let followed = follower.finish(FOLLOW_LIMIT).await?.success()?;
+        if std::env::var_os("REPLAY_MIGRATE_LOG").is_some() {
+            eprint!("{}", followed.stderr);
+        }
     }
     let (sent, received) = (link.bytes_up(), link.bytes_down());
     println!(
