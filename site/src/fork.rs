@@ -297,7 +297,7 @@ mod tests {
         );
         let start = |records: &[Record]| following_from(records, now).start.micros;
         assert_eq!(start(&[]), 58_000_000);
-        assert_eq!(start(&[screen.clone()]), 58_000_000);
+        assert_eq!(start(std::slice::from_ref(&screen)), 58_000_000);
         let key = Event::Key {
             code: 30,
             down: true,

@@ -133,7 +133,7 @@ pub enum ToSource {
     Welcome(Box<Welcome>),
     /// Not possible; nothing was changed.
     Refused(String),
-    /// The answer to `Probe`.
+    /// The answer to `Probe`, and to `Follow` when it has arrived.
     Probed,
     /// The generation is kept.
     Published,

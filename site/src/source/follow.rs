@@ -204,6 +204,10 @@ impl Follower<'_> {
                             }
                             continue;
                         }
+                        Err(error) if !error.is_disconnect() => {
+                            leave(line).await;
+                            error
+                        }
                         Err(error) => {
                             let traffic = line.traffic();
                             self.bytes.sent += traffic.sent();
@@ -340,8 +344,13 @@ impl Follower<'_> {
                 }
                 word = line.recv(Phase::Replay) => {
                     heard = Instant::now();
-                    let ToSource::Following { records, at, missed } = word? else {
-                        return Err(line.unexpected(Phase::Replay, "no word of the replay"));
+                    let (records, at, missed) = match word? {
+                        ToSource::Following { records, at, missed } => (records, at, missed),
+                        // It has what was sent last.
+                        ToSource::Probed => continue,
+                        _ => {
+                            return Err(line.unexpected(Phase::Replay, "no word of the replay"));
+                        }
                     };
                     let behind = self.now().saturating_sub(Duration::from_micros(at));
                     self.behind = Some(behind);

@@ -194,7 +194,7 @@ struct Tail {
 async fn caught_up(line: &mut Line) -> Result<ReplaySummary> {
     loop {
         match line.recv(Phase::Replay).await? {
-            ToSource::Following { .. } => {}
+            ToSource::Following { .. } | ToSource::Probed => {}
             ToSource::Replayed(summary) => return Ok(summary),
             _ => return Err(line.unexpected(Phase::Replay, "no word of the replay")),
         }

@@ -310,6 +310,9 @@ impl Session {
                     self.phase = Phase::Replay;
                     let records = receive_log(line, part, true).await?;
                     self.follow(records, GuestTime { micros: at }).await?;
+                    // It may take a while until it is played; that the line lives is said at once.
+                    line.send(ToSource::Probed).await?;
+                    line.flush().await?;
                 }
                 ToTarget::CatchUp { at } => {
                     let summary = self.catch_up(line, GuestTime { micros: at }).await?;
