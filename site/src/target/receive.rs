@@ -11,7 +11,7 @@ use crate::store::Store;
 use crate::vm::{BaseFile, VmRecord};
 
 /// The most records a log segment may hold, and bytes before it is unpacked.
-const LOG_LIMITS: traces::Limits = traces::Limits {
+pub(super) const LOG_LIMITS: traces::Limits = traces::Limits {
     records: 8 << 20,
     bytes: 32 << 20,
 };

@@ -7,6 +7,7 @@ use replayer::Options;
 use traces::{GuestTime, Record};
 
 use super::Session;
+use super::receive::LOG_LIMITS;
 use crate::error::{Error, Result};
 use crate::fork::{Fork, ForkFiles, Played, following_from, pace_of};
 use crate::line::TargetLine;
@@ -20,6 +21,9 @@ const SILENCE: Duration = Duration::from_secs(30);
 
 /// How long a fork may idle to be as old as its source.
 const CATCH_UP: Duration = Duration::from_secs(10);
+
+/// Pieces of the log that wait to be played: there is one a second at most.
+const MOST_PIECES: usize = 10_000;
 
 impl Session {
     async fn start_fork(&self, options: Options, since: Option<Instant>) -> Result<Fork> {
@@ -46,12 +50,18 @@ impl Session {
             self.fork = Some(self.start_fork(options, Some(since)).await?);
         }
         let count = records.len() as u64;
+        let all = self.following.unwrap_or_default() + count;
+        if all > LOG_LIMITS.records as u64 || self.pieces.len() >= MOST_PIECES {
+            return Err(Error::Refused(
+                "more of a log came than can be followed; end `follow`, and migrate".into(),
+            ));
+        }
         if let Some(fork) = self.fork.as_mut() {
             // Also an empty piece: when it is done, so is what came before it.
             fork.play(records)?;
             self.pieces.push_back(at);
         }
-        *self.following.get_or_insert(0) += count;
+        self.following = Some(all);
         Ok(())
     }
 
