@@ -35,6 +35,7 @@ fn the_commands_are_those_of_the_design() {
         "replay",
         "log",
         "capture",
+        "bench",
     ];
     assert_eq!(commands(&help(&[])), all);
     for (command, parts) in [
@@ -55,6 +56,7 @@ fn the_commands_are_those_of_the_design() {
             ],
         ),
         ("log", &["list", "show", "export", "redact"]),
+        ("bench", &["reconcile"]),
     ] {
         assert_eq!(commands(&help(&[command])), parts, "{command}");
     }
