@@ -282,7 +282,7 @@ async fn a_pause_leaves_a_gap_and_holds_what_is_held() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_anchor_goes_before_what_it_anchors_and_times_never_go_back() {
-    let qemu = Qemu::start();
+    let qemu = Qemu::halted();
     let (recorder, log, listen) = record(&qemu).await;
     let mut viewer = RawViewer::connect(&listen).await;
     viewer.point(100, 100, 0).await;

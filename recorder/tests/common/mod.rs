@@ -15,15 +15,33 @@ use traces::{Event, GuestTime, Record};
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// SeaBIOS with nothing to boot, tracing its input.
+/// The processor's instruction that waits for an interrupt; here none comes.
+const HLT: u8 = 0xf4;
+
+/// A guest with nothing to boot, tracing its input.
 pub struct Qemu {
     child: Child,
     dir: TempDir,
 }
 
 impl Qemu {
+    /// SeaBIOS, which changes the size of the screen once and writes on it.
     pub fn start() -> Self {
+        Self::with_firmware(None)
+    }
+
+    /// A guest that runs, but does nothing: its screen stands still.
+    pub fn halted() -> Self {
+        Self::with_firmware(Some(&[HLT; 64 << 10]))
+    }
+
+    fn with_firmware(firmware: Option<&[u8]>) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let own = firmware.map(|image| {
+            let path = dir.path().join("firmware");
+            std::fs::write(&path, image).unwrap();
+            ["-bios".into(), path.into_os_string()]
+        });
         let child = Command::new(vm_host::programs::qemu())
             // Without PS/2 the only pointer is the tablet, as if the guest had a driver for it.
             .args([
@@ -39,6 +57,7 @@ impl Qemu {
                 "-device",
                 "virtio-tablet-pci",
             ])
+            .args(own.into_iter().flatten())
             .args(["-vga", "std", "-display", "none", "-monitor", "none"])
             .args(["-vnc", &format!("unix:{}/vnc", dir.path().display())])
             .args(["-trace", "input_event_*", "-trace", "vnc_key_event_*"])
