@@ -14,6 +14,7 @@
 pub mod agent;
 pub mod booted;
 pub mod capture;
+mod control_socket;
 mod disks;
 mod entropy;
 mod error;

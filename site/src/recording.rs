@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 use traces::{GuestTime, Log, LogId, LogWriter, Record};
 use vm_host::GuestClock;
 
+use crate::control_socket::{self, ControlSocket};
 use crate::entropy;
 use crate::error::{Error, Result};
 use crate::local;
@@ -200,7 +201,7 @@ pub async fn record(
     let recorder = recorder::Recorder::start(config, LogSink(sender.clone()), clock.clone())
         .await
         .map_err(Error::Recorder)?;
-    let socket = ControlSocket::bind(vm)?;
+    let socket = ControlSocket::bind(control_path(vm)?)?;
     begun(&Recording {
         generation: manifest.generation,
         listening: recorder.local_addr().to_string(),
@@ -273,32 +274,6 @@ fn write_log(mut log: LogWriter, inbox: &mpsc::Receiver<ToWriter>) -> Result<(u6
     }
 }
 
-struct ControlSocket {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl ControlSocket {
-    fn bind(vm: &VmDir) -> Result<Self> {
-        let path = control_path(vm)?;
-        // The recording lock is held: whoever made this file is gone.
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(Error::file("remove", &path)(error));
-            }
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path).map_err(Error::file("listen on", &path))?;
-        Ok(Self { listener, path })
-    }
-}
-
-impl Drop for ControlSocket {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
 fn control_path(vm: &VmDir) -> Result<PathBuf> {
     Ok(vm.runtime_dir("live")?.join("record.sock"))
 }
@@ -319,7 +294,7 @@ async fn serve_control(
                 });
             }
         };
-        // One after the other: the only caller is a migration, and it has the VM's lock.
+        // One after the other: an answer takes no time, and the next caller waits for it.
         match tokio::time::timeout(CONTROL_LIMIT, answer(stream, writer, clock)).await {
             Ok(Ok(Some(ended))) => return Ok(ended),
             Ok(Ok(None)) => {}
@@ -366,17 +341,8 @@ async fn answer(
 /// Asks the recorder of a VM, if there is one.
 async fn ask(vm: &VmDir, request: &str) -> Result<Option<Answer>> {
     let path = control_path(vm)?;
-    let stream = match UnixStream::connect(&path).await {
-        Ok(stream) => stream,
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            return Ok(None);
-        }
-        Err(error) => return Err(Error::file("reach the recorder at", &path)(error)),
+    let Some(stream) = control_socket::call(&path, "reach the recorder at").await? else {
+        return Ok(None);
     };
     let talk = async {
         let mut stream = BufReader::new(stream);

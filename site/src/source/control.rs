@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::control_socket::{self, ControlSocket};
 use crate::error::{Class, Error, Result};
 use crate::identity::SiteKey;
 use crate::peers::Peer;
@@ -74,10 +75,7 @@ fn path(vm: &VmDir) -> Result<PathBuf> {
 }
 
 /// Where a follower is asked.
-pub(super) struct Control {
-    listener: UnixListener,
-    path: PathBuf,
-}
+pub(super) struct Control(ControlSocket);
 
 /// Somebody who asked, and waits.
 pub(super) struct Caller {
@@ -88,24 +86,16 @@ pub(super) struct Caller {
 }
 
 impl Control {
-    /// Listens. Whoever listened before is gone: the caller holds the lock of who follows.
+    /// Listens; the caller holds the lock of who follows.
     pub(super) fn bind(vm: &VmDir) -> Result<Self> {
-        let path = path(vm)?;
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(Error::file("remove", &path)(error));
-            }
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path).map_err(Error::file("listen on", &path))?;
-        Ok(Self { listener, path })
+        ControlSocket::bind(path(vm)?).map(Self)
     }
 
     /// The next request. Loses nothing but a half-said request when dropped.
     pub(super) async fn asked(&self) -> Result<(Request, Caller)> {
         loop {
-            let accepted = self.listener.accept().await;
-            let (stream, _) = accepted.map_err(Error::file("accept on", &self.path))?;
+            let accepted = self.0.listener.accept().await;
+            let (stream, _) = accepted.map_err(Error::file("accept on", &self.0.path))?;
             let asked = tokio::time::timeout(ASK_LIMIT, hear(stream)).await;
             match asked {
                 Ok(Ok(asked)) => return Ok(asked),
@@ -113,12 +103,6 @@ impl Control {
                 Err(_) => tracing::warn!("a caller said nothing"),
             }
         }
-    }
-}
-
-impl Drop for Control {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -224,19 +208,7 @@ pub(super) async fn stop_following(vm: &VmDir) -> Result<()> {
 }
 
 async fn call(vm: &VmDir) -> Result<Option<UnixStream>> {
-    let path = path(vm)?;
-    match UnixStream::connect(&path).await {
-        Ok(stream) => Ok(Some(stream)),
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            Ok(None)
-        }
-        Err(error) => Err(Error::file("reach who follows at", &path)(error)),
-    }
+    control_socket::call(&path(vm)?, "reach who follows at").await
 }
 
 fn lost(vm: &VmDir) -> Error {

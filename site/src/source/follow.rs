@@ -399,36 +399,31 @@ impl Follower<'_> {
             line.send(ToTarget::Follow { part, at }).await?;
         }
         line.flush().await?;
-        let new = new.to_vec();
         self.sent = self.records.len();
         if self.options.twin {
-            self.feed_twin(new, base, at).await;
+            self.feed_twin(base, at).await;
         }
         Ok(true)
     }
 
-    /// The twin gets the same; one that fails is done without.
-    async fn feed_twin(&mut self, new: Vec<Record>, base: GenerationId, at: traces::GuestTime) {
+    /// The twin gets what was recorded, too; one that fails is done without.
+    async fn feed_twin(&mut self, base: GenerationId, at: traces::GuestTime) {
         if self.twin.is_none() {
-            let all = &self.records;
-            let options = following_from(all, at);
+            let options = following_from(&self.records, at);
             let place = Workplace::Following;
             let (vm, record) = (self.vm, self.record);
             let since = self.clock.map(|(_, since)| since.into_std());
             let (transfer, base) = (self.transfer, base.number);
             let twin = Twin::start(vm, record, place, transfer, base, options, since).await;
             self.twin = without_twin(twin).flatten();
-            self.options.twin = self.twin.is_some();
-            if let Some(twin) = self.twin.as_mut() {
-                without_twin(twin.play(all.clone()));
-            }
-        } else if let Some(twin) = self.twin.as_mut()
-            && !new.is_empty()
-            && without_twin(twin.play(new)).is_none()
+        }
+        if let Some(twin) = self.twin.as_mut()
+            && without_twin(twin.play(&self.records)).is_none()
             && let Some(twin) = self.twin.take()
         {
             twin.kill().await;
         }
+        self.options.twin = self.twin.is_some();
     }
 
     /// Does what somebody asked for; `None` if following goes on.

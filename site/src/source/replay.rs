@@ -56,7 +56,7 @@ impl Migration<'_> {
             line.flush().await?;
             self.clock.enter(Phase::Replay);
             if let Some(twin) = self.twin.as_mut()
-                && without_twin(twin.play(new.to_vec())).is_none()
+                && without_twin(twin.play(&records)).is_none()
             {
                 self.drop_twin().await;
             }
@@ -74,7 +74,7 @@ impl Migration<'_> {
             if total.replace(summary).is_none() && in_step && self.options.twin == TwinTurn::After {
                 self.start_twin(base).await;
                 if let Some(twin) = self.twin.as_mut() {
-                    without_twin(twin.play(new.to_vec()));
+                    without_twin(twin.play(&records));
                 }
             }
             self.settle_twin(line).await?;

@@ -170,11 +170,11 @@ impl Migration<'_> {
                 let at = at.micros;
                 line.send(ToTarget::Follow { part, at }).await?;
             }
-            if let Some(twin) = self.twin.as_mut()
-                && without_twin(twin.play(new.to_vec())).is_none()
-            {
-                self.drop_twin().await;
-            }
+        }
+        if let Some(twin) = self.twin.as_mut()
+            && without_twin(twin.play(&all)).is_none()
+        {
+            self.drop_twin().await;
         }
         tail.records = all.len();
         line.send(ToTarget::CatchUp { at: at.micros }).await?;

@@ -36,7 +36,8 @@ pub(super) struct Twin {
     disks: Vec<PathBuf>,
     /// The generation that it began with.
     base: u64,
-    playing: bool,
+    /// Records of the log that it has been given.
+    given: usize,
 }
 
 impl Twin {
@@ -70,14 +71,18 @@ impl Twin {
             ram,
             disks,
             base,
-            playing: false,
+            given: 0,
         }))
     }
 
-    /// Gives it the same piece of the log as the target.
-    pub(super) fn play(&mut self, records: Vec<Record>) -> Result<()> {
-        self.playing = true;
-        self.fork.play(records)
+    /// Gives it what it lacks of all that was recorded since its base. It outlives lines, over
+    /// which the target may be sent the same once more.
+    pub(super) fn play(&mut self, log: &[Record]) -> Result<()> {
+        let new = beyond(&mut self.given, log);
+        if !new.is_empty() {
+            self.fork.play(new.to_vec())?;
+        }
+        Ok(())
     }
 
     /// Has it live until this recorded time, once it has played what it was given.
@@ -85,7 +90,6 @@ impl Twin {
         self.fork.idle(at, PATIENCE)?;
         let caught_up = tokio::time::timeout(PATIENCE, self.fork.done()).await;
         let report = caught_up.unwrap_or_else(|_| Err(too_long()))?;
-        self.playing = false;
         tracing::info!(missed = report.missed.len(), "the twin is as old as the VM");
         in_step(&report)
     }
@@ -93,15 +97,10 @@ impl Twin {
     /// Waits until it has played what it was given, for so long at most.
     pub(super) async fn settle(&mut self, patience: Option<Duration>) -> Result<()> {
         let settle = async {
-            if self.playing {
-                self.fork.done().await?;
-                self.playing = false;
-                self.fork.settle()?;
-                let report = self.fork.done().await?;
-                tracing::info!(missed = report.missed.len(), "the twin is done");
-                in_step(&report)?;
-            }
-            Ok(())
+            self.fork.settle()?;
+            let report = self.fork.done().await?;
+            tracing::info!(missed = report.missed.len(), "the twin is done");
+            in_step(&report)
         };
         let Some(patience) = patience else {
             return settle.await;
@@ -129,6 +128,13 @@ impl Twin {
     }
 }
 
+/// What of a log that grows is beyond so many records; none of it is from then on.
+fn beyond<'a>(given: &mut usize, log: &'a [Record]) -> &'a [Record] {
+    let new = log.get(*given..).unwrap_or_default();
+    *given = log.len().max(*given);
+    new
+}
+
 /// A twin that went astray tells nothing of the target's replay.
 fn in_step(report: &ReplayReport) -> Result<()> {
     match &report.diverged {
@@ -141,4 +147,27 @@ fn in_step(report: &ReplayReport) -> Result<()> {
 
 fn too_long() -> Error {
     Error::Refused("the replay at this site takes too long".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use traces::Event;
+
+    use super::*;
+
+    #[test]
+    fn no_record_is_given_twice_though_the_target_was_sent_it_again() {
+        let log: Vec<Record> = (0..5)
+            .map(|micros| Record {
+                at: GuestTime { micros },
+                event: Event::Gap,
+            })
+            .collect();
+        let mut given = 0;
+        assert_eq!(beyond(&mut given, &log[..3]), &log[..3]);
+        assert_eq!(beyond(&mut given, &log[..3]), &[]);
+        // A line was cut, and the log is read anew.
+        assert_eq!(beyond(&mut given, &log[..2]), &[]);
+        assert_eq!(beyond(&mut given, &log), &log[3..]);
+    }
 }
