@@ -32,7 +32,7 @@ impl Qemu {
 
     /// A guest that runs, but does nothing: its screen stands still.
     pub fn halted() -> Self {
-        Self::with_firmware(Some(&[HLT; 64 << 10]))
+        Self::with_firmware(Some(&vec![HLT; 64 << 10]))
     }
 
     fn with_firmware(firmware: Option<&[u8]>) -> Self {
