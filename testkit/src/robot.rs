@@ -319,6 +319,24 @@ impl Robot {
             .await
     }
 
+    /// Waits until the screen shows this picture, with its top left corner here.
+    pub async fn wait_shows(
+        &self,
+        picture: &RgbImage,
+        at: (u16, u16),
+        limit: Duration,
+    ) -> Result<Waited, RobotError> {
+        self.wait(limit, |canvas, _| canvas.shows(picture, at))
+            .await
+    }
+
+    /// What a part of the screen shows; less where it is not all on the screen.
+    pub fn cut_out(&self, region: Region) -> RgbImage {
+        let (x, y) = (region.x.into(), region.y.into());
+        let (width, height) = (region.width.into(), region.height.into());
+        image::imageops::crop_imm(&self.picture(), x, y, width, height).to_image()
+    }
+
     /// What the screen shows.
     pub fn picture(&self) -> RgbImage {
         self.canvas().picture()

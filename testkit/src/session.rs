@@ -13,6 +13,8 @@
 //! since TIME                    nothing is done until so long after the last action
 //! quiet [X Y W H] TIME LIMIT    until nothing there has changed for TIME
 //! changed [X Y W H] LIMIT       until something there has, since the last action began
+//! learn NAME X Y W H            what that part of the screen shows
+//! shows NAME X Y LIMIT          until that is shown here, X Y being its top left corner
 //! look NAME                     a screenshot, where the caller wants any
 //! ```
 //!
@@ -20,6 +22,7 @@
 //! go to the wrong window waits for its window with `changed` and `quiet`; `since` after them makes
 //! the pause a fixed one wherever the guest is quick enough.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -75,6 +78,13 @@ enum Step {
     },
     Changed {
         region: Option<Region>,
+        limit: Duration,
+    },
+    Learn(String, Region),
+    Shows {
+        name: String,
+        x: u16,
+        y: u16,
         limit: Duration,
     },
     Look(String),
@@ -136,7 +146,11 @@ impl Session {
         let mut total = Duration::ZERO;
         for (_, step) in &self.steps {
             let time = match step {
-                Step::Say(_) | Step::Look(_) | Step::Changed { .. } => Duration::ZERO,
+                Step::Say(_)
+                | Step::Look(_)
+                | Step::Changed { .. }
+                | Step::Learn(..)
+                | Step::Shows { .. } => Duration::ZERO,
                 Step::Think(time) => *time,
                 Step::Since(time) => time.saturating_sub(since_action),
                 Step::Quiet { quiet, .. } => *quiet,
@@ -181,7 +195,7 @@ impl FromStr for Session {
     type Err = SessionError;
 
     fn from_str(text: &str) -> Result<Self, SessionError> {
-        let mut steps = Vec::new();
+        let mut steps: Vec<(usize, Step)> = Vec::new();
         for (index, line) in text.lines().enumerate() {
             let line = line.trim();
             if line.is_empty() || line.starts_with('#') {
@@ -192,6 +206,21 @@ impl FromStr for Session {
                 line: number,
                 fault,
             })?;
+            for step in &parsed {
+                let learned = |name: &String| {
+                    let known =
+                        |(_, step): &(usize, Step)| matches!(step, Step::Learn(n, _) if n == name);
+                    steps.iter().any(known)
+                };
+                if let Step::Shows { name, .. } = step
+                    && !learned(name)
+                {
+                    return Err(SessionError {
+                        line: number,
+                        fault: format!("what {name:?} looks like was not learned before"),
+                    });
+                }
+            }
             steps.extend(parsed.into_iter().map(|step| (number, step)));
         }
         Ok(Self { steps })
@@ -283,6 +312,20 @@ fn parse(line: &str) -> Result<Vec<Step>, String> {
                 limit: time(rest[0])?,
             }
         }
+        "learn" => {
+            exactly(5)?;
+            let (region, _) = region(args.get(1..).unwrap_or_default(), 0)?;
+            Step::Learn(args[0].to_owned(), region.ok_or("a region is X Y W H")?)
+        }
+        "shows" => {
+            exactly(4)?;
+            Step::Shows {
+                name: args[0].to_owned(),
+                x: at(1)?,
+                y: at(2)?,
+                limit: time(args[3])?,
+            }
+        }
         "look" => {
             exactly(1)?;
             let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
@@ -371,6 +414,7 @@ impl Session {
         let begun = Instant::now();
         let mut acted = begun;
         let mut played = Played::default();
+        let mut learned = BTreeMap::new();
         for (line, step) in &self.steps {
             let waited = match step {
                 Step::Since(time) => {
@@ -387,6 +431,15 @@ impl Session {
                     }
                     Waited::Happened
                 }
+                Step::Learn(name, region) => {
+                    learned.insert(name, robot.cut_out(*region));
+                    Waited::Happened
+                }
+                Step::Shows { name, x, y, limit } => match learned.get(name) {
+                    Some(picture) => robot.wait_shows(picture, (*x, *y), *limit).await?,
+                    // A session in which it isn't learned before is not read.
+                    None => Waited::Limit,
+                },
                 step => act(robot, step).await?,
             };
             if step.is_action() {
@@ -411,7 +464,7 @@ fn save(robot: &Robot, path: &Path) {
 async fn act(robot: &mut Robot, step: &Step) -> Result<Waited, RobotError> {
     match step {
         // Their caller sees to these.
-        Step::Say(_) | Step::Look(_) | Step::Since(_) => {}
+        Step::Say(_) | Step::Look(_) | Step::Since(_) | Step::Learn(..) | Step::Shows { .. } => {}
         Step::Move(x, y) => robot.move_to(*x, *y).await?,
         Step::Click(x, y, button) => robot.click(*x, *y, *button).await?,
         Step::DoubleClick(x, y) => robot.double_click(*x, *y).await?,
@@ -458,6 +511,16 @@ mod tests {
         // Five keys, three seconds after them, half a second; the second `since` is over by then.
         let expected = 5 * robot::KEY_SPACING + Duration::from_millis(3500);
         assert_eq!(session.nominal(), expected);
+    }
+
+    #[test]
+    fn what_is_waited_for_was_learned_before() {
+        let text = "learn prompt 1 2 3 4\nshows prompt 5 6 7s";
+        assert!(text.parse::<Session>().is_ok());
+        for fault in ["shows prompt 5 6 7s", "learn a 1 2 3 4\nshows b 5 6 7s"] {
+            let error = fault.parse::<Session>().unwrap_err();
+            assert_eq!(error.line, fault.lines().count());
+        }
     }
 
     #[test]

@@ -68,6 +68,22 @@ impl Canvas {
         self.tiles_in(region).any(|tile| tile.number > number)
     }
 
+    /// Whether a picture is shown there, all of it.
+    pub(super) fn shows(&self, picture: &RgbImage, (x, y): (u16, u16)) -> bool {
+        let screen = usize::from(self.width) * RGB;
+        let width = picture.width() as usize * RGB;
+        let left = usize::from(x) * RGB;
+        if width == 0 || left + width > screen {
+            return false;
+        }
+        let shown = self.rgb.chunks(screen).skip(y.into());
+        let rows = picture.as_raw().chunks(width);
+        rows.len() <= shown.len()
+            && rows
+                .zip(shown)
+                .all(|(row, shown)| shown.get(left..left + width) == Some(row))
+    }
+
     pub(super) fn picture(&self) -> RgbImage {
         // The buffer always has the size of the screen.
         RgbImage::from_raw(self.width.into(), self.height.into(), self.rgb.clone())
@@ -207,6 +223,27 @@ mod tests {
             "the same pixels once more are no change"
         );
         assert_eq!(canvas.picture().get_pixel(41, 20).0, [4, 5, 6]);
+    }
+
+    #[test]
+    fn a_picture_is_found_where_it_is_and_nowhere_else() {
+        let mut canvas = Canvas::default();
+        let now = Instant::now();
+        canvas.resize(4, 3, now);
+        let rect = Rect {
+            x: 1,
+            y: 1,
+            width: 2,
+            height: 2,
+        };
+        let pixels: Vec<u8> = (0..2 * 2 * WIRE_PIXEL as u8).collect();
+        canvas.draw(rect, &pixels, now);
+        let picture = image::imageops::crop_imm(&canvas.picture(), 1, 1, 2, 2).to_image();
+        assert!(canvas.shows(&picture, (1, 1)));
+        for elsewhere in [(0, 1), (1, 0), (2, 1), (3, 1), (1, 2), (1, 9), (9, 1)] {
+            assert!(!canvas.shows(&picture, elsewhere), "{elsewhere:?}");
+        }
+        assert!(!canvas.shows(&RgbImage::new(0, 0), (0, 0)));
     }
 
     #[test]
