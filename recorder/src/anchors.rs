@@ -3,7 +3,8 @@
 //! A replayed guest is a little faster or slower than the recorded one, so the replayer has to
 //! know what the user was looking at when they began to click or type. An anchor is worth its
 //! bytes where an interaction begins, at the place it is aimed at: around the pointer when a
-//! button goes down or a wheel turns, around the last click when typing starts. Mere movement
+//! button goes down or a wheel turns; when typing starts, where the screen changed last since the
+//! input before, which is what the user waited for, or else around the last click. Mere movement
 //! gets none: what it leads to does. Tiles that change by themselves are left out of it.
 
 mod restless;
@@ -43,11 +44,12 @@ enum Beginning {
 impl AnchorPlan {
     /// The point that the interaction beginning with `events` is aimed at, if one does begin.
     ///
-    /// `pointer` is where the pointer is after them.
+    /// `pointer` is where the pointer is after them, `answer` where the screen changed last.
     pub(crate) fn aim(
         &mut self,
         events: &[Event],
         pointer: Option<(u16, u16)>,
+        answer: Option<(u16, u16)>,
         now: Instant,
     ) -> Option<(u16, u16)> {
         if events.is_empty() {
@@ -66,7 +68,10 @@ impl AnchorPlan {
                 (pointer.filter(|_| rested || elsewhere)?, PRESS_SPACING)
             }
             Beginning::Wheel => (pointer.filter(|_| rested || self.moved)?, SPACING),
-            Beginning::Key => (self.focus.or(pointer).filter(|_| rested)?, SPACING),
+            Beginning::Key => {
+                let aim = answer.or(self.focus).or(pointer);
+                (aim.filter(|_| rested)?, SPACING)
+            }
         };
         if since_anchor.is_some_and(|d| d < spacing) {
             return None;
@@ -140,7 +145,7 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         script
             .iter()
-            .map(|(ms, events, p)| plan.aim(events, Some(*p), at(*ms)))
+            .map(|(ms, events, p)| plan.aim(events, Some(*p), None, at(*ms)))
             .collect()
     }
 
@@ -169,6 +174,18 @@ mod tests {
         ]);
         let focus = Some((5, 5));
         assert_eq!(seen, [focus, None, focus, None, None, focus, None]);
+    }
+
+    #[test]
+    fn typing_is_anchored_where_the_screen_answered_and_clicking_where_it_is_aimed() {
+        let (mut plan, start) = (AnchorPlan::default(), Instant::now());
+        let answer = Some((70, 7));
+        assert_eq!(
+            plan.aim(&[PRESS], Some((5, 5)), answer, start),
+            Some((5, 5))
+        );
+        let later = start + Duration::from_secs(3);
+        assert_eq!(plan.aim(&[KEY], Some((5, 5)), answer, later), answer);
     }
 
     #[test]

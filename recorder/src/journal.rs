@@ -218,14 +218,14 @@ impl Journal {
 
     fn anchor(&self, inner: &mut Inner, events: &[Event]) -> Option<Anchor> {
         let now = Instant::now();
-        if !events.is_empty() {
-            self.restless.disturbed(now);
-        }
+        let answer = (!events.is_empty())
+            .then(|| self.restless.disturbed(now))
+            .flatten();
         if inner.is_silent() {
             return None;
         }
         let pointer = inner.devices.pointer();
-        let aim = inner.plan.aim(events, pointer, now);
+        let aim = inner.plan.aim(events, pointer, answer, now);
         // Waiting for the screen in replay would make a held key repeat.
         let aim = aim.filter(|_| inner.logged_down.iter().all(|c| MODIFIERS.contains(c)))?;
         self.capture(aim)

@@ -6,6 +6,9 @@
 //! intervals of which none is more than twice another, and for as long as it goes on. Nothing is
 //! learned near input, and nothing forgotten.
 //!
+//! What changed last of all the rest is what the user most likely waited for: a prompt, a letter in
+//! a dialog. Typing goes there, wherever the last click went.
+//!
 //! Not promised: what changes once a minute is not learned, as nobody does nothing for that
 //! long; an anchor tolerates one such spot anyway. Output that scrolls evenly counts as restless
 //! while it does, which is right: what it shows at one moment says nothing.
@@ -37,6 +40,8 @@ pub(crate) struct Restless {
 struct Shared {
     last_input: Instant,
     regions: Arc<[Region]>,
+    /// Where the screen changed last, since then.
+    answer: Option<(u16, u16)>,
 }
 
 impl Restless {
@@ -44,6 +49,7 @@ impl Restless {
         let shared = Shared {
             last_input: Instant::now(),
             regions: Arc::default(),
+            answer: None,
         };
         Self {
             shared: Mutex::new(shared),
@@ -55,9 +61,12 @@ impl Restless {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The guest was given input.
-    pub(crate) fn disturbed(&self, now: Instant) {
-        self.shared().last_input = now;
+    /// The guest was given input. Says where the screen had changed last since the input before,
+    /// if it was still doing so some time later.
+    pub(crate) fn disturbed(&self, now: Instant) -> Option<(u16, u16)> {
+        let mut shared = self.shared();
+        shared.last_input = now;
+        shared.answer.take()
     }
 
     /// The regions that change by themselves.
@@ -91,7 +100,12 @@ impl Restless {
                     frame.whole.then(|| rhythms.look(&pixels, now))
                 });
                 if seen.is_some() {
-                    self.shared().regions = rhythms.restless().into();
+                    let mut shared = self.shared();
+                    shared.regions = rhythms.restless().into();
+                    // Input may have come meanwhile.
+                    if shared.last_input < now {
+                        shared.answer = rhythms.answer();
+                    }
                 }
                 tokio::time::sleep(LOOK).await;
                 // Also without a change: what was restless may have stopped.
@@ -128,6 +142,8 @@ struct Rhythms {
     looked: Option<Instant>,
     /// Time watched.
     watched: Duration,
+    /// Tiles that changed when any did last in this calm stretch, but for restless ones.
+    latest: Vec<usize>,
 }
 
 #[derive(Clone, Default)]
@@ -166,6 +182,7 @@ impl Rhythms {
     /// Input came: what changes now is no sign.
     fn interrupt(&mut self) {
         if self.looked.take().is_some() {
+            self.latest.clear();
             self.shown.clear();
             for tile in &mut self.tiles {
                 tile.running = false;
@@ -212,9 +229,34 @@ impl Rhythms {
                 }
             }
         }
-        for (tile, _) in self.tiles.iter_mut().zip(changed).filter(|(_, c)| *c) {
+        let mut latest = Vec::new();
+        let tiles = self.tiles.iter_mut().zip(changed).enumerate();
+        for (index, (tile, _)) in tiles.filter(|(_, (_, changed))| *changed) {
             tile.changed(self.watched);
+            if !tile.is_restless(self.watched) {
+                latest.push(index);
+            }
         }
+        if !latest.is_empty() {
+            self.latest = latest;
+        }
+    }
+
+    /// The middle of the tile where what changed last ends, as text does: the first one of the
+    /// lowest row.
+    fn answer(&self) -> Option<(u16, u16)> {
+        let (columns, _) = self.grid();
+        let row = self.latest.last()? / columns;
+        let first = self.latest.iter().find(|index| *index / columns == row)?;
+        let middle = |tile: usize, size: u16| {
+            let at = tile * usize::from(Anchor::TILE) + usize::from(Anchor::TILE) / 2;
+            // Within the screen, of which the last tile may be a part only.
+            u16::try_from(at)
+                .unwrap_or(u16::MAX)
+                .min(size.saturating_sub(1))
+        };
+        let (width, height) = self.size;
+        Some((middle(first % columns, width), middle(row, height)))
     }
 
     fn restless(&self) -> Vec<Region> {
@@ -331,6 +373,25 @@ mod tests {
         assert_eq!(world.restless(), [(16, 16)]);
         world.watch(0..4000, |at| screen(&[(50, 20, blink(at))]));
         assert_eq!(world.restless(), [(48, 16)]);
+    }
+
+    #[test]
+    fn typing_goes_to_where_the_screen_answered_last_but_for_carets() {
+        let mut world = World::new();
+        let caret = |at: u64| (70, 39, blink(at));
+        world.watch(0..4000, |at| screen(&[caret(at)]));
+        assert_eq!(world.restless(), [(64, 32)]);
+        world.rhythms.interrupt();
+        assert_eq!(world.rhythms.answer(), None);
+        // Two lines of output at once, then nothing but the caret.
+        let output = [(5, 3, 1), (40, 3, 1), (20, 20, 1), (40, 20, 1)];
+        world.watch(0..3000, |at| {
+            let shown = if at < 1000 { &[][..] } else { &output };
+            screen(&[shown, &[caret(at)]].concat())
+        });
+        assert_eq!(world.rhythms.answer(), Some((24, 24)));
+        world.rhythms.interrupt();
+        assert_eq!(world.rhythms.answer(), None);
     }
 
     #[test]
