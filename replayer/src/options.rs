@@ -66,8 +66,9 @@ pub struct QuickOptions {
     /// For how long the guest has to have been at rest, where the anchor tells that the screen
     /// is ready.
     pub rest: Duration,
-    /// How late a replay that follows may be. What comes after a shorter time than it was
-    /// recorded brings about something else more often than what comes somewhat late.
+    /// How late a replay that follows may be. All that the guest takes down from then on is
+    /// later than at the source by so much; think time that is cut is only noticed by a guest
+    /// that was not at rest.
     pub late: Duration,
     /// As `rest`, where there is no anchor; and for how long the vCPUs have to have been idle
     /// where there is one and the rest of the screen never comes to rest.
@@ -85,7 +86,7 @@ impl Default for QuickOptions {
             at_most: None,
             floor: Duration::from_millis(550),
             rest: Duration::from_millis(400),
-            late: Duration::from_secs(3),
+            late: Duration::from_millis(250),
             unanchored_rest: Duration::from_secs(1),
         }
     }

@@ -144,6 +144,8 @@ impl<G: Guest> Player<G> {
         }
         // Where it was late or a timer overslept, what follows moves as a whole.
         let start = Instant::now();
+        let late = start.saturating_duration_since(self.in_time(act.start));
+        tracing::debug!(at = act.start.micros, ?late, "an interaction begins");
         let due = |record: &Record| start + between(act.start, record.at);
         let mut left = records.get(act.records.clone()).unwrap_or(&[]);
         while let Some(first) = left.first() {

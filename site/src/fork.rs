@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use replayer::{Options, Pace, QuickOptions, Replay, ReplayReport};
 use tokio::sync::{mpsc, watch};
 use traces::{GuestTime, Record};
+use vm_host::ahead::asleep_for;
 use vm_host::screen::Observer;
 use vm_host::{Accelerator, Network, Vm};
 
@@ -103,7 +104,8 @@ impl Fork {
     /// Restores the fork and lets it run.
     ///
     /// Where `since` is given, the recorded time was `options.start` then, and went on: the time
-    /// that starting takes does not make it late.
+    /// that starting takes does not make it late. What it did not live through since its base it
+    /// has slept through, if that can be, so that its clock shows what the source's did.
     pub(crate) async fn start(
         vm: &VmDir,
         record: &VmRecord,
@@ -126,8 +128,14 @@ impl Fork {
             .await
             .map_err(Error::host(what("start")))?;
         let qemu = Arc::new(qemu);
+        if let Some(since) = since {
+            options.start = moved(options.start, since.elapsed().as_micros() as i64);
+        }
+        let missed = Duration::from_micros(options.start.micros);
+        let asleep = asleep_for(&files.device, missed, qemu.accelerator());
+        tracing::info!(?missed, slept = asleep.is_some(), "a fork begins to live");
         let begun = async {
-            qemu.load_device_state(&files.device)
+            qemu.load_device_state(asleep.as_deref().unwrap_or(&files.device))
                 .await
                 .map_err(Error::host(what("restore")))?;
             let observer = Observer::connect(qemu.vnc_socket())
@@ -143,9 +151,6 @@ impl Fork {
                 return Err(error);
             }
         };
-        if let Some(since) = since {
-            options.start = moved(options.start, since.elapsed().as_micros() as i64);
-        }
         let (steps, mut inbox) = mpsc::unbounded_channel();
         let (outbox, done) = mpsc::unbounded_channel();
         let (telling, progress) = watch::channel(replayer::Progress::default());

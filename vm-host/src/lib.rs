@@ -11,6 +11,7 @@
 //!
 //! No goals: the network between sites, generations and their files; recording and replay.
 
+pub mod ahead;
 mod clock;
 mod command_line;
 mod device_state;
