@@ -10,6 +10,7 @@
 //! ever serve to do better, never to be right.
 
 pub mod entropy;
+pub mod freelists;
 mod kallsyms;
 pub mod kinds;
 mod memory_map;
@@ -106,6 +107,8 @@ mod tests {
                     prop_assert_eq!(kinds.all().len(), ram.len() / 4096);
                     slabs::of(&linux, &kinds);
                 }
+                let orders = freelists::random_orders(&ram);
+                prop_assert!(orders.iter().all(|at| at + 8 <= ram.len()));
             }
             if let Some(generator) = entropy::find(&ram) {
                 for (at, bytes) in [generator.hold(), generator.release()] {

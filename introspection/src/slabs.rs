@@ -35,6 +35,8 @@ pub struct Slabs {
     names: Vec<String>,
     /// One more than the number of a page's name; 0 for none.
     pages: Vec<u16>,
+    /// Where those caches are that have a name, as virtual addresses.
+    caches: Vec<u64>,
 }
 
 impl Slabs {
@@ -45,6 +47,11 @@ impl Slabs {
             .get(usize::try_from(page).ok()?)?
             .checked_sub(1)?;
         self.names.get(usize::from(number)).map(String::as_str)
+    }
+
+    /// The addresses of all caches that have pages.
+    pub(crate) fn caches(&self) -> &[u64] {
+        &self.caches
     }
 
     /// The names of all caches that have pages, each once.
@@ -81,6 +88,7 @@ pub fn of(linux: &Linux<'_>, kinds: &PageKinds) -> Option<Slabs> {
     let mut found = Slabs {
         names: Vec::new(),
         pages: vec![0; kinds.all().len()],
+        caches: Vec::new(),
     };
     // Caches by address, and names by number: some caches are called alike.
     let mut caches: HashMap<u64, u16> = HashMap::new();
@@ -102,6 +110,9 @@ pub fn of(linux: &Linux<'_>, kinds: &PageKinds) -> Option<Slabs> {
                         + 1
                 });
                 caches.insert(cache, number);
+                if number > 0 {
+                    found.caches.push(cache);
+                }
                 number
             }
         };
@@ -111,13 +122,13 @@ pub fn of(linux: &Linux<'_>, kinds: &PageKinds) -> Option<Slabs> {
 }
 
 /// The kernel's memory, by virtual address.
-struct Kernel<'a> {
-    ram: Physical<'a>,
-    tables: Tables<'a>,
+pub(crate) struct Kernel<'a> {
+    pub(crate) ram: Physical<'a>,
+    pub(crate) tables: Tables<'a>,
 }
 
 impl Kernel<'_> {
-    fn word(&self, address: u64) -> Option<u64> {
+    pub(crate) fn word(&self, address: u64) -> Option<u64> {
         self.ram.u64(self.tables.translate(address)?)
     }
 

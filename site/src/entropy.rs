@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use introspection::entropy::{self, Generator};
+use introspection::freelists;
 use vm_host::RamMap;
 
 use crate::error::{Error, Result};
@@ -32,6 +33,14 @@ pub(crate) fn hold(vm: &VmDir) -> Option<Held> {
             ));
         };
         write(&ram, generator.hold())?;
+        let orders = random_orders(&ram)?;
+        tracing::debug!(
+            caches = orders.len(),
+            "slabs are filled in order from now on"
+        );
+        for order in orders {
+            write(&ram, (order, [0; 8]))?;
+        }
         Ok(Held(Some((ram, generator))))
     };
     match held() {
@@ -101,6 +110,11 @@ fn live_ram(vm: &VmDir) -> Result<PathBuf> {
 fn find(ram: &Path) -> Result<Option<Generator>> {
     let map = RamMap::open(ram).map_err(Error::host("cannot read the guest's RAM"))?;
     Ok(entropy::find(&map))
+}
+
+fn random_orders(ram: &Path) -> Result<Vec<usize>> {
+    let map = RamMap::open(ram).map_err(Error::host("cannot read the guest's RAM"))?;
+    Ok(freelists::random_orders(&map))
 }
 
 fn write(ram: &Path, (offset, bytes): (usize, [u8; 8])) -> Result<()> {
