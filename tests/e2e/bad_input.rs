@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 use testkit::robot::{Robot, Waited};
 use testkit::site::{Finished, Site};
@@ -124,6 +125,85 @@ fn lacks_machine(dir: &Path, machine: &str) -> std::path::PathBuf {
     std::fs::write(&path, script).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
     path
+}
+
+/// A file system of 64 MiB, for as long as this lives.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn at(dir: &Path) -> Self {
+        std::fs::create_dir(dir).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=64m", "tmpfs"])
+            .arg(dir)
+            .status();
+        assert!(mounted.unwrap().success(), "cannot mount a small disk");
+        Self(dir.to_owned())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+/// The program, on a host that seems to have hardly any memory left: nothing else can be had
+/// without taking it from all other tests.
+fn short_of_memory(dir: &Path) -> std::path::PathBuf {
+    let meminfo = dir.join("meminfo");
+    std::fs::write(&meminfo, "MemTotal: 524288 kB\nMemAvailable: 262144 kB\n").unwrap();
+    let path = dir.join("short-of-memory");
+    let script = format!(
+        "#!/bin/sh\nexec unshare --mount sh -c \
+         'mount --bind {} /proc/meminfo && exec {} \"$@\"' sh \"$@\"\n",
+        meminfo.display(),
+        crate::common::program().display()
+    );
+    std::fs::write(&path, script).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_without_room_refuses() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not tested: only root may mount a small disk");
+        return;
+    }
+    let world = World::new().await;
+    start_vm(&world.a).await;
+    let before = state_of(&world.a).await;
+    let dir = world.dir.path();
+    let disk = SmallDisk::at(&dir.join("small"));
+    let own = world.a.key().await.unwrap();
+    let sites = [
+        (
+            "small",
+            Site::new(crate::common::program(), "small", &disk.0),
+            "MiB on the disk with",
+        ),
+        (
+            "poor",
+            Site::new(short_of_memory(dir), "poor", dir.join("poor")),
+            "this host has 256 MiB available",
+        ),
+    ];
+    for (name, mut site, reason) in sites {
+        let agent = site.serve().await.unwrap();
+        site.trust("a", agent.addr, &own).await.unwrap();
+        world.a.trust(name, agent.addr, &agent.key).await.unwrap();
+        for command in ["migrate", "seed"] {
+            let reasons = [&format!("{name} refused"), reason];
+            refused(&world.a, &[command, VM, "--to", name], &reasons).await;
+        }
+        assert!(
+            !site.dir().join("vms").join(VM).exists(),
+            "{name} has something of the VM"
+        );
+        site.stop_serving();
+    }
+    assert_eq!(state_of(&world.a).await, before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
