@@ -283,7 +283,8 @@ pub(crate) struct CreateArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) cpus: u8,
     /// Take chance out of a Linux guest that boots a kernel: no address-space randomisation for
-    /// its programs (a defence less), freed memory zeroed
+    /// its programs, kernel objects in order once it is recorded (defences less), freed memory
+    /// zeroed
     #[arg(long)]
     pub(crate) replay_friendly: bool,
     /// The line on the guest's serial port that says that its desktop is up

@@ -1,5 +1,7 @@
-//! Holding a replay-friendly guest's random numbers in place while it is recorded: see
-//! [`introspection::entropy`], and the decision in `docs/decisions`.
+//! Holding a replay-friendly guest's random numbers in place while it is recorded, and doing
+//! without them where they would only decide which place of a slab comes first: see
+//! [`introspection::entropy`] and [`introspection::freelists`], and the decisions 0009 and 0016 in
+//! `docs/decisions`.
 //!
 //! It only ever makes replays come closer. Where the guest is no Linux that is understood, the
 //! recording goes on without, and says so.
@@ -21,7 +23,8 @@ use crate::store::VmDir;
 #[derive(Debug)]
 pub(crate) struct Held(Option<(PathBuf, Generator)>);
 
-/// Holds them in a VM that stands still, where that can be done.
+/// Holds them in a VM that stands still, where that can be done. Its slabs are filled in order
+/// from then on, until it boots again.
 pub(crate) fn hold(vm: &VmDir) -> Option<Held> {
     let held = || {
         let ram = live_ram(vm)?;
@@ -33,6 +36,7 @@ pub(crate) fn hold(vm: &VmDir) -> Option<Held> {
             ));
         };
         write(&ram, generator.hold())?;
+        let held = Held(Some((ram.clone(), generator)));
         let orders = random_orders(&ram)?;
         tracing::debug!(
             caches = orders.len(),
@@ -41,7 +45,7 @@ pub(crate) fn hold(vm: &VmDir) -> Option<Held> {
         for order in orders {
             write(&ram, (order, [0; 8]))?;
         }
-        Ok(Held(Some((ram, generator))))
+        Ok(held)
     };
     match held() {
         Ok(held) => {

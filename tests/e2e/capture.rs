@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use introspection::{Linux, Physical, address_spaces, entropy};
+use introspection::{Linux, Physical, address_spaces, entropy, freelists};
 use serde_json::Value;
 
 use crate::common::{SOON, VM, World, program, qemus_on, work};
@@ -43,6 +43,8 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
             .is_held()
     };
     assert!(!held());
+    let shuffled = || freelists::random_orders(&std::fs::read(&live).unwrap()).len();
+    assert!(shuffled() > 50, "caches that fill their slabs at random");
 
     let out = world.dir.path().join("capture");
     let out = out.to_str().unwrap();
@@ -52,6 +54,8 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
 
     let recorder = a.record(VM).await.unwrap();
     assert!(held());
+    // But for one that had no slab before.
+    assert!(shuffled() < 5);
     work(&recorder).await;
     let captured = a.json(&["capture", VM, "--out", out]).await.unwrap();
     assert_eq!(
@@ -66,6 +70,7 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
         let dir = Path::new(out).join(state);
         let ram = std::fs::read(dir.join("ram.img")).unwrap();
         assert!(entropy::find(&ram).unwrap().is_held(), "{state}");
+        assert!(freelists::random_orders(&ram).len() < 5, "{state}");
         // The terminal that was typed into is a process of the guest.
         let spaces = address_spaces(&Linux::find(Physical::new(&ram)).unwrap());
         let terminal = spaces.iter().find(|space| space.name == b"/usr/bin/xterm");

@@ -26,11 +26,10 @@ const CLOCK: Range<usize> = 16..24;
 /// After it (`QEMU_VM_SECTION_FOOTER`), before its number once more.
 const FOOTER: u8 = 0x7e;
 
-/// The device state of a guest that then slept for as long as `by`, with the network and all
-/// else as it was.
+/// The device state of a guest that has slept for as long as `by` since this one was saved.
 ///
-/// None where that would not be the same to the guest: it is hardware that counts under KVM, and
-/// some things notice if it takes too long; or where the state is not one of QEMU's that we know.
+/// None where the guest would not take it for sleep: under KVM it is hardware that counts, and
+/// more than 15 s are too long; or where the state is not one of QEMU's that we know.
 pub fn asleep_for(state: &[u8], by: Duration, accelerator: Accelerator) -> Option<Vec<u8>> {
     if accelerator != Accelerator::Tcg || by > MAX {
         return None;
