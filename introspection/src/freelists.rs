@@ -19,7 +19,8 @@ use crate::tables::Tables;
 use crate::{Linux, Physical, kinds, slabs};
 
 const PAGE: u32 = 4096;
-/// The structure takes 200 to 500 bytes; what it points at is within these.
+/// The structure takes 200 to 500 bytes; the address of the order is within these. So may be that
+/// of the cache behind it, which is as good.
 const CACHE_WORDS: u64 = 64;
 /// The most pages of a slab (`MAX_ORDER` of the page allocator), as a power of two.
 const ORDER_MAX: u32 = 10;
@@ -42,7 +43,7 @@ pub fn random_orders(ram: &[u8]) -> Vec<usize> {
         let mut orders: Vec<usize> = caches
             .caches()
             .iter()
-            .filter_map(|cache| random_order(&kernel, *cache))
+            .flat_map(|cache| orders_of(&kernel, *cache))
             .collect();
         orders.sort_unstable();
         orders.dedup();
@@ -51,8 +52,8 @@ pub fn random_orders(ram: &[u8]) -> Vec<usize> {
     found().unwrap_or_default()
 }
 
-/// Where in RAM the address of this cache's order is.
-fn random_order(kernel: &Kernel<'_>, cache: u64) -> Option<usize> {
+/// Where in RAM the address of this cache's order is, and that of the cache behind it.
+fn orders_of(kernel: &Kernel<'_>, cache: u64) -> Vec<usize> {
     let address = |number: u64| cache.checked_add(number * 8);
     let words: Vec<u64> = (0..CACHE_WORDS)
         .map_while(|number| kernel.word(address(number)?))
@@ -63,9 +64,15 @@ fn random_order(kernel: &Kernel<'_>, cache: u64) -> Option<usize> {
             .iter()
             .any(|(size, places)| is_order(kernel, at, *size, *places))
     };
-    let number = words.iter().position(|word| is_order(*word))?;
-    let at = kernel.tables.translate(address(number as u64)?)?;
-    kernel.ram.offset(at)
+    let place = |number: usize| {
+        let at = kernel.tables.translate(address(number as u64)?)?;
+        kernel.ram.offset(at)
+    };
+    let words = words.iter().enumerate();
+    words
+        .filter(|(_, word)| is_order(**word))
+        .filter_map(|(number, _)| place(number))
+        .collect()
 }
 
 /// What size and number of a slab's places may be, by the numbers of a structure.

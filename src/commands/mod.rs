@@ -45,7 +45,7 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
         } => record::run(&vm_of(&store()?, &name)?, &listen, evdev, output).await,
         Command::Seed { name, to } => seed::run(&store()?, &name, &to, output).await,
         Command::Follow { name, to, no_twin } => {
-            follow::run(&store()?, &name, &to, !no_twin, output).await
+            Box::pin(follow::run(&store()?, &name, &to, !no_twin, output)).await
         }
         Command::Migrate(args) => migrate::run(&store()?, &args, output).await,
         Command::Replay { name, log, options } => {

@@ -104,6 +104,12 @@ pub(crate) async fn work(recorder: &Recorder) {
     session.play(&mut robot, None, |_, _| {}).await.unwrap();
 }
 
+/// One migration in a hundred or so has to mend a page: hashes are as short as that allows.
+pub(crate) fn assert_hardly_refetched(report: &serde_json::Value) {
+    let pages = report["refetched"].as_u64();
+    assert!(pages.is_some_and(|pages| pages <= 2), "{report}");
+}
+
 /// The newest generations of both sites are the same, byte by byte.
 pub(crate) fn assert_same_images(one: &Site, other: &Site) {
     let (number, left) = newest_generation(one.dir(), VM).unwrap();
