@@ -27,7 +27,8 @@ const ORDER_MAX: u32 = 10;
 /// How the number of places is told from the order of pages (`OO_SHIFT`).
 const PLACES_BITS: u32 = 16;
 
-/// Offsets in RAM of the addresses of those orders, 8 bytes each, of all caches that have slabs.
+/// Offsets in RAM of the addresses of those orders, 8 bytes each, of all caches that have slabs,
+/// and of those that lie right behind one.
 ///
 /// Where such a word is zero, the cache has no random order. None are found in a guest that is
 /// no Linux of this kind, or has none.
