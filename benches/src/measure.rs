@@ -6,8 +6,9 @@ use std::time::Instant;
 use introspection::{Linux, Physical, address_spaces};
 use reconciler::{
     ApplyOptions, Codec, EncodeOptions, Holdings, Image, ImageTree, Known, Layout, OfferOptions,
-    Overlaid, PAGE_SIZE, PageHash, Place, PlaceKind, Processes, ReadPages, Realigned, Salt,
-    SlicePages, SlicePagesMut, Source, Space, Stats, pages_for, reconcile_in_memory,
+    Overlaid, PAGE_SIZE, PageHash, Place, PlaceKind, Processes, ReadPages, Realigned,
+    Rearrangement, Salt, SlicePages, SlicePagesMut, Source, Space, Stats, pages_for,
+    reconcile_in_memory,
 };
 
 use crate::deltas::{self, DeltaRow};
@@ -153,6 +154,54 @@ struct Told {
     tree: ImageTree,
     layout_bytes: u64,
     seconds: Seconds,
+    device: ToldDevice,
+}
+
+/// The device states in the order of the source's.
+struct ToldDevice {
+    twin: Vec<u8>,
+    twin_tree: ImageTree,
+    begins: Vec<u8>,
+    tree: ImageTree,
+    /// What saying so took.
+    bytes: u64,
+    seconds: Seconds,
+}
+
+impl ToldDevice {
+    fn new(source: &State, begins: &State, twin: &State) -> Result<Self> {
+        let failed = |source| Error::Reconcile {
+            strategy: Strategy::Twin.name(),
+            image: "the order of device".to_owned(),
+            source,
+        };
+        let begun = Instant::now();
+        let len = source.device.len();
+        let told = Rearrangement::between(&source.device, &twin.device);
+        let encoded = told.encode().map_err(failed)?;
+        let twin = told.apply(&twin.device, len);
+        let mut seconds = Seconds {
+            layout: begun.elapsed().as_secs_f64(),
+            ..Seconds::default()
+        };
+        let begun = Instant::now();
+        let told = Rearrangement::decode(&encoded).map_err(failed)?;
+        let begins = told.apply(&begins.device, len);
+        seconds.realign = begun.elapsed().as_secs_f64();
+        Ok(Self {
+            twin_tree: tree_of(&SlicePages(&twin))?,
+            twin,
+            tree: tree_of(&SlicePages(&begins))?,
+            begins,
+            // What changes nothing is not sent.
+            bytes: if told.is_empty() {
+                0
+            } else {
+                encoded.len() as u64
+            },
+            seconds,
+        })
+    }
 }
 
 /// The processes in a guest's RAM; none if it is no Linux that is understood.
@@ -179,6 +228,7 @@ fn processes<'a>(state: &'a State, spaces: &'a [Space]) -> Processes<'a> {
 
 impl Told {
     fn new(source: &State, base: Option<&State>, begins: &State, twin: State) -> Result<Self> {
+        let device = ToldDevice::new(source, begins, &twin)?;
         let failed = |source| Error::Reconcile {
             strategy: Strategy::Twin.name(),
             image: "the layout of ram".to_owned(),
@@ -228,6 +278,7 @@ impl Told {
                 encoded.len() as u64
             },
             seconds,
+            device,
         })
     }
 }
@@ -273,28 +324,36 @@ impl Run<'_> {
         let base = self
             .base
             .map(|base| (SlicePages(&base.device), &base.device_tree));
-        let mut built = self
-            .begins
-            .map_or_else(Vec::new, |begins| begins.device.clone());
+        let told = self.realigned.as_ref().map(|told| &told.device);
+        let mut built = match (told, self.begins) {
+            (Some(told), _) => told.begins.clone(),
+            (None, Some(begins)) => begins.device.clone(),
+            (None, None) => Vec::new(),
+        };
         built.resize(self.source.device.len(), 0);
-        let told = self.realigned.as_ref().map(|told| &told.twin);
-        let told = told.map(|twin| (SlicePages(&twin.device), &twin.device_tree));
+        let twin = told.map(|told| (SlicePages(&told.twin), &told.twin_tree));
         let task = Task {
             image: &image,
             tree: &self.source.device_tree,
             base: base.as_ref().map(|(image, tree)| (image as _, *tree)),
-            current: self.begins.map(|begins| &begins.device_tree),
+            current: told
+                .map(|told| &told.tree)
+                .or(self.begins.map(|begins| &begins.device_tree)),
             places: Vec::new(),
             shared: Vec::new(),
-            twin: told.as_ref().map(|(image, _)| image as _),
-            twins: told.iter().map(|(_, tree)| *tree).collect(),
+            twin: twin.as_ref().map(|(image, _)| image as _),
+            twins: twin.iter().map(|(_, tree)| *tree).collect(),
         };
-        self.run(
+        let mut row = self.run(
             "device".to_owned(),
             codec,
             task,
             &mut SlicePagesMut(&mut built),
-        )
+        )?;
+        if let Some(told) = told {
+            row.add_layout(told.bytes, &told.seconds);
+        }
+        Ok(row)
     }
 
     fn disk(&self, codec: Codec, index: usize) -> Result<Row> {
@@ -384,10 +443,7 @@ impl Run<'_> {
             &mut SlicePagesMut(&mut built),
         )?;
         if let Some(told) = told {
-            row.bytes.layout = told.layout_bytes;
-            row.bytes.total += told.layout_bytes;
-            row.seconds.layout = told.seconds.layout;
-            row.seconds.realign = told.seconds.realign;
+            row.add_layout(told.layout_bytes, &told.seconds);
         }
         Ok(row)
     }
@@ -474,7 +530,7 @@ impl Run<'_> {
             strategy: self.strategy,
             codec: name_of(codec),
             image: name,
-            bytes: Bytes::of(&stats, 0),
+            bytes: Bytes::of(&stats),
             seconds: seconds(&stats),
             pages: stats.pages,
             peak_memory,

@@ -63,6 +63,16 @@ pub struct Row {
     pub peak_memory: Option<u64>,
 }
 
+impl Row {
+    /// Counts what saying how the image lies took.
+    pub(crate) fn add_layout(&mut self, bytes: u64, seconds: &Seconds) {
+        self.bytes.layout += bytes;
+        self.bytes.total += bytes;
+        self.seconds.layout = seconds.layout;
+        self.seconds.realign = seconds.realign;
+    }
+}
+
 /// Bytes by what they are for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Bytes {
@@ -70,7 +80,7 @@ pub struct Bytes {
     pub total: u64,
     /// Which pages differ, their hashes, and the answer.
     pub hashes: u64,
-    /// How the source's processes lie in RAM.
+    /// How the source's processes lie in RAM, and in which order its device state is.
     pub layout: u64,
     /// Asking for pages whose patch did not fit.
     pub retries: u64,
@@ -89,13 +99,13 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    pub(crate) fn of(stats: &Stats, layout: u64) -> Self {
+    pub(crate) fn of(stats: &Stats) -> Self {
         let rounds = [&stats.encoded, &stats.resent, &stats.whole];
         let sum = |of: fn(&reconciler::EncodeStats) -> u64| rounds.iter().copied().map(of).sum();
         Self {
-            total: stats.bytes() + layout,
+            total: stats.bytes(),
             hashes: stats.offer_bytes + stats.answer_bytes,
-            layout,
+            layout: 0,
             retries: stats.retry_bytes,
             literals: sum(|round| round.literal_bytes),
             deltas: sum(|round| round.delta_bytes),
@@ -110,7 +120,7 @@ impl Bytes {
 /// Seconds by stage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Seconds {
-    /// The source's, for `twin` alone: saying how its processes lie in RAM.
+    /// The source's, for `twin` alone: saying how its processes and its device state lie.
     pub layout: f64,
     /// The target's, for `twin` alone: bringing its replay into that layout.
     pub realign: f64,

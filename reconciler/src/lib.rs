@@ -48,6 +48,7 @@ mod page_set;
 mod patch;
 mod realign;
 mod realign_landmarks;
+mod rearrange;
 mod resolve;
 mod short;
 mod spool;
@@ -75,6 +76,7 @@ pub use page::{
 };
 pub use page_set::PageSet;
 pub use realign::{Layout, Overlaid, Processes, Realigned, Space};
+pub use rearrange::Rearrangement;
 pub use resolve::{Holdings, Place, PlaceKind, Resolution, resolve};
 pub use short::{Salt, short_bits};
 pub use stats::PageCounts;

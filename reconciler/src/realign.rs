@@ -27,7 +27,7 @@ use crate::page_set::PageSet;
 use crate::patch::MOST_WORDS;
 use crate::realign_landmarks::{Landmark, Shift, View, choose, landmarks};
 use crate::tree::ImageTree;
-use crate::wire::{Cursor, put_section, put_varint, take_section};
+use crate::wire::{Cursor, put_section, put_varint, take_section, unzigzag, zigzag};
 
 /// A process's part of guest RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -315,15 +315,6 @@ fn differing(a: &[u8], b: &[u8]) -> usize {
         .zip(words(b))
         .filter(|(a, b)| a != b)
         .count()
-}
-
-fn zigzag(difference: u64) -> u64 {
-    let signed = difference.cast_signed();
-    ((signed << 1) ^ (signed >> 63)).cast_unsigned()
-}
-
-fn unzigzag(value: u64) -> u64 {
-    (value >> 1) ^ (value & 1).wrapping_neg()
 }
 
 /// An image with some pages replaced by others.

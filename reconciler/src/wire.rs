@@ -19,6 +19,17 @@ pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
+/// A difference of two numbers, wrapping, such that a small one of either sign is a small number.
+pub(crate) const fn zigzag(difference: u64) -> u64 {
+    let signed = difference.cast_signed();
+    ((signed << 1) ^ (signed >> 63)).cast_unsigned()
+}
+
+/// The difference that [`zigzag`] has made a number of.
+pub(crate) const fn unzigzag(value: u64) -> u64 {
+    (value >> 1) ^ (value & 1).wrapping_neg()
+}
+
 /// Reads what others wrote, never past its end.
 pub(crate) struct Cursor<'a> {
     what: &'static str,

@@ -1,11 +1,13 @@
-//! What this site's own replay has left, and how a guest's processes lie in its RAM, for
-//! [`reconciler::Layout`].
+//! What this site's own replay has left, and how it is brought to lie as the VM's state does: the
+//! guest's processes by [`reconciler::Layout`], the device state by
+//! [`reconciler::Rearrangement`].
 
 use std::path::PathBuf;
 
 use introspection::{Linux, Physical, address_spaces};
 use reconciler::{
-    ImageTree, Layout, Overlaid, PageHash, Processes, ReadPages, Realigned, SlicePages, Space,
+    ImageTree, Layout, Overlaid, PageHash, Processes, ReadPages, Realigned, Rearrangement,
+    SlicePages, Space,
 };
 use vm_host::RamMap;
 
@@ -30,6 +32,14 @@ pub(crate) fn spaces(ram: &[u8]) -> Vec<Space> {
         .collect()
 }
 
+/// How a state lies, for a target to bring its replayed one into the same order.
+pub(crate) struct Lie {
+    /// The guest's processes in its RAM.
+    pub ram: Layout,
+    /// The device state.
+    pub device: Rearrangement,
+}
+
 /// The state that this site's own replay has left, as the target will make it of its own.
 pub(crate) struct TwinState {
     ram: RamMap,
@@ -38,6 +48,7 @@ pub(crate) struct TwinState {
     realigned: Realigned,
     realigned_tree: ImageTree,
     disks: Vec<(DiskImage, ImageTree)>,
+    /// The device state, in the order of the VM's once that is known.
     device: Vec<u8>,
     device_tree: ImageTree,
 }
@@ -69,8 +80,11 @@ impl TwinState {
         })
     }
 
-    /// Brings its RAM to the layout of a state; what to tell the target for it to do the same.
-    pub(crate) fn realign(&mut self, state: &State, base: &Base) -> Result<Option<Layout>> {
+    /// Brings it to lie as a state does; what to tell the target for it to do the same.
+    pub(crate) fn realign(&mut self, state: &State, base: &Base) -> Result<Lie> {
+        let device = Rearrangement::between(state.device(), &self.device);
+        self.device = device.apply(&self.device, state.device().len());
+        self.device_tree = tree_of(&SlicePages(&self.device), "the twin's device state")?;
         let here = spaces(&self.ram);
         let there = spaces(state.ram());
         let source = Processes {
@@ -87,6 +101,7 @@ impl TwinState {
         tracing::info!(
             pages = layout.pages(),
             landmarks = layout.landmarks(),
+            device_parts = device.len(),
             "layout told"
         );
         for (index, page) in &realigned {
@@ -95,7 +110,10 @@ impl TwinState {
                 .map_err(Error::reconcile("cannot hash the twin's RAM"))?;
         }
         self.realigned = realigned;
-        Ok((!layout.is_empty()).then_some(layout))
+        Ok(Lie {
+            ram: layout,
+            device,
+        })
     }
 
     /// Lends the pages of an image.

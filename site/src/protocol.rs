@@ -14,7 +14,7 @@
 //!   | -- Log.. --------------------------------------->  |  Log: restores a fork, replays
 //!   | <----------------------- Replaying.., Replayed     |  Replay; again with the tail of the log
 //!   | -- Freeze -------------------------------------->  |  Stop: both sides stand still
-//!   | -- Layout.. ----------------------------------->  |  after a replay with a twin
+//!   | -- Layout.., Rearrangement.. ------------------>  |  after a replay with a twin
 //!   | -- <images> ------------------------------------>  |  Device, Disk, Ram
 //!   | -- Commit (manifest) --------------------------->  |  durable, lease held there
 //!   | <--------------------------------------- Committed |
@@ -107,6 +107,9 @@ pub enum ToTarget {
     /// Part of [`reconciler::Layout::encode`]: how the guest's processes lie in the RAM that
     /// follows, so that a replayed one can be brought into the same layout.
     Layout(BlobPart),
+    /// Part of [`reconciler::Rearrangement::encode`]: how to put the device state that follows
+    /// together from a replayed one.
+    Rearrangement(BlobPart),
     /// An image, and what is different in it.
     Image(ImageHead),
     /// Part of [`reconciler`]'s offer.

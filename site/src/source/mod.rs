@@ -41,7 +41,7 @@ use crate::work::Workplace;
 
 use hand_over::{ask_target, keep};
 use opening::{begin, hello};
-use replay::{realign, without_twin};
+use replay::{realign, tell, without_twin};
 use seed::{ship_files, ship_generation};
 use stop::Stopped;
 use twin::Twin;
@@ -352,15 +352,9 @@ impl Migration<'_> {
             Some(twin) => without_twin(realign(twin, &state, &base_images).await),
             None => None,
         };
-        let (twin, layout) = twin.unzip();
-        if let Some(layout) = layout.flatten() {
-            let encoded = layout
-                .encode()
-                .map_err(Error::reconcile("cannot say how RAM lies"))?;
-            bytes.hashes += encoded.len() as u64;
-            for part in reconciler::blob_parts(&encoded) {
-                line.send(ToTarget::Layout(part)).await?;
-            }
+        let (twin, lie) = twin.unzip();
+        if let Some(lie) = &lie {
+            bytes.hashes += tell(&mut line, lie).await?;
         }
 
         let clock = &mut self.clock;

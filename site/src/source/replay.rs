@@ -3,14 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use reconciler::Layout;
-
 use super::twin::{self, Twin};
 use super::{Migration, TwinTurn};
 use crate::error::{Error, Result};
 use crate::fork::pace_of;
 use crate::generation::GenerationId;
-use crate::layout::TwinState;
+use crate::layout::{Lie, TwinState};
 use crate::line::Line;
 use crate::local;
 use crate::phase::Phase;
@@ -147,18 +145,44 @@ impl Migration<'_> {
     }
 }
 
-/// Brings the twin's RAM to the layout of the state; the target is told how to do the same.
+/// Brings the twin to lie as the state does; the target is told how to do the same.
 pub(super) async fn realign(
     mut twin: TwinState,
     state: &Arc<State>,
     base: &Arc<Base>,
-) -> Result<(Arc<TwinState>, Option<Layout>)> {
+) -> Result<(Arc<TwinState>, Lie)> {
     let (state, base) = (state.clone(), base.clone());
     local::blocking(move || {
-        let layout = twin.realign(&state, &base)?;
-        Ok((Arc::new(twin), layout))
+        let lie = twin.realign(&state, &base)?;
+        Ok((Arc::new(twin), lie))
     })
     .await
+}
+
+/// Tells the target how the state lies; the bytes that this took. What says nothing isn't sent.
+pub(super) async fn tell(line: &mut Line, lie: &Lie) -> Result<u64> {
+    let mut bytes = 0;
+    if !lie.ram.is_empty() {
+        let encoded = lie
+            .ram
+            .encode()
+            .map_err(Error::reconcile("cannot say how RAM lies"))?;
+        bytes += encoded.len() as u64;
+        for part in reconciler::blob_parts(&encoded) {
+            line.send(ToTarget::Layout(part)).await?;
+        }
+    }
+    if !lie.device.is_empty() {
+        let encoded = lie
+            .device
+            .encode()
+            .map_err(Error::reconcile("cannot say how the device state lies"))?;
+        bytes += encoded.len() as u64;
+        for part in reconciler::blob_parts(&encoded) {
+            line.send(ToTarget::Rearrangement(part)).await?;
+        }
+    }
+    Ok(bytes)
 }
 
 /// A twin that fails is done without.

@@ -28,7 +28,7 @@ use crate::store::{Store, VmDir};
 use crate::work::{Received, Work, Workplace};
 
 use check::check_host;
-use receive::{receive_file, receive_layout, receive_log};
+use receive::{receive_file, receive_layout, receive_log, receive_rearrangement};
 
 pub(crate) use standby::Standbys;
 
@@ -343,6 +343,12 @@ impl Session {
                     };
                     state.set_layout(receive_layout(line, part, state.ram_pages()).await?);
                 }
+                ToTarget::Rearrangement(part) => {
+                    let Some(state) = self.work.as_mut() else {
+                        return Err(self.out_of_place("the order of a device state"));
+                    };
+                    state.set_rearrangement(receive_rearrangement(line, part).await?);
+                }
                 ToTarget::Commit(request) => {
                     let (Some(state), Some(trees)) = (self.work.take(), self.received.take())
                     else {
@@ -397,7 +403,9 @@ impl Session {
             ToTarget::Probe(_) => true,
             _ if self.lock.is_none() || self.committed => false,
             ToTarget::Generation { .. } | ToTarget::Prepare => self.fork.is_none(),
-            ToTarget::Image(_) | ToTarget::Layout(_) => self.fork.is_none() && work && !received,
+            ToTarget::Image(_) | ToTarget::Layout(_) | ToTarget::Rearrangement(_) => {
+                self.fork.is_none() && work && !received
+            }
             ToTarget::Log(_) | ToTarget::Follow { .. } => replays,
             ToTarget::Freeze => migrates && !received,
             ToTarget::Plan(_) => migrates,

@@ -1,5 +1,6 @@
 //! What arrives besides images: logs and base files.
 
+use reconciler::Rearrangement;
 use traces::Record;
 
 use crate::error::{Error, Result};
@@ -59,6 +60,25 @@ pub(super) async fn receive_layout(
         };
     };
     reconciler::Layout::decode(&bytes, pages).map_err(malformed())
+}
+
+pub(super) async fn receive_rearrangement(
+    line: &mut TargetLine,
+    first: reconciler::BlobPart,
+) -> Result<Rearrangement> {
+    let malformed = || Error::reconcile("what was sent of the device state is malformed");
+    let mut assembler = reconciler::BlobAssembler::new(Rearrangement::MAX_ENCODED_LEN);
+    let mut part = first;
+    let bytes = loop {
+        if let Some(bytes) = assembler.push(&part).map_err(malformed())? {
+            break bytes;
+        }
+        part = match line.receive(Phase::Stop).await? {
+            ToTarget::Rearrangement(part) => part,
+            _ => return Err(line.unexpected(Phase::Stop, "half a rearrangement")),
+        };
+    };
+    Rearrangement::decode(&bytes).map_err(malformed())
 }
 
 /// Receives a base file; it is kept only if its content has the announced hash.

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use reconciler::{
-    Holdings, ImageTree, Layout, Offer, PageHash, Place, PlaceKind, Processes, SlicePages,
-    SlicePagesMut,
+    Holdings, ImageTree, Layout, Offer, PageHash, Place, PlaceKind, Processes, Rearrangement,
+    SlicePages, SlicePagesMut,
 };
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -51,6 +51,8 @@ pub(crate) struct Work {
     replayed: Option<ImageTree>,
     /// How the source's RAM lies, as far as it said so.
     layout: Option<Layout>,
+    /// How the source's device state is put together from the replayed one, if it said so.
+    rearrangement: Option<Rearrangement>,
     /// Lays the base's RAM down on the disk meanwhile.
     laying: Option<JoinHandle<Result<()>>>,
 }
@@ -105,6 +107,7 @@ impl Work {
                 base,
                 replayed: None,
                 layout: None,
+                rearrangement: None,
                 laying: None,
             };
             if let Some(number) = base_number {
@@ -278,7 +281,15 @@ impl Work {
         base.with_pages(head.kind, |base_pages| match head.kind {
             ImageKind::Device => {
                 // Both sides know how long the new one is; what follows it is cut off.
-                self.device.resize(head.bytes as usize, 0);
+                let len = head.bytes as usize;
+                match self
+                    .rearrangement
+                    .take()
+                    .filter(|_| self.replayed.is_some())
+                {
+                    Some(told) => self.device = told.apply(&self.device, len),
+                    None => self.device.resize(len, 0),
+                }
                 let current = tree_of(&SlicePages(&self.device), "the device state")?;
                 let places: Vec<_> = base_pages
                     .iter()
@@ -446,6 +457,11 @@ impl Work {
     /// Notes how the source's RAM lies.
     pub(crate) fn set_layout(&mut self, layout: Layout) {
         self.layout = Some(layout);
+    }
+
+    /// Notes how the source's device state is put together from a replayed one.
+    pub(crate) fn set_rearrangement(&mut self, told: Rearrangement) {
+        self.rearrangement = Some(told);
     }
 
     /// How many pages the guest's RAM has.
