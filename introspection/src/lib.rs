@@ -21,6 +21,7 @@ mod survey;
 mod tables;
 #[cfg(test)]
 mod testing;
+pub mod turns;
 mod vmcoreinfo;
 
 use kallsyms::Kallsyms;

@@ -8,6 +8,8 @@ const BASE: u64 = 0x4000;
 pub(crate) const CRNG: usize = 0xa000;
 pub(crate) const READY: usize = 0xb000;
 pub(crate) const JIFFIES: usize = 0xc000;
+/// The figures of its scheduler, each with what it is for one processor; there are four.
+pub(crate) const TURNS: usize = 0xc100;
 /// The kernel's own top-level page table.
 const TOP: usize = 0xd000;
 
@@ -132,6 +134,12 @@ pub(crate) fn kernel() -> Vec<u8> {
         ("Dvmalloc_base", 0xc008),
         ("B_end", IMAGE_END),
         ("Bkmalloc_caches", CACHE_TABLE),
+        ("dsysctl_sched_latency", TURNS),
+        ("dnormalized_sysctl_sched_latency", TURNS + 4),
+        ("dsysctl_sched_min_granularity", TURNS + 8),
+        ("dnormalized_sysctl_sched_min_granularity", TURNS + 12),
+        ("dsysctl_sched_wakeup_granularity", TURNS + 16),
+        ("dnormalized_sysctl_sched_wakeup_granularity", TURNS + 20),
     ];
     let mut names = Vec::new();
     let mut offsets = Vec::new();
@@ -143,7 +151,7 @@ pub(crate) fn kernel() -> Vec<u8> {
         offsets.extend_from_slice(&(offset as i32).to_le_bytes());
     }
     let parts: [(&str, usize, Vec<u8>); 6] = [
-        ("kallsyms_num_syms", 0x5000, 9_u32.to_le_bytes().to_vec()),
+        ("kallsyms_num_syms", 0x5000, 15_u32.to_le_bytes().to_vec()),
         (
             "kallsyms_relative_base",
             0x5008,
@@ -169,6 +177,10 @@ pub(crate) fn kernel() -> Vec<u8> {
     put(CRNG + 32, &(NOW - 5 * 250).to_le_bytes());
     put(READY, &2_u32.to_le_bytes());
     put(JIFFIES, &NOW.to_le_bytes());
+    for (index, figure) in [6_000_000_u32, 750_000, 1_000_000].into_iter().enumerate() {
+        put(TURNS + index * 8, &(3 * figure).to_le_bytes());
+        put(TURNS + index * 8 + 4, &figure.to_le_bytes());
+    }
     // The kernel's half of all top-level tables, and what it leads to: all RAM in one large page,
     // and tables of small ones.
     for top in [TOP, 0x10000] {

@@ -14,9 +14,9 @@
 pub mod agent;
 pub mod booted;
 pub mod capture;
+mod chance;
 mod control_socket;
 mod disks;
-mod entropy;
 mod error;
 mod exchange;
 mod files;

@@ -18,8 +18,8 @@ use tokio::sync::oneshot;
 use traces::{GuestTime, Log, LogId, LogWriter, Record};
 use vm_host::GuestClock;
 
+use crate::chance;
 use crate::control_socket::{self, ControlSocket};
-use crate::entropy;
 use crate::error::{Error, Result};
 use crate::local;
 use crate::store::VmDir;
@@ -163,7 +163,7 @@ pub async fn record(
 ) -> Result<Recorded> {
     let friendly = vm.record()?.replay_friendly;
     local::require_lease(vm)?;
-    let _recording = entropy::recording_lock(vm)?
+    let _recording = chance::recording_lock(vm)?
         .ok_or_else(|| Error::Refused(format!("{} is being recorded already", vm.name())))?;
     let qemu = local::attach_running(vm).await?;
     let listen = parse_listen(&options.listen)?;
@@ -177,7 +177,7 @@ pub async fn record(
         let _lock = vm.lock()?;
         let prepare = || {
             if let Ok(mut still) = still.lock() {
-                *still = (clock.now(), friendly.then(|| entropy::hold(vm)).flatten());
+                *still = (clock.now(), friendly.then(|| chance::hold(vm)).flatten());
             }
         };
         local::checkpoint_locked(vm, &qemu, Some(&prepare)).await

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use introspection::{Linux, Physical, address_spaces, entropy, freelists};
+use introspection::{Linux, Physical, address_spaces, entropy, freelists, turns};
 use serde_json::Value;
 
 use crate::common::{SOON, VM, World, program, qemus_on, work};
@@ -38,9 +38,10 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
     let live = a.live_ram(VM).await.unwrap();
     let held = || {
         let ram = std::fs::read(&live).unwrap();
-        entropy::find(&ram)
-            .expect("the guest's generator")
-            .is_held()
+        let generator = entropy::find(&ram).expect("the guest's generator");
+        let turns = turns::find(&ram).expect("the guest's turns");
+        assert_eq!(generator.is_held(), turns.is_held());
+        turns.is_held()
     };
     assert!(!held());
     let shuffled = || freelists::random_orders(&std::fs::read(&live).unwrap()).len();
@@ -71,6 +72,7 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
         let dir = Path::new(out).join(state);
         let ram = std::fs::read(dir.join("ram.img")).unwrap();
         assert!(entropy::find(&ram).unwrap().is_held(), "{state}");
+        assert!(turns::find(&ram).unwrap().is_held(), "{state}");
         assert!(freelists::random_orders(&ram).len() < 5, "{state}");
         // The terminal that was typed into is a process of the guest.
         let spaces = address_spaces(&Linux::find(Physical::new(&ram)).unwrap());

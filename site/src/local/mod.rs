@@ -13,8 +13,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use vm_host::{Accelerator, Boot, Hardware, Launch, Network, Status, Vm, programs};
 
+use crate::chance;
 use crate::disks::{self};
-use crate::entropy;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::Manifest;
@@ -430,7 +430,7 @@ pub async fn resume(vm: &VmDir) -> Result<()> {
     let _lock = vm.lock()?;
     let qemu = attach_running(vm).await?;
     resume_live(vm, &qemu).await?;
-    entropy::release_unless_recorded(vm).await
+    chance::release_unless_recorded(vm).await
 }
 
 /// Removes a VM with all its generations and logs. Base files stay.

@@ -101,7 +101,7 @@ impl Session {
         if resumed.is_ok() && !paused {
             // The images are the source's bit for bit by now, and verified; what follows is the
             // VM's own life, of which this is a part.
-            if let Err(error) = crate::entropy::release_unless_recorded(&self.vm).await {
+            if let Err(error) = crate::chance::release_unless_recorded(&self.vm).await {
                 tracing::warn!(
                     error = error.chain(),
                     "the guest's random numbers stay held"

@@ -1,7 +1,7 @@
-//! Holding a replay-friendly guest's random numbers in place while it is recorded, and doing
-//! without them where they would only decide which place of a slab comes first: see
-//! [`introspection::entropy`] and [`introspection::freelists`], and the decisions 0009 and 0016 in
-//! `docs/decisions`.
+//! Taking chance out of a replay-friendly guest while it is recorded: its random numbers are held in
+//! place, its programs take long turns, and no random number decides which place of a slab comes
+//! first. See [`introspection::entropy`], [`introspection::turns`] and [`introspection::freelists`],
+//! and the decisions 0009, 0016 and 0018 in `docs/decisions`.
 //!
 //! It only ever makes replays come closer. Where the guest is no Linux that is understood, the
 //! recording goes on without, and says so.
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use introspection::entropy::{self, Generator};
 use introspection::freelists;
+use introspection::turns::{self, Turns};
 use vm_host::RamMap;
 
 use crate::error::{Error, Result};
@@ -19,27 +20,41 @@ use crate::files::FileLock;
 use crate::local;
 use crate::store::VmDir;
 
-/// A guest whose random numbers are held in place until this is dropped; it may be running then.
+/// A guest that chance is taken out of until this is dropped; it may be running then.
 #[derive(Debug)]
-pub(crate) struct Held(Option<(PathBuf, Generator)>);
+pub(crate) struct Held(Option<(PathBuf, Found)>);
 
-/// Holds them in a VM that stands still, where that can be done. Its slabs are filled in order
-/// from then on, until it boots again.
+/// What of a guest can be held.
+#[derive(Debug)]
+struct Found {
+    generator: Option<Generator>,
+    turns: Option<Turns>,
+}
+
+/// Holds a VM that stands still, where that can be done. Its slabs are filled in order from then
+/// on, until it boots again.
 pub(crate) fn hold(vm: &VmDir) -> Option<Held> {
     let held = || {
         let ram = live_ram(vm)?;
-        let Some(generator) = find(&ram)? else {
+        let found = Found::look(&ram)?;
+        let Some(generator) = found.generator else {
             return Err(Error::Refused(
                 "the guest is no Linux that keeps VMCOREINFO with its symbols, or has not seeded \
                  them yet"
                     .into(),
             ));
         };
+        let words = found.turns.map(|turns| turns.hold());
+        // From here on it is let go if anything fails.
+        let held = Held(Some((ram.clone(), found)));
         write(&ram, generator.hold())?;
-        let held = Held(Some((ram.clone(), generator)));
+        for word in words.into_iter().flatten() {
+            write(&ram, word)?;
+        }
         let orders = random_orders(&ram)?;
         tracing::debug!(
             caches = orders.len(),
+            turns = words.is_some(),
             "slabs are filled in order from now on"
         );
         for order in orders {
@@ -72,32 +87,50 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if let Some((ram, generator)) = self.0.take()
-            && let Err(error) = write(&ram, generator.release())
+        if let Some((ram, found)) = self.0.take()
+            && let Err(error) = found.release(&ram)
         {
             tracing::warn!(
                 error = error.chain(),
-                "the guest's random numbers stay held until it is recorded again, or moves"
+                "the guest's random numbers and turns stay held until it is recorded again, or \
+                 moves"
             );
         }
     }
 }
 
-/// Lets them go in a VM that came from another site, or whose recorder is gone. It may be
-/// running: the kernel's tables that are read don't change.
+impl Found {
+    fn look(ram: &Path) -> Result<Self> {
+        let map = RamMap::open(ram).map_err(Error::host("cannot read the guest's RAM"))?;
+        Ok(Self {
+            generator: entropy::find(&map),
+            turns: turns::find(&map),
+        })
+    }
+
+    fn release(&self, ram: &Path) -> Result<()> {
+        if let Some(generator) = &self.generator {
+            write(ram, generator.release())?;
+        }
+        for word in self.turns.iter().flat_map(Turns::release) {
+            write(ram, word)?;
+        }
+        Ok(())
+    }
+}
+
+/// Lets go of a VM that came from another site, or whose recorder is gone. It may be running:
+/// the kernel's tables that are read don't change.
 pub(crate) async fn release_unless_recorded(vm: &VmDir) -> Result<()> {
     let vm = vm.clone();
     local::blocking(move || {
         let friendly = vm.record()?.replay_friendly;
-        // Who records holds this lock, and the numbers.
+        // Who records holds this lock, and the guest.
         let Some(_recording) = (if friendly { recording_lock(&vm)? } else { None }) else {
             return Ok(());
         };
         let ram = live_ram(&vm)?;
-        match find(&ram)? {
-            Some(generator) => write(&ram, generator.release()),
-            None => Ok(()),
-        }
+        Found::look(&ram)?.release(&ram)
     })
     .await
 }
@@ -111,17 +144,12 @@ fn live_ram(vm: &VmDir) -> Result<PathBuf> {
     Ok(vm.runtime_dir("live")?.join("ram.img"))
 }
 
-fn find(ram: &Path) -> Result<Option<Generator>> {
-    let map = RamMap::open(ram).map_err(Error::host("cannot read the guest's RAM"))?;
-    Ok(entropy::find(&map))
-}
-
 fn random_orders(ram: &Path) -> Result<Vec<usize>> {
     let map = RamMap::open(ram).map_err(Error::host("cannot read the guest's RAM"))?;
     Ok(freelists::random_orders(&map))
 }
 
-fn write(ram: &Path, (offset, bytes): (usize, [u8; 8])) -> Result<()> {
+fn write<const N: usize>(ram: &Path, (offset, bytes): (usize, [u8; N])) -> Result<()> {
     File::options()
         .write(true)
         .open(ram)
