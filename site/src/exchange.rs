@@ -152,7 +152,7 @@ pub(crate) async fn send_images(
 
 /// The images that the target holds as well when it looks this one up: as in
 /// [`crate::work::Work`], where it lists the places.
-fn shared<'a>(
+pub(crate) fn shared<'a>(
     state: &'a State,
     common: &Base,
     kind: ImageKind,

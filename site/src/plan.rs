@@ -1,41 +1,35 @@
 //! Which strategy, and what each would cost.
 //!
-//! The prediction goes the same way as a migration, without a target: pages that differ, found by
-//! hashing, less those that a target finds by itself, times what a sample of them takes in the
-//! real encoder, over the measured line. What a replay leaves over is taken from this
-//! VM's own earlier migrations; a VM without any gets [`RESIDUAL_PRIOR`].
+//! The prediction goes the same way as a migration, without a target: what a target that has not
+//! replayed would lack, as the exchange itself finds it, times what a sample of that takes in
+//! the real encoder, over the measured line ([`predict`]). What a replay would leave over can't
+//! be found out but by replaying; it is expected to be what it was in this VM's own earlier
+//! moves, and before those, what it was over a suite of sessions ([`history`]).
 
-use reconciler::{
-    EncodeOptions, Holdings, ImageTree, Offer, OfferOptions, PageIndex, Place, PlaceKind,
-    ReadPages, References, Salt, SlicePages,
-};
+mod history;
+mod predict;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
-use vm_host::RamMap;
 
-use crate::disks::{self, DiskImage};
 use crate::error::{Error, Result};
-use crate::files;
 use crate::generation::{GenerationId, Manifest};
 use crate::local::{Live, blocking};
-use crate::protocol::{ImageKind, Welcome};
+use crate::protocol::Welcome;
 use crate::recording;
 use crate::report::{MigrationReport, Strategy};
-use crate::state::{Base, tree_of};
+use crate::source::CLOSE;
+use crate::state::{Base, State};
 use crate::store::VmDir;
 use crate::vm::VmRecord;
 
-/// The share of the changed pages' bytes that a replay leaves over, where nothing was measured
-/// yet: 6.9 MiB of 64.8 in the measurements that began this project.
-const RESIDUAL_PRIOR: f64 = 6.9 / 64.8;
+use history::{History, Outcome};
 
-/// Pages compressed to predict what all would compress to.
-const SAMPLE: usize = 512;
-
-/// The line that the sample is compressed for, in bits per second: the level matters little.
-const SAMPLED_LINE: u64 = 100_000_000;
-
-/// For the length of truncated hashes: more pages than a target has to search.
-const SEARCHED: u64 = 1 << 22;
+/// A shorter stand-still is worth no other cost unless it is shorter by so many seconds.
+const WORTH: f64 = 1.0;
 
 /// What can be done with what both sites have.
 #[derive(Clone, Debug)]
@@ -94,6 +88,20 @@ impl Feasible {
     }
 }
 
+/// A site that follows the VM already.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Following {
+    /// What it is called here.
+    pub site: String,
+    /// The generation that it began with; none, before it has begun.
+    pub(crate) base: Option<GenerationId>,
+    /// Records that it has been sent.
+    pub records: u64,
+    /// How long ago that was recorded which it replayed last, in seconds; none, before it has
+    /// said so.
+    pub seconds_behind: Option<f64>,
+}
+
 /// What each strategy would cost.
 #[derive(Clone, Debug, Serialize)]
 pub struct Estimates {
@@ -101,16 +109,34 @@ pub struct Estimates {
     pub bits_per_second: f64,
     /// Per strategy that is possible.
     pub strategies: Vec<Estimate>,
-    /// The one to take: it needs the least time with the guest standing still.
+    /// The one that `auto` takes: it needs the least time with the guest standing still, or
+    /// hardly more than that and less besides. A VM that is followed is always moved by who
+    /// follows it.
     pub choice: Strategy,
+    /// The target follows already: only the tail is left to replay.
+    pub following: Option<Following>,
+    /// What is taken for granted.
+    pub assumed: Assumed,
+}
+
+/// What a prediction rests on that can't be measured before.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Assumed {
+    /// What a replay leaves over of the bytes of `base`, as a share; none where there is no log.
+    pub replay_leaves: Option<f64>,
+    /// Replays of this VM from here that say so; without any, other sessions do.
+    pub replays: usize,
+    /// Seconds of standing still beyond those of sending, as in earlier moves of this VM from
+    /// here. Without any, only sending is counted.
+    pub seconds_besides: Option<f64>,
 }
 
 /// What one strategy would cost.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
     /// Which.
     pub strategy: Strategy,
-    /// Bytes on the line.
+    /// Bytes on the line, but for the device state.
     pub bytes: u64,
     /// Seconds while the guest still runs.
     pub seconds_before: f64,
@@ -125,22 +151,117 @@ impl Estimates {
         let Some(chosen) = of(self.choice) else {
             return String::new();
         };
+        let before = match (&self.following, chosen.seconds_before) {
+            (Some(Following { site, .. }), wait) if wait >= 1.0 => {
+                format!(
+                    "{site} follows already and needs {} to catch up; ",
+                    time(wait)
+                )
+            }
+            (Some(following), _) => format!(
+                "{} follows already, {} behind, and only that tail is left to replay; ",
+                following.site,
+                time(following.seconds_behind.unwrap_or_default())
+            ),
+            (None, wait) if wait >= 1.0 => {
+                format!("{} of replaying while the guest runs on, then ", time(wait))
+            }
+            (None, _) => String::new(),
+        };
         let others: Vec<String> = self
             .strategies
             .iter()
             .filter(|other| other.strategy != self.choice)
-            .map(|other| format!("{} {:.0} s", other.strategy, other.seconds_down))
+            .map(|other| {
+                let after = match other.seconds_before {
+                    wait if wait >= 1.0 => format!(" after {} of replaying", time(wait)),
+                    _ => String::new(),
+                };
+                let (down, bytes) = (time(other.seconds_down), megabytes(other.bytes));
+                format!("{down} and {bytes} with {}{after}", other.strategy)
+            })
             .collect();
         let against = match others.as_slice() {
             [] => "nothing else is possible".to_owned(),
-            others => format!("against {}", others.join(" and ")),
+            others => format!("against {}", others.join(", and ")),
         };
         format!(
-            "strategy {}: the guest stands still for about {:.0} s, {against}, at {:.1} Mbit/s",
+            "strategy {}: {before}the guest stands still for about {} while {} are sent at {:.1} \
+             Mbit/s, {against}",
             self.choice,
-            chosen.seconds_down,
-            self.bits_per_second / 1e6
+            time(chosen.seconds_down),
+            megabytes(chosen.bytes),
+            self.bits_per_second / 1e6,
         )
+    }
+}
+
+impl Assumed {
+    /// What is taken for granted, in a sentence.
+    pub fn said(&self) -> String {
+        let leaves = self.replay_leaves.map(|share| {
+            let seen = match self.replays {
+                0 => "as other sessions did".to_owned(),
+                1 => "as the last replay of this VM from here did".to_owned(),
+                some => format!("as the last {some} replays of this VM from here did"),
+            };
+            format!(
+                "a replay leaves {:.0} % of what base sends, {seen}; ",
+                100.0 * share
+            )
+        });
+        let besides = match self.seconds_besides {
+            Some(seconds) => format!(
+                "standing still takes {} beside sending, as it did before",
+                time(seconds)
+            ),
+            None => "what standing still takes beside sending is not known yet".to_owned(),
+        };
+        format!("assumed: {}{besides}", leaves.unwrap_or_default())
+    }
+}
+
+fn time(seconds: f64) -> String {
+    if seconds < 10.0 {
+        format!("{seconds:.1} s")
+    } else {
+        format!("{seconds:.0} s")
+    }
+}
+
+fn megabytes(bytes: u64) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
+}
+
+/// What of a replay is still to be done before the VM stands still.
+#[derive(Debug, PartialEq)]
+struct Ahead {
+    /// Records of the log that the target lacks.
+    records: usize,
+    /// Seconds of recorded time to replay.
+    seconds: f64,
+}
+
+impl Ahead {
+    /// All of a log that has so many records until that recorded time, or what is left of it
+    /// where the target follows.
+    fn of(records: usize, recorded: Duration, following: Option<&Following>) -> Self {
+        let Some(following) = following.filter(|following| following.base.is_some()) else {
+            return Self {
+                records,
+                seconds: recorded.as_secs_f64(),
+            };
+        };
+        let sent = usize::try_from(following.records).unwrap_or(usize::MAX);
+        Self {
+            records: records.saturating_sub(sent),
+            seconds: match following.seconds_behind {
+                // That much it catches up while the VM stands still and is hashed.
+                Some(behind) if behind <= CLOSE.as_secs_f64() => 0.0,
+                Some(behind) => behind,
+                None => recorded.as_secs_f64(),
+            },
+        }
     }
 }
 
@@ -151,166 +272,135 @@ pub(crate) async fn estimate(
     live: &Live,
     feasible: Feasible,
     rate: f64,
+    following: Option<Following>,
 ) -> Result<Estimates> {
     let (vm, record, live) = (vm.clone(), record.clone(), live.clone());
     blocking(move || {
-        let ram_path = vm.runtime_dir("live")?.join("ram.img");
-        let ram = RamMap::open(&ram_path).map_err(Error::host("cannot read the guest's RAM"))?;
-        let ram_pages = SlicePages(&ram);
-        let ram_tree = tree_of(&ram_pages, "RAM")?;
-        let mut disks = Vec::new();
-        for (index, top) in live.overlay_paths(&vm).iter().enumerate() {
-            let image = DiskImage::open(top)?;
-            let tree = disks::tree_since(&vm, &record, live.generation, index, &image)?;
-            disks.push((image, tree));
-        }
-        let since = |generation: Option<GenerationId>| -> Result<f64> {
-            let base = Base::load(&vm, &record, generation.map(|id| id.number))?;
-            let mut bytes = 0.0;
-            for (index, (image, tree)) in disks.iter().enumerate() {
-                let kind = ImageKind::Disk(index as u8);
-                let base_tree = base.tree(kind)?;
-                bytes +=
-                    base.with_pages(kind, |pages| packed(image, tree, (&base_tree, pages), &[]))?;
+        let ram = vm.runtime_dir("live")?.join("ram.img");
+        let overlays = live.overlay_paths(&vm);
+        let state = State::of_paused(&vm, &record, live.generation, &ram, &overlays, Vec::new())?;
+        let mut known: HashMap<Option<u64>, f64> = HashMap::new();
+        let mut since = |generation: Option<GenerationId>| -> Result<f64> {
+            let number = generation.map(|id| id.number);
+            if let Some(&bytes) = known.get(&number) {
+                return Ok(bytes);
             }
-            let places: Vec<Place<'_>> = disks
-                .iter()
-                .map(|(image, tree)| Place {
-                    kind: PlaceKind::Disk,
-                    tree,
-                    reader: image,
-                })
-                .collect();
-            let base_tree = base.tree(ImageKind::Ram)?;
-            bytes += base.with_pages(ImageKind::Ram, |pages| {
-                packed(&ram_pages, &ram_tree, (&base_tree, pages), &places)
-            })?;
+            let bytes = predict::bytes(&state, &Base::load(&vm, &record, number)?, rate)?;
+            known.insert(number, bytes);
             Ok(bytes)
         };
-        let seconds = |bytes: f64| bytes * 8.0 / rate.max(1.0);
+        let history = past(&vm);
+        let on_line = |bytes: f64| bytes * 8.0 / rate.max(1.0);
+        let besides = history.besides();
+        let down = |bytes: f64| on_line(bytes) + besides.unwrap_or_default();
         let mut strategies = Vec::new();
-        let residual = History::load(&vm)?.residual;
-        if let Some(base) = feasible.replayable {
+        let mut replay_leaves = None;
+        let begun = following.as_ref().and_then(|following| following.base);
+        if let Some(base) = begun.or(feasible.replayable) {
             let records = recording::records_since(&vm, base.number)?;
-            let recorded = records
-                .last()
-                .map_or(0.0, |last| last.at.micros as f64 / 1e6);
-            let log = traces::encode_records(&records)
-                .map_err(Error::log("cannot pack the log"))?
-                .len() as f64;
-            let rest = since(Some(base))? * residual;
+            let recorded = records.last().map_or(0, |last| last.at.micros);
+            let recorded = Duration::from_micros(recorded);
+            let ahead = Ahead::of(records.len(), recorded, following.as_ref());
+            let log = match &records[records.len() - ahead.records..] {
+                [] => 0.0,
+                lacking => traces::encode_records(lacking)
+                    .map_err(Error::log("cannot pack the log"))?
+                    .len() as f64,
+            };
+            let would = since(Some(base))?;
+            let rest = history.left_over(would);
+            replay_leaves = Some(rest / would.max(1.0));
             strategies.push(Estimate {
                 strategy: Strategy::Replay,
                 bytes: (log + rest) as u64,
-                seconds_before: recorded + seconds(log),
-                seconds_down: seconds(rest),
+                seconds_before: ahead.seconds + on_line(log),
+                seconds_down: down(rest),
             });
         }
-        if let Some(base) = feasible.common {
-            let bytes = since(Some(base))?;
+        let others = feasible
+            .common
+            .map(|base| (Strategy::Base, Some(base)))
+            .into_iter()
+            .chain([(Strategy::Full, None)]);
+        for (strategy, base) in others {
+            let bytes = since(base)?;
             strategies.push(Estimate {
-                strategy: Strategy::Base,
+                strategy,
                 bytes: bytes as u64,
                 seconds_before: 0.0,
-                seconds_down: seconds(bytes),
+                seconds_down: down(bytes),
             });
         }
-        let bytes = since(None)?;
-        strategies.push(Estimate {
-            strategy: Strategy::Full,
-            bytes: bytes as u64,
-            seconds_before: 0.0,
-            seconds_down: seconds(bytes),
-        });
-        let choice = strategies
-            .iter()
-            .min_by(|a, b| a.seconds_down.total_cmp(&b.seconds_down))
-            .map_or(Strategy::Full, |least| least.strategy);
+        let choice = match &following {
+            Some(_) => Strategy::Replay,
+            None => choose(&strategies),
+        };
         Ok(Estimates {
             bits_per_second: rate,
             strategies,
             choice,
+            following,
+            assumed: Assumed {
+                replay_leaves,
+                replays: history.replays(),
+                seconds_besides: besides,
+            },
         })
     })
     .await
 }
 
-/// About how many bytes an image takes that is reconciled with a base: what a target would find
-/// by itself is left out, a sample of the rest goes through the real encoder.
-fn packed(
-    image: &dyn ReadPages,
-    tree: &ImageTree,
-    base: (&ImageTree, Option<&dyn ReadPages>),
-    places: &[Place<'_>],
-) -> Result<f64> {
-    let failed = || Error::reconcile("cannot predict what an image takes");
-    let options = OfferOptions {
-        salt: Salt([0; 32]),
-        candidates: SEARCHED,
-        force_bits: None,
-    };
-    let offer = Offer::new(tree, base.0, &options).map_err(failed())?;
-    let holdings = Holdings {
-        base: base.0,
-        base_reader: base.1,
-        current: base.0,
-        places,
-    };
-    let resolution = reconciler::resolve(&offer, &holdings).map_err(failed())?;
-    let answer = resolution.answer(&offer).map_err(failed())?;
-    let lacking = offer.decode_answer(&answer).map_err(failed())?;
-    let hashes = offer.encode().map_err(failed())?.len() + answer.len();
-    if lacking.is_empty() {
-        return Ok(hashes as f64);
-    }
-    let step = lacking.len().div_ceil(SAMPLE);
-    let sample: Vec<PageIndex> = lacking.iter().copied().step_by(step).collect();
-    let options = EncodeOptions::for_line(SAMPLED_LINE);
-    let references = References::base(base.1);
-    let stats = reconciler::encode_pages(image, references, &sample, options, &mut |_| Ok(()))
-        .map_err(failed())?;
-    Ok(hashes as f64 + stats.bytes() as f64 / sample.len() as f64 * lacking.len() as f64)
-}
-
-/// What earlier migrations of a VM have shown.
-#[derive(Debug, Serialize, Deserialize)]
-struct History {
-    /// The share of changed pages that a replay left to send.
-    residual: f64,
-}
-
-impl History {
-    fn load(vm: &VmDir) -> Result<Self> {
-        let path = vm.dir().join("history.json");
-        Ok(files::read_json(&path)?.unwrap_or(Self {
-            residual: RESIDUAL_PRIOR,
-        }))
-    }
-}
-
-/// Learns from a migration that was done.
-pub(crate) fn note_outcome(vm: &VmDir, report: &MigrationReport) -> Result<()> {
-    if report.strategy != Strategy::Replay {
-        return Ok(());
-    }
-    let sent = |recipe: &str| report.pages.ram.get(recipe).copied().unwrap_or(0);
-    let left = sent("literal") + sent("delta");
-    let all: u64 = report
-        .pages
-        .ram
+/// The least time with the guest standing still. What saves less than [`WORTH`] of that does not
+/// decide: then the user is not made to wait before, and then bytes count.
+fn choose(strategies: &[Estimate]) -> Strategy {
+    let down = strategies.iter().map(|estimate| estimate.seconds_down);
+    let most = down.fold(f64::INFINITY, f64::min) + WORTH;
+    strategies
         .iter()
-        // What failed is counted once more as what came of it.
-        .filter(|(recipe, _)| {
-            let other = ["zero", "reverted", "patch_failed", "lines_failed"];
-            !other.contains(&recipe.as_str())
+        .filter(|estimate| estimate.seconds_down <= most)
+        .min_by(|a, b| {
+            a.seconds_before
+                .total_cmp(&b.seconds_before)
+                .then(a.bytes.cmp(&b.bytes))
         })
-        .map(|(_, count)| count)
-        .sum();
-    if all == 0 {
-        return Ok(());
-    }
-    let history = History {
-        residual: left as f64 / all as f64,
-    };
-    files::write_json(&vm.dir().join("history.json"), &history)
+        .map_or(Strategy::Full, |best| best.strategy)
 }
+
+/// What earlier moves took. A file that can't be read hinders no move.
+fn past(vm: &VmDir) -> History {
+    History::load(vm).unwrap_or_else(|error| {
+        tracing::warn!(error = error.chain(), "earlier moves are not counted on");
+        History::default()
+    })
+}
+
+/// What a move was sent and what it was sent against, to learn from it.
+pub(crate) struct Lesson {
+    /// The VM as it left.
+    pub(crate) state: Arc<State>,
+    /// What the target had before.
+    pub(crate) base: Arc<Base>,
+    /// The line, in bits per second.
+    pub(crate) rate: f64,
+}
+
+/// Learns from a migration that was done: after a replay, also what `base` would have sent.
+pub(crate) async fn learn(vm: &VmDir, report: &MigrationReport, lesson: Lesson) -> Result<()> {
+    let (vm, report) = (vm.clone(), report.clone());
+    blocking(move || {
+        let Lesson { state, base, rate } = lesson;
+        let foreseen = match report.strategy {
+            Strategy::Replay => Some(predict::bytes(&state, &base, rate)? as u64),
+            _ => None,
+        };
+        let outcome = Outcome::of(&report, foreseen, rate);
+        tracing::info!(?outcome, "noted");
+        let mut history = past(&vm);
+        history.note(outcome);
+        history.store(&vm)
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests;

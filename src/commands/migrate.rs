@@ -64,7 +64,12 @@ fn show_estimates(estimates: &Estimates) -> String {
             format!("{:.0} s", estimate.seconds_down),
         ]
     }));
-    format!("{}{}", table(&rows), estimates.why())
+    format!(
+        "{}{}\n{}",
+        table(&rows),
+        estimates.why(),
+        estimates.assumed.said()
+    )
 }
 
 fn show_report(report: &MigrationReport, site: &str) -> String {

@@ -20,12 +20,16 @@ use crate::error::{Class, Error, Result};
 use crate::identity::SiteKey;
 use crate::peers::Peer;
 use crate::phase::Phase;
+use crate::plan::Following;
 use crate::progress::Progress;
 use crate::report::MigrationReport;
 use crate::store::VmDir;
 
 /// How long a caller may take to say what it wants.
 const ASK_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a follower may take to say how far it is.
+const TELL_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a follower may take to let go.
 const LEAVE_LIMIT: Duration = Duration::from_secs(30);
@@ -44,6 +48,8 @@ pub(super) enum Request {
         /// Leave it paused there.
         paused: bool,
     },
+    /// Say how far it is; nothing changes.
+    Tell,
     /// End.
     Leave,
 }
@@ -65,6 +71,11 @@ enum Word {
     Failed {
         class: Class,
         said: String,
+    },
+    /// The last word: where it follows, and how far it is.
+    Follows {
+        to: SiteKey,
+        following: Following,
     },
     /// The last word: nobody follows any longer.
     Left,
@@ -156,6 +167,14 @@ impl Caller {
         drop(self.words);
         let _ = self.writing.await;
     }
+
+    /// Tells how far it is, and hangs up.
+    pub(super) async fn tell(self, peer: &Peer, following: Following) {
+        let to = peer.key;
+        let _ = self.words.send(Word::Follows { to, following });
+        drop(self.words);
+        let _ = self.writing.await;
+    }
 }
 
 impl Progress for Caller {
@@ -192,6 +211,37 @@ pub(super) async fn move_followed(
         Word::Failed { class, said } => Err(Error::Follower { class, said }),
         _ => Err(lost(vm)),
     }
+}
+
+/// How far the process is that follows the VM at this site; `None` if there is no such process.
+///
+/// # Errors
+/// As moving it there would: it is followed at another site.
+pub(super) async fn standing(vm: &VmDir, peer: &Peer) -> Result<Option<Following>> {
+    let Some(stream) = call(vm).await? else {
+        return Ok(None);
+    };
+    let never = CancellationToken::new();
+    let told = talk(vm, stream, &Request::Tell, &crate::Silent, &never);
+    match tokio::time::timeout(TELL_LIMIT, told).await {
+        Ok(Ok(Word::Follows { to, following })) if to == peer.key => Ok(Some(following)),
+        Ok(Ok(Word::Follows { following, .. })) => Err(elsewhere(vm, &following.site)),
+        Ok(Err(error)) => Err(error),
+        Ok(Ok(_)) => Err(lost(vm)),
+        Err(_) => Err(Error::Refused(format!(
+            "the process that follows {} still calls its site, or ships the stale copy; try \
+             again when it follows",
+            vm.name()
+        ))),
+    }
+}
+
+/// A VM that is followed at a site is not moved to another.
+pub(super) fn elsewhere(vm: &VmDir, site: &str) -> Error {
+    Error::Refused(format!(
+        "{} is followed at {site}; end that `replay-migrate follow`, or move it there",
+        vm.name()
+    ))
 }
 
 /// Ends the process that follows the VM, if there is one.

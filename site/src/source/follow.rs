@@ -10,14 +10,14 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use traces::Record;
 
-use super::control::{Caller, Control, Request};
+use super::control::{self, Caller, Control, Request};
 use super::opening::{begin, hello, live};
 use super::replay::without_twin;
+use super::standing::{FollowOptions, Followed, Standing};
 use super::twin::Twin;
 use super::{MigrateOptions, Opened, TwinTurn, migrate_from, settle, ship_base};
 use crate::error::{Error, Result};
@@ -29,11 +29,11 @@ use crate::line::Line;
 use crate::local;
 use crate::peers::Peer;
 use crate::phase::Phase;
-use crate::plan::Feasible;
+use crate::plan::{Feasible, Following};
 use crate::progress::Progress;
 use crate::protocol::{Plan, Purpose, ToSource, ToTarget};
 use crate::recording;
-use crate::report::{ByteReport, MigrationReport, Strategy};
+use crate::report::{ByteReport, Strategy};
 use crate::store::VmDir;
 use crate::transport::WireError;
 use crate::vm::{Id, VmRecord};
@@ -50,47 +50,6 @@ const SILENCE: Duration = Duration::from_secs(30);
 
 /// Waits between calls to a target that can't be reached: the first, and the longest.
 const BACK_OFF: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(30)];
-
-/// How to follow.
-#[derive(Clone, Copy, Debug)]
-pub struct FollowOptions {
-    /// Replay here as well, which saves bytes.
-    pub twin: bool,
-}
-
-/// How the target gets on, for who watches.
-#[derive(Clone, Debug, Serialize)]
-#[serde(tag = "following", rename_all = "snake_case")]
-pub enum Standing {
-    /// It follows.
-    Behind {
-        /// Records that it has.
-        records: u64,
-        /// How long ago that was recorded which it replayed last, in seconds.
-        seconds: f64,
-        /// Interactions so far that its screen did not match.
-        missed: u64,
-        /// Bytes sent so far, TLS included.
-        sent: u64,
-    },
-    /// It can't be reached, and is called again.
-    Waiting {
-        /// Why.
-        why: String,
-        /// In so many seconds.
-        seconds: f64,
-    },
-}
-
-/// How following ended.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Followed {
-    /// Somebody wanted it to end: the VM goes on here.
-    Left,
-    /// The VM has moved.
-    Moved(Box<MigrationReport>),
-}
 
 /// Has a site follow a VM that is being recorded, until it has moved there or `stop` is cancelled.
 pub async fn follow(
@@ -230,7 +189,7 @@ impl Follower<'_> {
             });
             tokio::select! {
                 () = self.stop.cancelled() => return Ok(Followed::Left),
-                asked = self.control.asked() => {
+                asked = self.asked() => {
                     let (request, caller) = asked?;
                     if let Request::Leave = request {
                         caller.end(&Ok(None)).await;
@@ -326,7 +285,7 @@ impl Follower<'_> {
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return Ok(Turn::Stop),
-                asked = self.control.asked() => {
+                asked = self.asked() => {
                     let (request, caller) = asked?;
                     return Ok(Turn::Asked(request, caller));
                 }
@@ -362,6 +321,25 @@ impl Follower<'_> {
                     });
                 }
             }
+        }
+    }
+
+    /// What somebody wants done. Who only wants to know how far the target is is told here.
+    async fn asked(&self) -> Result<(Request, Caller)> {
+        loop {
+            match self.control.asked().await? {
+                (Request::Tell, caller) => caller.tell(self.peer, self.following()).await,
+                asked => return Ok(asked),
+            }
+        }
+    }
+
+    fn following(&self) -> Following {
+        Following {
+            site: self.peer.name.to_string(),
+            base: self.base,
+            records: self.sent as u64,
+            seconds_behind: self.behind.map(|behind| behind.as_secs_f64()),
         }
     }
 
@@ -440,11 +418,7 @@ impl Follower<'_> {
             return Ok(Some(Followed::Left));
         };
         if to != self.peer.key {
-            let refused = Error::Refused(format!(
-                "{} is followed at {}; end that `replay-migrate follow`, or move it there",
-                self.vm.name(),
-                self.peer.name
-            ));
+            let refused = control::elsewhere(self.vm, self.peer.name.as_str());
             caller.end(&Err(refused)).await;
             // The standby waits for the next call.
             drop(line);
@@ -477,6 +451,18 @@ impl Follower<'_> {
             twin: TwinTurn::Beside,
             quick: false,
         };
+        caller.note(&match self.behind {
+            Some(behind) => format!(
+                "strategy replay: {} follows already, {:.1} s behind, and only that tail is left \
+                 to replay",
+                self.peer.name,
+                behind.as_secs_f64()
+            ),
+            None => format!(
+                "strategy replay: {} follows already, and has all of the log but its tail",
+                self.peer.name
+            ),
+        });
         let (vm, peer, transfer) = (self.vm, self.peer, self.transfer);
         let gone = caller.gone.clone();
         let moved = migrate_from(vm, peer, transfer, options, Some(opened), &caller, &gone);

@@ -4,12 +4,14 @@
 //! ran. The one moment at which that can't be known is between asking for the commit and hearing
 //! that it was done; [`settle`] clears that up.
 
+mod account;
 mod control;
 mod follow;
 mod hand_over;
 mod opening;
 mod replay;
 mod seed;
+mod standing;
 mod stop;
 mod twin;
 
@@ -27,29 +29,29 @@ use crate::line::{Line, LinkHistory};
 use crate::local::{self, Live};
 use crate::peers::Peer;
 use crate::phase::Phase;
-use crate::plan::{self, Feasible};
+use crate::plan::{self, Feasible, Lesson};
 use crate::progress::Progress;
-use crate::protocol::{CommitRequest, ImageKind, Plan, Purpose, ToSource, ToTarget, Welcome};
-use crate::report::{
-    ByteReport, MigrationReport, PageReports, PhaseClock, ReplaySummary, Roots, Strategy,
-};
+use crate::protocol::{CommitRequest, Plan, Purpose, ToSource, ToTarget, Welcome};
+use crate::report::{ByteReport, MigrationReport, PhaseClock, ReplaySummary, Roots, Strategy};
 use crate::state::{Base, State};
 use crate::store::VmDir;
-use crate::transport::Traffic;
 use crate::vm::{Id, VmRecord};
 use crate::work::Workplace;
 
+use account::{account, finish_traffic, pages};
 use hand_over::{ask_target, keep};
 use opening::{begin, hello};
 use replay::{realign, tell, without_twin};
 use seed::{ship_files, ship_generation};
+pub(crate) use stop::CLOSE;
 use stop::Stopped;
 use twin::Twin;
 
 pub(crate) use follow::clear_following;
-pub use follow::{FollowOptions, Followed, Standing, follow};
+pub use follow::follow;
 pub use hand_over::settle;
 pub use seed::{SeedReport, dry_run, seed};
+pub use standing::{FollowOptions, Followed, Standing};
 
 /// When the source's own replay takes place, see [`twin`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -171,11 +173,16 @@ async fn migrate_from(
     };
     let phase = run.clock.phase();
     let error = match outcome {
-        Some(Ok(report)) => {
-            return Ok(MigrationReport {
+        Some(Ok((report, lesson))) => {
+            let report = MigrationReport {
                 seconds: run.clock.seconds(),
                 ..report
-            });
+            };
+            // The user is at the target already.
+            if let Err(error) = plan::learn(vm, &report, lesson).await {
+                tracing::warn!(error = error.chain(), "what this took was not noted");
+            }
+            return Ok(report);
         }
         Some(Err(error)) => Error::Phase {
             phase,
@@ -237,9 +244,11 @@ struct Prepared {
     line: Line,
     live: Live,
     state: Arc<State>,
+    base_images: Arc<Base>,
     manifest: Manifest,
     strategy: Strategy,
     base: Option<GenerationId>,
+    rate: f64,
     sent: Vec<Sent>,
     bytes: ByteReport,
     verified: Roots,
@@ -268,7 +277,7 @@ impl Migration<'_> {
             strategy
         } else {
             let estimates =
-                plan::estimate(self.vm, self.record, live, feasible.clone(), rate).await?;
+                plan::estimate(self.vm, self.record, live, feasible.clone(), rate, None).await?;
             self.progress.note(&estimates.why());
             estimates.choice
         };
@@ -391,9 +400,11 @@ impl Migration<'_> {
             line,
             live,
             state,
+            base_images,
             manifest,
             strategy,
             base,
+            rate,
             sent,
             bytes,
             verified,
@@ -402,14 +413,16 @@ impl Migration<'_> {
     }
 
     /// The commit, and what comes after it.
-    async fn complete(&mut self, prepared: Prepared) -> Result<MigrationReport> {
+    async fn complete(&mut self, prepared: Prepared) -> Result<(MigrationReport, Lesson)> {
         let Prepared {
             mut line,
             live,
             state,
+            base_images,
             manifest,
             strategy,
             base,
+            rate,
             sent,
             mut bytes,
             verified,
@@ -425,6 +438,11 @@ impl Migration<'_> {
         // here on changes that.
         let generation = manifest.generation;
         warn_unclean(Workplace::Incoming.clear(self.vm).await);
+        let lesson = Lesson {
+            state: state.clone(),
+            base: base_images,
+            rate,
+        };
         if let Err(error) = keep(self.vm, self.qemu, &live, state, manifest).await {
             tracing::warn!(error = error.chain(), "no stale copy was kept here");
         }
@@ -442,12 +460,11 @@ impl Migration<'_> {
             replay,
         };
         let noted = LinkHistory::load(self.vm.store())
-            .and_then(|history| history.note(self.vm.store(), self.peer, &sent))
-            .and_then(|()| plan::note_outcome(self.vm, &report));
+            .and_then(|history| history.note(self.vm.store(), self.peer, &sent));
         if let Err(error) = noted {
-            tracing::warn!(error = error.chain(), "what this took was not noted");
+            tracing::warn!(error = error.chain(), "the line's rate was not noted");
         }
-        Ok(report)
+        Ok((report, lesson))
     }
 
     /// Has the target go on with the VM, which is its own by now.
@@ -520,35 +537,4 @@ async fn ship_base(
         ship_generation(line, vm, record, base.number, welcome, rate, progress).await?;
     }
     Ok(traffic.sent() - before)
-}
-
-fn account(bytes: &mut ByteReport, sent: &[Sent]) {
-    for image in sent {
-        bytes.hashes += image.hashes;
-        match image.kind {
-            ImageKind::Device => bytes.device += image.payload,
-            ImageKind::Disk(_) => bytes.disk += image.payload,
-            ImageKind::Ram => bytes.ram += image.payload,
-        }
-    }
-}
-
-fn finish_traffic(bytes: &mut ByteReport, traffic: &Traffic) {
-    bytes.sent += traffic.sent();
-    bytes.received += traffic.received();
-}
-
-fn pages(sent: &[Sent]) -> PageReports {
-    let mut reports = PageReports::default();
-    for image in sent {
-        let report = match image.kind {
-            ImageKind::Device => &mut reports.device,
-            ImageKind::Disk(_) => &mut reports.disk,
-            ImageKind::Ram => &mut reports.ram,
-        };
-        for (recipe, count) in &image.outcome.pages {
-            *report.entry(recipe.clone()).or_default() += count;
-        }
-    }
-    reports
 }

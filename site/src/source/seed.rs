@@ -18,9 +18,10 @@ use crate::state::{Base, State};
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
 
+use super::account::{account, finish_traffic};
+use super::control;
 use super::hand_over::settle;
 use super::opening::{begin, hello, live};
-use super::{account, finish_traffic};
 
 pub(super) async fn ship_files(
     line: &mut Line,
@@ -149,12 +150,17 @@ pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Se
     })
 }
 
-/// Predicts what each strategy would cost, and changes nothing.
+/// Predicts what each strategy would cost, and changes nothing: also a site that follows goes on
+/// as it did.
+///
+/// # Errors
+/// As those of a migration without a chosen strategy that would be refused.
 pub async fn dry_run(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Estimates> {
     settle(vm).await?;
     let record = vm.record()?;
     let fence = local::require_lease(vm)?;
     local::attach_running(vm).await?;
+    let following = control::standing(vm, peer).await?;
     progress.phase(Phase::Hello);
     let mut line = Line::connect(vm.store(), peer).await?;
     let next = local::next_generation(vm)?;
@@ -172,5 +178,5 @@ pub async fn dry_run(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result
     progress.phase(Phase::Plan);
     let live = live(vm)?;
     let feasible = Feasible::of(vm, &live, &welcome)?;
-    plan::estimate(vm, &record, &live, feasible, rate).await
+    plan::estimate(vm, &record, &live, feasible, rate, following).await
 }

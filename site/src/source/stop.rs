@@ -20,7 +20,7 @@ use crate::report::ReplaySummary;
 use crate::state::State;
 
 /// A standby that is further behind than this catches up while the VM still runs.
-const CLOSE: Duration = Duration::from_secs(4);
+pub(crate) const CLOSE: Duration = Duration::from_secs(4);
 
 /// What there is once the VM stands still.
 pub(super) struct Stopped {
