@@ -246,6 +246,11 @@ impl Fork {
         }
     }
 
+    /// QEMU's process number.
+    pub(crate) fn pid(&self) -> u32 {
+        self.qemu.pid()
+    }
+
     fn lost() -> Error {
         Error::Refused("the replay has ended before its time; start it again".into())
     }

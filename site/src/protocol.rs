@@ -56,7 +56,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::generation::{GenerationId, Manifest};
 use crate::phase::Phase;
-use crate::report::{ReplaySummary, Strategy};
+use crate::report::{ReplaySummary, StandbyCost, Strategy};
 use crate::vm::{BaseFile, FileHash, Id, VmName, VmRecord};
 
 /// From the source of a VM.
@@ -157,6 +157,8 @@ pub enum ToSource {
         at: u64,
         /// Interactions so far that the screen did not match.
         missed: u64,
+        /// What that costs so far, if it can be measured there.
+        cost: Option<StandbyCost>,
     },
     /// Part of [`reconciler`]'s answer to an offer: what is lacking.
     Lacks(BlobPart),

@@ -119,6 +119,36 @@ pub struct ReplaySummary {
     pub diverged: Option<String>,
     /// Interactions that it was not given because of that.
     pub skipped: u64,
+    /// What it cost the target until then, if it followed the user there.
+    pub standby: Option<StandbyCost>,
+}
+
+/// What a site pays for following a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StandbyCost {
+    /// How long its replay has lived.
+    pub seconds: f64,
+    /// Processor time that its QEMU has used, user and system.
+    pub qemu_cpu_seconds: f64,
+    /// Processor time that its agent has used meanwhile, for whatever it did.
+    pub agent_cpu_seconds: f64,
+    /// Memory of QEMU's process that it shares with nobody, the guest's RAM not counted.
+    pub process_bytes: u64,
+    /// Memory that the guest's RAM takes.
+    pub ram_bytes: u64,
+}
+
+impl StandbyCost {
+    /// Processor time of QEMU and the agent, in percent of one processor.
+    pub fn cpu_percent(&self) -> f64 {
+        let used = self.qemu_cpu_seconds + self.agent_cpu_seconds;
+        100.0 * used / self.seconds.max(0.01)
+    }
+
+    /// Memory in all, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.process_bytes.saturating_add(self.ram_bytes)
+    }
 }
 
 impl ReplaySummary {
@@ -132,6 +162,7 @@ impl ReplaySummary {
             came_to_rest: report.came_to_rest,
             diverged: report.diverged.as_ref().map(ToString::to_string),
             skipped: report.skipped as u64,
+            standby: None,
         }
     }
 }

@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use site::Store;
+use site::report::StandbyCost;
 use site::source::{self, FollowOptions, Followed, Standing};
 use tokio_util::sync::CancellationToken;
 
@@ -45,10 +46,16 @@ pub(crate) async fn run(
             "{} is not followed any more; {name} goes on here",
             peer.name
         ),
-        Followed::Moved(report) => format!(
-            "{name} has moved to {}: generation {}, verified",
-            peer.name, report.generation_to
-        ),
+        Followed::Moved(report) => {
+            let replay = report.replay.as_ref();
+            let cost = replay.and_then(|replay| replay.standby.as_ref());
+            format!(
+                "{name} has moved to {}: generation {}, verified{}",
+                peer.name,
+                report.generation_to,
+                cost.map(told_cost).unwrap_or_default()
+            )
+        }
     })
 }
 
@@ -77,6 +84,16 @@ impl Told {
     }
 }
 
+/// Processor time and memory that following takes there.
+fn told_cost(cost: &StandbyCost) -> String {
+    format!(
+        "; it took {:.0} % of a processor there over {:.0} s, and {} of memory",
+        cost.cpu_percent(),
+        cost.seconds,
+        bytes(cost.memory_bytes())
+    )
+}
+
 fn describe(standing: &Standing) -> String {
     match standing {
         Standing::Behind {
@@ -84,9 +101,11 @@ fn describe(standing: &Standing) -> String {
             seconds,
             missed,
             sent,
+            cost,
         } => format!(
-            "follows, {seconds:.1} s behind, {records} records, {missed} misses, {} sent",
-            bytes(*sent)
+            "follows, {seconds:.1} s behind, {records} records, {missed} misses, {} sent{}",
+            bytes(*sent),
+            cost.as_ref().map(told_cost).unwrap_or_default()
         ),
         Standing::Waiting { why, seconds } => {
             format!("cannot be reached ({why}); calling again in {seconds:.1} s")

@@ -303,8 +303,10 @@ impl Follower<'_> {
                 }
                 word = line.recv(Phase::Replay) => {
                     heard = Instant::now();
-                    let (records, at, missed) = match word? {
-                        ToSource::Following { records, at, missed } => (records, at, missed),
+                    let (records, at, missed, cost) = match word? {
+                        ToSource::Following { records, at, missed, cost } => {
+                            (records, at, missed, cost)
+                        }
                         // It has what was sent last.
                         ToSource::Probed => continue,
                         _ => {
@@ -318,6 +320,7 @@ impl Follower<'_> {
                         seconds: behind.as_secs_f64(),
                         missed,
                         sent: self.bytes.sent + line.traffic().sent(),
+                        cost,
                     });
                 }
             }

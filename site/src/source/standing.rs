@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::report::MigrationReport;
+use crate::report::{MigrationReport, StandbyCost};
 
 /// How to follow.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +25,8 @@ pub enum Standing {
         missed: u64,
         /// Bytes sent so far, TLS included.
         sent: u64,
+        /// What it costs the target, if that is known there.
+        cost: Option<StandbyCost>,
     },
     /// It can't be reached, and is called again.
     Waiting {

@@ -5,6 +5,7 @@
 
 mod check;
 mod commit;
+mod cost;
 mod receive;
 mod replay;
 mod standby;
@@ -28,6 +29,7 @@ use crate::store::{Store, VmDir};
 use crate::work::{Received, Work, Workplace};
 
 use check::check_host;
+use cost::Meter;
 use receive::{receive_file, receive_layout, receive_log, receive_rearrangement};
 
 pub(crate) use standby::Standbys;
@@ -128,6 +130,8 @@ struct Session {
     following: Option<u64>,
     /// The recorded times of the pieces that it has not played yet.
     pieces: VecDeque<GuestTime>,
+    /// Measures what following costs.
+    meter: Option<Meter>,
     committed: bool,
     /// Another call takes the place of this one.
     superseded: CancellationToken,
@@ -151,6 +155,7 @@ impl Session {
             fork: None,
             following: None,
             pieces: VecDeque::new(),
+            meter: None,
             committed: false,
             superseded: CancellationToken::new(),
             hello: hello.clone(),

@@ -7,6 +7,7 @@ use replayer::Options;
 use traces::{GuestTime, Record};
 
 use super::Session;
+use super::cost::Meter;
 use super::receive::LOG_LIMITS;
 use crate::error::{Error, Result};
 use crate::fork::{Fork, ForkFiles, Played, following_from, pace_of};
@@ -14,6 +15,7 @@ use crate::line::TargetLine;
 use crate::phase::Phase;
 use crate::protocol::{ToSource, ToTarget};
 use crate::report::ReplaySummary;
+use crate::work::Work;
 
 /// A source that is followed says something at least so often; after this it can't be heard any
 /// more.
@@ -47,7 +49,10 @@ impl Session {
     pub(super) async fn follow(&mut self, records: Vec<Record>, at: GuestTime) -> Result<()> {
         if self.fork.is_none() {
             let (options, since) = (following_from(&records, at), Instant::now());
-            self.fork = Some(self.start_fork(options, Some(since)).await?);
+            let fork = self.start_fork(options, Some(since)).await?;
+            let ram = self.work.as_ref().map(Work::ram_path).unwrap_or_default();
+            self.meter = measured(Meter::start(fork.pid(), ram, since));
+            self.fork = Some(fork);
         }
         let count = records.len() as u64;
         let all = self.following.unwrap_or_default() + count;
@@ -91,10 +96,15 @@ impl Session {
             let Some(at) = self.pieces.pop_front() else {
                 return Err(self.out_of_place("a piece of the log"));
             };
+            let cost = match self.meter.as_mut() {
+                Some(meter) => measured(meter.look().await),
+                None => None,
+            };
             line.send(ToSource::Following {
                 records: self.following.unwrap_or_default(),
                 at: at.micros,
                 missed: report.missed.len() as u64,
+                cost,
             })
             .await?;
             line.flush().await?;
@@ -119,7 +129,12 @@ impl Session {
             }
         };
         self.pieces.clear();
-        Ok(caught_up)
+        // The user waits: memory is as it was some seconds ago.
+        let cost = self.meter.as_ref().map(Meter::glance);
+        Ok(ReplaySummary {
+            standby: cost.and_then(measured),
+            ..caught_up
+        })
     }
 
     /// Replays one piece of the log, and what was queued before it, to the end, and tells the
@@ -163,4 +178,16 @@ impl Session {
             }
         }
     }
+}
+
+/// What it costs is good to know, and no condition.
+fn measured<T>(outcome: Result<T>) -> Option<T> {
+    outcome
+        .map_err(|error| {
+            tracing::warn!(
+                error = error.chain(),
+                "what following costs can't be measured"
+            );
+        })
+        .ok()
 }
