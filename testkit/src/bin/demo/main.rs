@@ -195,7 +195,9 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
     alive(&sites.d, &out).await?;
 
     let session_seconds = played.time.as_secs_f64();
+    let standby = standby(&reports["replay"]);
     let report = json!({
+        "standby": standby,
         "strategies": reports,
         "identical": identical,
         "log_bytes": recorded["log_bytes"],
@@ -209,6 +211,9 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
         "log: {} bytes for {session_seconds:.0} s of work",
         recorded["log_bytes"].as_u64().unwrap_or_default()
     );
+    if let Some(told) = tell_standby(&report["standby"]) {
+        println!("{told}");
+    }
     println!(
         "all images compared byte by byte from outside: {}",
         if identical { "identical" } else { "DIFFERENT" }
@@ -333,6 +338,42 @@ fn tell_session(played: &Played) {
     }
 }
 
+/// What following cost B, from the report of the move; nothing where it did not follow.
+fn standby(replay: &Value) -> Value {
+    let cost = &replay["replay"]["standby"];
+    let part = |name: &str| cost[name].as_f64();
+    let (Some(seconds), Some(qemu), Some(agent), Some(process), Some(ram)) = (
+        part("seconds").filter(|seconds| *seconds > 0.0),
+        part("qemu_cpu_seconds"),
+        part("agent_cpu_seconds"),
+        part("process_bytes"),
+        part("ram_bytes"),
+    ) else {
+        return Value::Null;
+    };
+    let mebi = f64::from(1 << 20);
+    json!({
+        "cpu_percent": 100.0 * (qemu + agent) / seconds,
+        "of_it_agent_percent": 100.0 * agent / seconds,
+        "memory_mib": (process + ram) / mebi,
+        "of_it_guest_ram_mib": ram / mebi,
+        "seconds": seconds,
+    })
+}
+
+fn tell_standby(standby: &Value) -> Option<String> {
+    let part = |name: &str| standby[name].as_f64();
+    Some(format!(
+        "following took B {:.0} % of a processor ({:.0} % its agent's) over {:.0} s, and {:.0} MiB \
+         of memory ({:.0} MiB the guest's RAM)",
+        part("cpu_percent")?,
+        part("of_it_agent_percent")?,
+        part("seconds")?,
+        part("memory_mib")?,
+        part("of_it_guest_ram_mib")?,
+    ))
+}
+
 fn cost_table(report: &Value) -> String {
     let bytes = |strategy: &str| {
         let bytes = &report["strategies"][strategy]["bytes"];
@@ -362,4 +403,36 @@ fn cost_table(report: &Value) -> String {
         share("full")
     );
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_following_cost_is_told() {
+        let report = json!({"replay": {"standby": {
+            "seconds": 100.0,
+            "qemu_cpu_seconds": 38.0,
+            "agent_cpu_seconds": 4.0,
+            "process_bytes": 100 << 20,
+            "ram_bytes": 700 << 20,
+        }}});
+        let cost = standby(&report);
+        assert_eq!(cost["cpu_percent"], 42.0);
+        assert_eq!(cost["memory_mib"], 800.0);
+        assert_eq!(
+            tell_standby(&cost).unwrap(),
+            "following took B 42 % of a processor (4 % its agent's) over 100 s, and 800 MiB of \
+             memory (700 MiB the guest's RAM)"
+        );
+    }
+
+    #[test]
+    fn nothing_is_told_where_nobody_followed() {
+        for report in [json!({"replay": {"standby": null}}), json!({})] {
+            assert_eq!(standby(&report), Value::Null);
+            assert_eq!(tell_standby(&standby(&report)), None);
+        }
+    }
 }
