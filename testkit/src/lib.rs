@@ -1,9 +1,11 @@
 //! What end-to-end tests, benchmarks and the demonstration are made of, and no user needs.
 //!
+//! - [`ablation`]: what replays of the suite are worth, as a table and a plot.
 //! - [`link`]: a thin line, as a TCP proxy.
 //! - [`robot`]: a person at a VNC viewer; [`session`]: what that person does.
 //! - [`site`]: sites, driven through the command line.
 
+pub mod ablation;
 pub mod link;
 pub mod robot;
 pub mod session;
