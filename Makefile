@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo capture bench-stages bench-reconcile bench-viewer fmt lint clean
+.PHONY: help setup build test demo capture bench-replay bench-stages bench-reconcile bench-viewer fmt lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,11 @@ demo: setup build ## a desktop roams between two sites; writes target/demo/repor
 capture: setup build ## a session recorded anew, its states kept: SESSION=demo OUT=target/capture
 	$(CARGO) run --release --locked --package testkit --bin session -- --replay-friendly \
 		--session $(or $(SESSION),demo) --out $(or $(OUT),target/capture)
+
+# Hours for all of it; what is measured already is kept, so that it can be interrupted. ABLATION takes
+# options: ABLATION="--workloads files,writing --guests friendly --networks off".
+bench-replay: setup build ## how far replays diverge: the suite, quick or not, friendly or not, with a network or not
+	$(CARGO) run --release --locked --package testkit --bin ablation -- $(ABLATION)
 
 bench-stages: ## the reconciler's stages on synthetic guests: hashing, resolving, encoding, applying
 	$(CARGO) bench --locked --package reconciler

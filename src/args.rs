@@ -120,6 +120,12 @@ pub(crate) enum BenchCommand {
         #[arg(long, value_parser = benches::codec_of, value_name = "CODEC",
               default_values = ["zstd:3", "lzma:fast"])]
         codec: Vec<benches::Codec>,
+        /// What the target's replay left: a folder of the capture, or of another one
+        #[arg(long, value_name = "STATE", default_value = "replayed")]
+        replayed: PathBuf,
+        /// What the source's own replay left
+        #[arg(long, value_name = "STATE", default_value = "twin")]
+        twin: PathBuf,
     },
 }
 
@@ -161,9 +167,12 @@ pub(crate) struct CaptureArgs {
     /// In the replays think time ends as soon as the guest is ready for what comes next
     #[arg(long)]
     pub quick: bool,
-    /// Replay once only: no `twin`
-    #[arg(long)]
-    pub no_twin: bool,
+    /// Replay it so many times: `replayed`, `twin`, `replayed-3` and so on
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(..=99))]
+    pub replays: u8,
+    /// And so many times quickly: `quick-1` and so on
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=99))]
+    pub quick_replays: u8,
 }
 
 #[derive(Debug, Subcommand)]
@@ -210,7 +219,7 @@ pub(crate) enum VmCommand {
         /// Restore it, but do not let it run yet
         #[arg(long)]
         paused: bool,
-        /// Wait until its desktop is up
+        /// Wait until its desktop is up, if it boots
         #[arg(long)]
         wait: bool,
         /// How QEMU runs the guest
@@ -282,9 +291,12 @@ pub(crate) struct CreateArgs {
     /// Virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) cpus: u8,
+    /// No network card
+    #[arg(long)]
+    pub(crate) no_network: bool,
     /// Take chance out of a Linux guest that boots a kernel: no address-space randomisation for
     /// its programs, kernel objects in order once it is recorded (defences less), freed memory
-    /// zeroed
+    /// zeroed; while it is recorded, programs take longer turns
     #[arg(long)]
     pub(crate) replay_friendly: bool,
     /// The line on the guest's serial port that says that its desktop is up

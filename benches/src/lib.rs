@@ -18,6 +18,7 @@
 //! Not promised: seconds that hold on another machine, or beside other work.
 
 mod deltas;
+mod diverged;
 mod error;
 mod measure;
 mod memory;
@@ -25,6 +26,7 @@ mod report;
 mod states;
 
 pub use deltas::DeltaRow;
+pub use diverged::Diverged;
 pub use error::Error;
 pub use measure::{Options, reconcile};
 pub use reconciler::Codec;

@@ -1,6 +1,6 @@
 //! Runs the strategies.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use introspection::{Linux, Physical, address_spaces};
@@ -12,6 +12,7 @@ use reconciler::{
 };
 
 use crate::deltas::{self, DeltaRow};
+use crate::diverged::Diverged;
 use crate::error::{Error, Result};
 use crate::memory::peak;
 use crate::report::{Bytes, Report, Row, Seconds, Strategy, name_of};
@@ -30,6 +31,10 @@ pub struct Options {
     /// Which codecs. `full` has only the first, unless it is asked for: LZMA takes minutes for a
     /// whole disk.
     pub codecs: Vec<Codec>,
+    /// The state that the target's replay left: a folder in the capture's, or elsewhere.
+    pub replayed: PathBuf,
+    /// What the source's own left.
+    pub twin: PathBuf,
 }
 
 /// Measures a capture; `on_row` hears each result as it comes.
@@ -48,10 +53,11 @@ pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) ->
             });
         }
     }
+    let (replayed_dir, twin_dir) = (dir.join(&options.replayed), dir.join(&options.twin));
     let has = |strategy: &Strategy| match strategy {
         Strategy::Full | Strategy::Base => true,
-        Strategy::Replay => dir.join("replayed").is_dir(),
-        Strategy::Twin => dir.join("replayed").is_dir() && dir.join("twin").is_dir(),
+        Strategy::Replay => replayed_dir.is_dir(),
+        Strategy::Twin => replayed_dir.is_dir() && twin_dir.is_dir(),
     };
     let strategies: Vec<Strategy> = if options.strategies.is_empty() {
         Strategy::ALL.into_iter().filter(has).collect()
@@ -64,13 +70,18 @@ pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) ->
             strategy: without.name(),
         });
     }
-    let open = |name: &str| State::open(&dir.join(name));
-    let (base, source) = (open("base")?, open("source")?);
+    let (base, source) = (
+        State::open(&dir.join("base"))?,
+        State::open(&dir.join("source"))?,
+    );
     let replays = |strategy: &&Strategy| matches!(**strategy, Strategy::Replay | Strategy::Twin);
     let replayed = match strategies.iter().find(replays) {
-        Some(_) => Some(open("replayed")?),
+        Some(_) => Some(State::open(&replayed_dir)?),
         None => None,
     };
+    let diverged = replayed
+        .as_ref()
+        .map(|replayed| Diverged::between(&source, replayed));
     let mut rows = Vec::new();
     let deltas = if strategies.contains(&Strategy::Base) {
         tell_deltas(&source, &base)?
@@ -85,7 +96,7 @@ pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) ->
         };
         let realigned = match (strategy, begins) {
             (Strategy::Twin, Some(begins)) => {
-                Some(Told::new(&source, base, begins, open("twin")?)?)
+                Some(Told::new(&source, base, begins, State::open(&twin_dir)?)?)
             }
             _ => None,
         };
@@ -107,7 +118,11 @@ pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) ->
             })?;
         }
     }
-    Ok(Report { rows, deltas })
+    Ok(Report {
+        rows,
+        deltas,
+        diverged,
+    })
 }
 
 /// Every delta codec on every image, as against a target that has the base.

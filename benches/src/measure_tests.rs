@@ -17,6 +17,8 @@ fn options(strategies: &[Strategy]) -> Options {
     Options {
         strategies: strategies.to_vec(),
         codecs: vec![codec_of("zstd:3").unwrap(), codec_of("lzma:fast").unwrap()],
+        replayed: "replayed".into(),
+        twin: "twin".into(),
     }
 }
 

@@ -6,6 +6,7 @@ use reconciler::{Codec, Effort, PageCounts, Stats};
 use serde::Serialize;
 
 use crate::deltas::DeltaRow;
+use crate::diverged::Diverged;
 
 /// A way of moving a state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -143,6 +144,8 @@ pub struct Report {
     pub rows: Vec<Row>,
     /// One for each delta codec and image, if `base` was measured.
     pub deltas: Vec<DeltaRow>,
+    /// How far the target's replay is from the source's state, if there is one.
+    pub diverged: Option<Diverged>,
 }
 
 impl Row {

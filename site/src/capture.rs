@@ -1,7 +1,8 @@
 //! A capture: the states of a session as plain images, for benchmarks and for research.
 //!
 //! `base` is the generation that the log continues, `source` the VM as it stands when it is asked
-//! for, `replayed` and `twin` what two replays of the log make of the base. What a way of
+//! for, `replayed` and `twin` what two replays of the log make of the base; `replayed-3` and so on
+//! where more were asked for, and `quick-1` and so on what quick ones do. What a way of
 //! reconciling is worth can be judged on these in seconds.
 
 use std::fs::{self, File};
@@ -42,8 +43,28 @@ pub struct CaptureOptions {
     pub speed: f64,
     /// Whether they are waited out.
     pub pace: Pace,
-    /// Replay twice: the second stands for the source's own replay.
-    pub twin: bool,
+    /// How often it is replayed so: the second stands for the source's own replay.
+    pub replays: u8,
+    /// How often it is replayed quickly besides.
+    pub quick_replays: u8,
+}
+
+impl CaptureOptions {
+    /// The replays: the folder of what each leaves, and its pace.
+    fn all(&self) -> impl Iterator<Item = (String, Pace)> {
+        let plain = (1..=self.replays).map(|number| {
+            let name = match number {
+                1 => "replayed".to_owned(),
+                2 => "twin".to_owned(),
+                more => format!("replayed-{more}"),
+            };
+            (name, self.pace.clone())
+        });
+        let at_most = (self.speed > 1.0).then_some(self.speed);
+        let quick = (1..=self.quick_replays)
+            .map(move |number| (format!("quick-{number}"), Pace::quick(at_most)));
+        plain.chain(quick)
+    }
 }
 
 /// `capture.json`: what is in the folder.
@@ -63,8 +84,18 @@ pub struct Capture {
     pub micros: u64,
     /// Events and anchors in the log.
     pub records: usize,
-    /// How each replay went.
-    pub replays: Vec<ReplaySummary>,
+    /// The replays, in the order in which they were made.
+    pub replays: Vec<CapturedReplay>,
+}
+
+/// A replay of a captured session.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CapturedReplay {
+    /// The folder with what it left.
+    pub state: String,
+    /// How it went.
+    #[serde(flatten)]
+    pub summary: ReplaySummary,
 }
 
 impl Capture {
@@ -138,17 +169,27 @@ async fn capture_into(
         .or_else(|| records.last().map(|last| last.at))
         .unwrap_or_default();
     let mut replays = Vec::new();
-    for name in ["replayed", "twin"]
-        .into_iter()
-        .take(1 + usize::from(options.twin))
-    {
-        let into = options.out.join(name);
-        let replayed = replay(
-            vm, record, generation, &records, until, options, progress, &into,
-        );
-        let replayed = replayed.await;
+    let past = Past {
+        generation,
+        records,
+        until,
+    };
+    for (state, pace) in options.all() {
+        let playing = replayer::Options {
+            speed: match pace {
+                Pace::Recorded => options.speed,
+                _ => 1.0,
+            },
+            pace,
+            ..replayer::Options::default()
+        };
+        let into = options.out.join(&state);
+        let replayed = replay(vm, record, &past, playing, progress, &into).await;
         Workplace::Incoming.clear(vm).await?;
-        replays.push(replayed?);
+        replays.push(CapturedReplay {
+            state,
+            summary: replayed?,
+        });
     }
     let capture = Capture {
         version: Capture::VERSION,
@@ -157,7 +198,7 @@ async fn capture_into(
         append: record.boot.as_ref().map(|boot| boot.append.clone()),
         generation,
         micros: until.micros,
-        records: records.len(),
+        records: past.records.len(),
         replays,
     };
     files::write_json(&options.out.join("capture.json"), &capture)?;
@@ -187,15 +228,21 @@ async fn copy_generation(vm: &VmDir, number: u64, into: &Path) -> Result<()> {
     copy_state(files.ram(), disks.collect(), files.load_device()?, into).await
 }
 
-/// Replays the log on a fork that goes on for as long as the source did.
-#[allow(clippy::too_many_arguments)]
+/// What was recorded.
+struct Past {
+    /// On top of this generation.
+    generation: u64,
+    records: Vec<Record>,
+    /// When the VM was copied.
+    until: GuestTime,
+}
+
+/// Replays the log on a fork; one that waits as the user did goes on for as long as the source.
 async fn replay(
     vm: &VmDir,
     record: &VmRecord,
-    generation: u64,
-    records: &[Record],
-    until: GuestTime,
-    options: &CaptureOptions,
+    past: &Past,
+    playing: replayer::Options,
     progress: &dyn Progress,
     into: &Path,
 ) -> Result<ReplaySummary> {
@@ -205,7 +252,7 @@ async fn replay(
         record,
         Workplace::Incoming,
         Id::random()?,
-        Some(generation),
+        Some(past.generation),
     )
     .await?;
     let files = ForkFiles {
@@ -213,14 +260,10 @@ async fn replay(
         disks: work.disk_paths(),
         device: work.device().to_vec(),
     };
-    let playing = replayer::Options {
-        speed: options.speed,
-        pace: options.pace.clone(),
-        ..replayer::Options::default()
-    };
+    let as_recorded = playing.speed <= 1.0 && playing.pace == Pace::Recorded;
     let mut fork = Fork::start(vm, record, files, playing, None).await?;
     let played = async {
-        fork.play(records.to_vec())?;
+        fork.play(past.records.clone())?;
         while let Played::Progress(so_far) = fork.played().await? {
             progress.advance(
                 Phase::Replay,
@@ -228,10 +271,10 @@ async fn replay(
                 Some(so_far.of_recorded.as_millis() as u64),
             );
         }
-        if options.speed > 1.0 || options.pace != Pace::Recorded {
-            fork.settle()?;
+        if as_recorded {
+            fork.idle(past.until, IDLE_LIMIT)?;
         } else {
-            fork.idle(until, IDLE_LIMIT)?;
+            fork.settle()?;
         }
         Ok(ReplaySummary::of(&fork.done().await?))
     };

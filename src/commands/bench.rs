@@ -11,10 +11,14 @@ pub(crate) async fn run(command: BenchCommand, output: &Output) -> anyhow::Resul
         capture,
         strategy,
         codec,
+        replayed,
+        twin,
     } = command;
     let options = Options {
         strategies: strategy.into_iter().map(strategy_of).collect(),
         codecs: codec,
+        replayed,
+        twin,
     };
     // Rows come as they are measured; the table that is the result stands by itself.
     let (rows, mut heard) = tokio::sync::mpsc::unbounded_channel();
@@ -38,6 +42,9 @@ fn table(report: &Report) -> String {
     if !report.deltas.is_empty() {
         lines.extend([String::new(), DeltaRow::heads()]);
         lines.extend(report.deltas.iter().map(DeltaRow::line));
+    }
+    if let Some(diverged) = &report.diverged {
+        lines.extend([String::new(), diverged.to_string()]);
     }
     lines.join("\n")
 }

@@ -13,7 +13,8 @@ pub(crate) async fn run(vm: &VmDir, args: CaptureArgs, output: &Output) -> anyho
         out: args.out,
         speed,
         pace,
-        twin: !args.no_twin,
+        replays: args.replays,
+        quick_replays: args.quick_replays,
     };
     let progress = output.progress();
     let captured = capture(vm, &options, progress.as_ref()).await?;

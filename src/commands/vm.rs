@@ -26,8 +26,10 @@ pub(crate) async fn run(store: &Store, command: VmCommand, output: &Output) -> a
             accel,
         } => {
             let vm = name(&vm)?;
+            // One that is restored does not say again what it said when it booted.
+            let boots = local::will_boot(&vm)?;
             let qemu = local::start(&vm, accelerator(accel), paused).await?;
-            if wait && !paused {
+            if wait && boots && !paused {
                 output.say("waiting for the desktop ...");
                 local::wait_until_ready(&vm, &qemu, READY_LIMIT).await?;
             }
@@ -123,6 +125,7 @@ async fn create(vm: &VmDir, args: &CreateArgs, output: &Output) -> anyhow::Resul
         new.hardware.memory_mib = memory;
     }
     new.hardware.cpus = args.cpus;
+    new.hardware.network = !args.no_network;
     if args.ready_marker.is_some() {
         new.ready_marker.clone_from(&args.ready_marker);
     }

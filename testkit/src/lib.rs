@@ -3,10 +3,11 @@
 //! - [`ablation`]: what replays of the suite are worth, as a table and a plot.
 //! - [`link`]: a thin line, as a TCP proxy.
 //! - [`robot`]: a person at a VNC viewer; [`session`]: what that person does.
-//! - [`site`]: sites, driven through the command line.
+//! - [`site`]: sites, driven through the command line; [`suite`]: a session recorded at one.
 
 pub mod ablation;
 pub mod link;
 pub mod robot;
 pub mod session;
 pub mod site;
+pub mod suite;

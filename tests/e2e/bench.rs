@@ -66,6 +66,16 @@ fn a_capture_is_measured_by_every_strategy() {
     // Pages 30 to 39, and one of those that all became alike.
     assert_eq!(told["pages"], 11, "{report}");
     assert!(ram("twin")["seconds"]["encode"].as_f64().unwrap() > 0.0);
+    assert_eq!(report["diverged"]["ram"], 1, "{report}");
+    // Any state may stand in for the replayed one: here the base, as if nothing had been replayed.
+    let strategies = ["--strategy", "base", "--strategy", "replay"];
+    let failed = bench(
+        dir.path(),
+        &[&strategies[..], &["--replayed", "base"]].concat(),
+    );
+    let failed = failed.assert().success();
+    let failed: Value = serde_json::from_slice(&failed.get_output().stdout).unwrap();
+    assert_eq!(failed["diverged"]["ram"], 30, "{failed}");
 
     fs::remove_dir_all(dir.path().join("twin")).unwrap();
     let ended = bench(dir.path(), &["--strategy", "twin"]).assert().code(1);

@@ -286,6 +286,11 @@ enum StartAt {
     Boot,
 }
 
+/// Whether [`start`] boots a VM; it restores others.
+pub fn will_boot(vm: &VmDir) -> Result<bool> {
+    Ok(!matches!(point_of_start(vm)?, StartAt::Generation(_)))
+}
+
 fn point_of_start(vm: &VmDir) -> Result<StartAt> {
     if let Some(live) = Live::load(vm)? {
         // A guest that has not run since its generation has lost nothing but its QEMU.

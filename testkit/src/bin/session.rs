@@ -3,22 +3,14 @@
 //! One site, one guest: what the session makes of the base, and what replays of its log do. The
 //! captures are what `bench reconcile` and the ablation of replay work on.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use serde_json::{Value, json};
-use testkit::robot::Robot;
 use testkit::session::Session;
 use testkit::site::{self, Site};
-
-const VM: &str = "desk";
-/// A build of the guest downloads packages, and a first boot is emulated.
-const GUEST_LIMIT: Duration = Duration::from_secs(1800);
-/// Two replays of a session of a few minutes.
-const CAPTURE_LIMIT: Duration = Duration::from_secs(1800);
+use testkit::suite::{self, Guest, Kept};
 
 /// Records a session of a robot at a real desktop, and captures its states.
 #[derive(Parser)]
@@ -42,9 +34,15 @@ struct Options {
     /// With a guest that chance is taken out of, see `vm create --replay-friendly`
     #[arg(long)]
     replay_friendly: bool,
+    /// A guest without a network card
+    #[arg(long)]
+    no_network: bool,
     /// The replays pass pauses this many times faster
     #[arg(long, default_value_t = 1.0)]
     speed: f64,
+    /// The replays do not wait out pauses
+    #[arg(long, conflicts_with = "record_only")]
+    quick: bool,
 }
 
 #[tokio::main]
@@ -81,58 +79,22 @@ async fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 async fn record(options: &Options, site: &Site, session: &Session) -> anyhow::Result<()> {
-    let friendly = options.replay_friendly.then_some("--replay-friendly");
-    let mut build = vec!["guest", "build"];
-    build.extend(friendly);
-    let built = site.spawn(&build)?.finish(GUEST_LIMIT).await?.success()?;
-    let built: Value = built.last()?;
-    let guest = built["dir"]
-        .as_str()
-        .context("`guest build` does not say where the guest is")?;
-    let mut create = vec!["vm", "create", VM, "--disk", guest];
-    create.extend(friendly);
-    site.json(&create).await?;
-    site.json(&["vm", "start", VM]).await?;
-    let recorder = site.record(VM).await?;
-    let mut robot = Robot::connect(&recorder.vnc).await?;
-    let played = session
-        .play(&mut robot, options.looks.as_deref(), |at, text| {
-            println!("{:5.0} s  the user {text}", at.as_secs_f64());
-        })
-        .await?;
-    drop(robot);
-    println!("{:5.0} s  the session ends", played.time.as_secs_f64());
-    for line in &played.limits {
-        println!("the wait in line {line} of the session ended by its limit");
+    let guest = Guest {
+        friendly: options.replay_friendly,
+        network: !options.no_network,
+    };
+    let mut capture = vec!["--speed".to_owned(), options.speed.to_string()];
+    if options.quick {
+        capture.push("--quick".to_owned());
     }
-    let captured = match &options.out {
-        Some(out) => capture(site, out, options.speed).await?,
-        None => Value::Null,
+    let kept = Kept {
+        capture: options.out.as_deref().map(|out| (out, &capture[..])),
+        looks: options.looks.as_deref(),
+        replay: options.replay,
     };
-    let recorded: Value = recorder.process.stop().await?.success()?.last()?;
-    let replayed = match recorded["log"].as_str().filter(|_| options.replay) {
-        Some(log) => {
-            let replay = site.spawn(&["replay", VM, "--log", log])?;
-            replay.finish(CAPTURE_LIMIT).await?.success()?.last()?
-        }
-        None => Value::Null,
-    };
-    let report = json!({
-        "session": options.session,
-        "seconds": played.time.as_secs_f64(),
-        "waits_ended_by_limit": played.limits,
-        "recorded": recorded,
-        "replayed": replayed,
-        "captured": captured,
-    });
+    let recording = suite::record(site, session, guest, &kept).await?;
+    let mut report = serde_json::to_value(&recording)?;
+    report["session"] = options.session.clone().into();
     println!("{}", serde_json::to_string_pretty(&report)?);
     Ok(())
-}
-
-async fn capture(site: &Site, out: &Path, speed: f64) -> anyhow::Result<Value> {
-    let out = std::path::absolute(out)?;
-    let (out, speed) = (out.to_string_lossy(), speed.to_string());
-    let capture = ["capture", VM, "--out", &out, "--speed", &speed];
-    let captured = site.spawn(&capture)?.finish(CAPTURE_LIMIT).await?;
-    Ok(captured.success()?.last()?)
 }

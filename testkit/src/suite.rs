@@ -1,0 +1,120 @@
+//! A session recorded anew: a robot at a real viewer of a real guest, at a site of its own.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::robot::Robot;
+use crate::session::Session;
+use crate::site::Site;
+
+const VM: &str = "desk";
+/// A build of the guest downloads packages, and a first boot is emulated.
+const GUEST_LIMIT: Duration = Duration::from_secs(1800);
+/// Replays of a session of a few minutes.
+const CAPTURE_LIMIT: Duration = Duration::from_secs(3600);
+
+/// The guest that is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Guest {
+    /// Chance is taken out of it, see `vm create --replay-friendly`.
+    pub friendly: bool,
+    /// It has a network card.
+    pub network: bool,
+}
+
+/// What is kept of a session.
+#[derive(Clone, Debug, Default)]
+pub struct Kept<'a> {
+    /// The capture, in a folder to be made, with more options of `replay-migrate capture`.
+    pub capture: Option<(&'a Path, &'a [String])>,
+    /// Pictures of the screen, in this folder.
+    pub looks: Option<&'a Path>,
+    /// Nothing, but it is replayed once, to see what a replay misses.
+    pub replay: bool,
+}
+
+/// A session as it went.
+#[derive(Debug, Serialize)]
+pub struct Recording {
+    /// From the first step to the end of the last.
+    pub seconds: f64,
+    /// Lines of the session whose wait ended by its limit.
+    pub waits_ended_by_limit: Vec<usize>,
+    /// What `record` said at its end.
+    pub recorded: Value,
+    /// What `replay` said.
+    pub replayed: Value,
+    /// What `capture` said.
+    pub captured: Value,
+}
+
+/// Plays a session in a fresh guest of a fresh site, and records it.
+///
+/// # Errors
+/// When a command fails, or the session can't be played to its end.
+pub async fn record(
+    site: &Site,
+    session: &Session,
+    guest: Guest,
+    kept: &Kept<'_>,
+) -> anyhow::Result<Recording> {
+    let friendly = guest.friendly.then_some("--replay-friendly");
+    let mut build = vec!["guest", "build"];
+    build.extend(friendly);
+    let built = site.spawn(&build)?.finish(GUEST_LIMIT).await?.success()?;
+    let built: Value = built.last()?;
+    let dir = built["dir"]
+        .as_str()
+        .context("`guest build` does not say where the guest is")?;
+    let mut create = vec!["vm", "create", VM, "--disk", dir];
+    create.extend(friendly);
+    create.extend((!guest.network).then_some("--no-network"));
+    site.json(&create).await?;
+    // One without a network card is not among the guests that have booted already.
+    let start = site.spawn(&["vm", "start", VM, "--wait"])?;
+    start.finish(GUEST_LIMIT).await?.success()?;
+    let recorder = site.record(VM).await?;
+    let mut robot = Robot::connect(&recorder.vnc).await?;
+    let played = session
+        .play(&mut robot, kept.looks, |at, text| {
+            println!("{:5.0} s  the user {text}", at.as_secs_f64());
+        })
+        .await?;
+    drop(robot);
+    println!("{:5.0} s  the session ends", played.time.as_secs_f64());
+    for line in &played.limits {
+        println!("the wait in line {line} of the session ended by its limit");
+    }
+    let captured = match kept.capture {
+        Some((out, options)) => capture(site, out, options).await?,
+        None => Value::Null,
+    };
+    let recorded: Value = recorder.process.stop().await?.success()?.last()?;
+    let replayed = match recorded["log"].as_str().filter(|_| kept.replay) {
+        Some(log) => {
+            let replay = site.spawn(&["replay", VM, "--log", log])?;
+            replay.finish(CAPTURE_LIMIT).await?.success()?.last()?
+        }
+        None => Value::Null,
+    };
+    Ok(Recording {
+        seconds: played.time.as_secs_f64(),
+        waits_ended_by_limit: played.limits,
+        recorded,
+        replayed,
+        captured,
+    })
+}
+
+async fn capture(site: &Site, out: &Path, options: &[String]) -> anyhow::Result<Value> {
+    let out: PathBuf = std::path::absolute(out)?;
+    let out = out.to_string_lossy();
+    let mut capture = vec!["capture", VM, "--out", &out];
+    capture.extend(options.iter().map(String::as_str));
+    let captured = site.spawn(&capture)?.finish(CAPTURE_LIMIT).await?;
+    Ok(captured.success()?.last()?)
+}
