@@ -69,7 +69,7 @@ fn a_capture_is_measured_by_every_strategy() {
     assert_eq!(report["diverged"]["ram"], 1, "{report}");
     // Any state may stand in for the replayed one: here the base, as if nothing had been replayed.
     let strategies = ["--strategy", "base", "--strategy", "replay"];
-    let failed = bench(
+    let mut failed = bench(
         dir.path(),
         &[&strategies[..], &["--replayed", "base"]].concat(),
     );

@@ -65,12 +65,38 @@ async fn a_followed_vm_moves_without_another_replay_though_the_line_was_cut() {
         elsewhere.stderr
     );
 
+    let elsewhere = ["migrate", VM, "--to", "c", "--dry-run"];
+    let elsewhere = a.run(&elsewhere).await.unwrap();
+    assert_eq!(elsewhere.code, Some(3), "{}", elsewhere.stderr);
+
+    // Whoever asks disturbs nobody, and hears that only the tail is left.
+    let asked = a.json(&["migrate", VM, "--to", "b", "--dry-run"]).await;
+    let asked = asked.unwrap();
+    assert_eq!(asked["choice"], "replay", "{asked}");
+    assert_eq!(asked["following"]["site"], "b", "{asked}");
+    assert!(
+        asked["following"]["records"].as_u64() >= Some(100),
+        "{asked}"
+    );
+    let behind = asked["following"]["seconds_behind"].as_f64().unwrap();
+    let before = asked["strategies"][0]["seconds_before"].as_f64().unwrap();
+    assert!(before < behind + 1.0, "{asked}");
+    let bytes = |nth: usize| asked["strategies"][nth]["bytes"].as_u64().unwrap();
+    assert!(bytes(0) < bytes(1) && bytes(1) < bytes(2), "{asked}");
+
     // A checkpoint in between is no hindrance.
     a.json(&["checkpoint", VM]).await.unwrap();
     let report = a.json(&["migrate", VM, "--to", "b"]).await.unwrap();
     assert_eq!(report["strategy"], "replay");
     assert_hardly_refetched(&report);
     assert!(report["seconds"].get("hello").is_none(), "{report}");
+    let standby = &report["replay"]["standby"];
+    let cost = |name: &str| standby[name].as_f64().unwrap();
+    assert!(cost("seconds") > 10.0, "{standby}");
+    // Under emulation a second of the guest's is no less of the host's.
+    assert!(cost("qemu_cpu_seconds") > 1.0, "{standby}");
+    assert!(cost("process_bytes") > f64::from(16 << 20), "{standby}");
+    assert!(cost("ram_bytes") > f64::from(64 << 20), "{standby}");
     assert!(
         report["pages"]["ram"]["patched"].as_u64().unwrap() > 0,
         "{report}"
