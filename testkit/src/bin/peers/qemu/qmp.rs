@@ -1,0 +1,87 @@
+//! Just enough of QMP (QEMU's `docs/interop/qmp-spec`) to have one QEMU migrate to another: the
+//! library does so with the RAM left out, and has no reason to do otherwise.
+
+use std::collections::VecDeque;
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+
+/// A connection.
+pub(super) struct Qmp {
+    lines: Lines<BufReader<OwnedReadHalf>>,
+    write: OwnedWriteHalf,
+    /// Those that came before an answer.
+    events: VecDeque<Value>,
+}
+
+impl Qmp {
+    pub(super) async fn connect(socket: &Path) -> anyhow::Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .await
+            .with_context(|| format!("cannot connect to {}", socket.display()))?;
+        let (read, write) = stream.into_split();
+        let mut qmp = Self {
+            lines: BufReader::new(read).lines(),
+            write,
+            events: VecDeque::new(),
+        };
+        qmp.next().await?;
+        qmp.ask("qmp_capabilities", json!({})).await?;
+        Ok(qmp)
+    }
+
+    /// Executes a command.
+    pub(super) async fn ask(&mut self, command: &str, arguments: Value) -> anyhow::Result<Value> {
+        let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
+        line.push('\n');
+        self.write
+            .write_all(line.as_bytes())
+            .await
+            .context("cannot write to QEMU")?;
+        loop {
+            let mut message = self.next().await?;
+            if message.get("event").is_some() {
+                self.events.push_back(message);
+            } else if let Some(error) = message.get("error") {
+                bail!("QEMU refused {command}: {}", error["desc"]);
+            } else {
+                return Ok(message["return"].take());
+            }
+        }
+    }
+
+    /// Waits until the migration is over; `events` must be among its capabilities.
+    pub(super) async fn migrated(&mut self) -> anyhow::Result<()> {
+        loop {
+            let event = match self.events.pop_front() {
+                Some(event) => event,
+                None => self.next().await?,
+            };
+            if event["event"] != "MIGRATION" {
+                continue;
+            }
+            match event["data"]["status"].as_str() {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => {
+                    let info = self.ask("query-migrate", json!({})).await?;
+                    bail!("the migration failed: {}", info["error-desc"]);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    async fn next(&mut self) -> anyhow::Result<Value> {
+        let line = self
+            .lines
+            .next_line()
+            .await
+            .context("cannot read from QEMU")?;
+        let line = line.context("QEMU is gone")?;
+        serde_json::from_str(&line).context("QEMU says what is no JSON")
+    }
+}
