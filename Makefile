@@ -36,9 +36,11 @@ bench-replay: setup build ## how far replays diverge: the suite, quick or not, f
 bench-stages: ## the reconciler's stages on synthetic guests: hashing, resolving, encoding, applying
 	$(CARGO) bench --locked --package reconciler
 
-# CAPTURE is a folder that `make capture` has made.
-bench-reconcile: build ## bytes, seconds and memory of every way of reconciling a capture
-	./target/release/replay-migrate bench reconcile $(or $(CAPTURE),target/capture)
+# CAPTURES are folders that `make capture` has made; rows of others that were measured before stay. Peers that are
+# not installed are named (`scripts/setup --peers` installs them). PEERS takes options: PEERS="--only twin,rsync".
+bench-reconcile: setup build ## ours beside QEMU, rsync, zstd, xdelta3 and xz, on captures: CAPTURES="dir dir"
+	$(CARGO) run --release --locked --package testkit --bin peers -- $(PEERS) \
+		$(or $(CAPTURES),$(CAPTURE),target/capture)
 
 bench-viewer: ## what the recording proxy adds to an event, beside a direct connection
 	$(CARGO) test --release --locked --package recorder --test proxy an_event_takes -- --nocapture

@@ -3,7 +3,7 @@
 //! Where there is no row there is no figure: the section says so, and a peer that was not
 //! measured is not one that was beaten.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use clap::ValueEnum as _;
 
@@ -117,9 +117,8 @@ fn head(results: &Results) -> String {
          Mbit/s gets; `replay` with a twin is what is sent by default, and what the aims are \
          about. The interaction log is not among its bytes. Peers are run on the same images: \
          QEMU migrates for real between two processes, over connections on which all bytes are \
-         counted in both directions; it sends RAM and device state and no disk. Of rsync the \
-         bytes in both directions count, of the others those of the patch. No peer replays, and \
-         none but QEMU and rsync is charged for what tells it apart what changed.\n",
+         counted in both directions; it sends RAM and device state and no disk. Of rsync, too, \
+         the bytes in both directions count, of the others those of the patch. No peer replays.\n",
         escape(&results.machine)
     )
 }
@@ -248,48 +247,58 @@ fn seconds(results: &Results, captures: &[&str]) -> String {
     text
 }
 
-/// What there is to know of each way; where all captures have the same note, once.
+/// What there is to know of each way.
 fn notes(results: &Results) -> String {
     let mut text = "### Notes\n\n".to_owned();
     for way in Way::value_variants() {
-        let mut notes: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-        let rows = results.rows.iter().filter(|row| row.way == *way);
-        for row in rows.clone() {
-            let place = format!("{}, {}", row.capture, row.images);
-            notes.entry(&row.note).or_default().push(place);
-        }
-        notes.remove("");
-        let rows: Vec<&Row> = rows.collect();
-        let Some(first) = rows.first() else {
+        let rows: Vec<&Row> = results.rows.iter().filter(|row| row.way == *way).collect();
+        if rows.is_empty() {
             text += &format!("- {}: {NOT_MEASURED}.\n", way.name());
             continue;
-        };
-        let mut said: Vec<String> = Vec::new();
-        if notes.len() == 1 && rows.iter().all(|row| row.note == first.note) {
-            said.push(escape(&first.note));
-        } else if *way != Way::DedupXz && *way != Way::ChangedZstd {
-            let each = notes.iter();
-            said.extend(
-                each.map(|(note, at)| format!("{} ({})", escape(note), escape(&at.join("; ")))),
-            );
-        } else {
-            // Numbers of pages; they are in the rows.
-            said.push("which pages these are is not counted".to_owned());
         }
-        if rows.iter().all(|row| row.checked) {
-            let what = if Way::QEMU.contains(way) {
-                "the RAM that arrived is compared with the source's, byte for byte; the device \
-                 state is what QEMU accepted"
-            } else {
-                "what arrives is compared with the source, byte for byte"
-            };
-            said.push(what.to_owned());
-        } else if rows.iter().any(|row| row.bytes.is_some()) {
+        let measured = rows.iter().any(|row| row.bytes.is_some());
+        let mut said: Vec<String> = Vec::new();
+        if way.notes_are_numbers() && measured {
+            said.push("which pages these are is not counted, in its favour".to_owned());
+        }
+        said.extend(distinct(*way, &rows));
+        if rows.iter().any(|row| row.bytes.is_some() && !row.checked) {
             said.push("not all results were compared with the source".to_owned());
+        } else if Way::QEMU.contains(way) && measured {
+            said.push(
+                "the RAM that arrives is compared with the source's, byte for byte, and the \
+                 device state is one that QEMU accepts"
+                    .to_owned(),
+            );
+        } else if measured {
+            said.push("what arrives is compared with the source, byte for byte".to_owned());
         }
         text += &format!("- {}: {}.\n", way.name(), said.join("; "));
     }
     text
+}
+
+/// The different notes of a way: each with the images that it is about, if there are others, and
+/// with the captures, where nothing was measured.
+fn distinct(way: Way, rows: &[&Row]) -> Vec<String> {
+    let mut notes: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for row in rows {
+        match row.bytes {
+            Some(_) if way.notes_are_numbers() || row.note.is_empty() => {}
+            Some(_) => drop(notes.entry(&row.note).or_default().insert(&row.images)),
+            None => drop(notes.entry(&row.note).or_default().insert(&row.capture)),
+        }
+    }
+    let all = notes.len() == 1 && rows.iter().all(|row| row.bytes.is_some());
+    let told = notes.into_iter().map(|(note, places)| {
+        let places: Vec<&str> = places.into_iter().collect();
+        if all {
+            escape(note)
+        } else {
+            format!("{} ({})", escape(note), escape(&places.join(", ")))
+        }
+    });
+    told.collect()
 }
 
 fn heads(ways: &[Way]) -> String {

@@ -80,7 +80,7 @@ fn what_was_not_measured_is_not_beaten() {
         "- Fewer bytes than every peer that was measured, on every capture.",
         "- Not measured, and so not compared with: a (rsync -z, QEMU multifd zstd).",
         "- At most 2 % of the bytes of QEMU multifd zstd: not measured.",
-        "- rsync -z: not installed; install it.",
+        "- rsync -z: not installed; install it (a).",
         "- QEMU multifd zstd: not measured.",
         "| a | 710 | 3,010 | 11 | not measured | 3,010 |",
     ] {

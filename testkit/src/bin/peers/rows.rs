@@ -78,6 +78,12 @@ impl Way {
             Self::ChangedZstd => "changed pages in zstd -3",
         }
     }
+
+    /// Whether the notes of its rows say how many pages there were: of interest for one capture,
+    /// and not for all together.
+    pub(crate) const fn notes_are_numbers(self) -> bool {
+        matches!(self, Self::DedupXz | Self::ChangedZstd)
+    }
 }
 
 /// The images of a row that are not one alone: what QEMU sends.

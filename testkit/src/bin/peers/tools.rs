@@ -254,8 +254,7 @@ pub(crate) async fn zstd_patch(
         row.note = format!("{version}, -3 --long=31");
         if pieces.len() > 1 {
             row.note += &format!(
-                "; in {} pieces of {} MiB, as it takes less than 2 GiB",
-                pieces.len(),
+                "; in pieces of {} MiB, as it takes less than 2 GiB",
                 PIECE >> 20
             );
         }
@@ -314,7 +313,7 @@ pub(crate) async fn xdelta3(
         XDELTA3.gives(interrupt, unpacking, &expected).await?;
         remove(&patch)?;
         let mut row = capture.row(Way::Xdelta3, &image.name, bytes, seconds);
-        row.note = format!("{version}, -S lzma -B {window}");
+        row.note = format!("{version}, -S lzma, with up to 1 GiB of the old image in reach");
         rows.push(row);
     }
     Ok(rows)

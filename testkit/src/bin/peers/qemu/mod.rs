@@ -46,7 +46,7 @@ fn settings(way: Way) -> (Vec<&'static str>, Value, String) {
                 "multifd-zstd-level": ZSTD_LEVEL,
                 "multifd-channels": CHANNELS,
             }),
-            format!("level {ZSTD_LEVEL}, {CHANNELS} channels"),
+            format!("level {ZSTD_LEVEL}, where QEMU takes 1 by itself; {CHANNELS} channels"),
         ),
         _ => (Vec::new(), json!({}), String::new()),
     }
@@ -212,5 +212,77 @@ mod tests {
     #[test]
     fn the_line_is_faster_than_its_ends() {
         RATE.parse::<Rate>().unwrap();
+    }
+
+    /// A machine without anything to boot, its RAM what its firmware left, and its capture.
+    async fn bare_machine(dir: &Path) -> Capture {
+        let machine = vm_host::programs::default_machine(&vm_host::programs::qemu()).unwrap();
+        let mut hardware = Hardware::new(machine);
+        hardware.memory_mib = 64;
+        let state = dir.join("capture/source");
+        std::fs::create_dir_all(&state).unwrap();
+        std::fs::write(state.join("disk.img"), vec![0; 1 << 20]).unwrap();
+        let disk = dir.join("disk.qcow2");
+        create_overlay(&disk, &state.join("disk.img"), Format::Raw).unwrap();
+        let launch = Launch {
+            name: "bare".to_owned(),
+            hardware,
+            boot: None,
+            accelerator: Accelerator::Tcg,
+            runtime_dir: dir.join("run"),
+            ram: state.join("ram.img"),
+            disks: vec![disk],
+            network: Network::Unplugged,
+            incoming: false,
+        };
+        let vm = Vm::start(&launch).await.unwrap();
+        vm.pause().await.unwrap();
+        let device = vm.save_device_state().await.unwrap();
+        vm.quit().await.unwrap();
+        std::fs::write(state.join("device.bin"), device).unwrap();
+        let base = dir.join("capture/base");
+        std::fs::create_dir(&base).unwrap();
+        for file in ["disk.img", "ram.img", "device.bin"] {
+            std::fs::copy(state.join(file), base.join(file)).unwrap();
+        }
+        Capture::open(&dir.join("capture")).unwrap()
+    }
+
+    #[tokio::test]
+    async fn two_qemus_migrate() {
+        let (dir, scratch) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let capture = bare_machine(dir.path()).await;
+        let device = capture.path("source", &capture.images[0]);
+        let device = device.metadata().unwrap().len();
+        let mut bytes = Vec::new();
+        for way in Way::QEMU {
+            let rows = measure(&capture, way, scratch.path(), &Interrupt::never()).await;
+            let rows = rows.unwrap();
+            assert_eq!(rows.len(), 1);
+            assert!(rows[0].checked && rows[0].images == RAM_AND_DEVICE);
+            bytes.push(rows[0].bytes.unwrap());
+        }
+        let [plain, xbzrle, multifd] = bytes[..] else {
+            panic!("{bytes:?}")
+        };
+        // Video RAM is in the device state there and among the RAM here: half of it is empty.
+        assert!(plain > 100_000 && plain < device + (64 << 20), "{plain}");
+        assert!(xbzrle.abs_diff(plain) < plain / 100, "{xbzrle} {plain}");
+        assert!(multifd < plain, "{multifd} {plain}");
+        assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn another_machines_disks_are_refused() {
+        let (dir, scratch) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let capture = bare_machine(dir.path()).await;
+        for state in ["base", "source"] {
+            let disk = capture.dir().join(state).join("disk1.img");
+            std::fs::write(disk, [0; 4096]).unwrap();
+        }
+        let capture = Capture::open(capture.dir()).unwrap();
+        let refused = measure(&capture, Way::Qemu, scratch.path(), &Interrupt::never()).await;
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("1 disks, the capture has 2"), "{refused}");
     }
 }
