@@ -131,7 +131,7 @@ impl Guest {
 
 impl Network {
     /// All, the one that others are compared with first.
-    pub const ALL: [Self; 2] = [Self::Off, Self::On];
+    pub const ALL: [Self; 2] = [Self::On, Self::Off];
 }
 
 impl Mode {
@@ -270,7 +270,7 @@ impl Setting {
     /// What all others are compared with.
     pub(crate) const REFERENCE: Self = Self {
         guest: Guest::Friendly,
-        network: Network::Off,
+        network: Network::On,
         mode: Mode::Real,
     };
 

@@ -1,7 +1,7 @@
 //! A session recorded anew: a robot at a real viewer of a real guest, at a site of its own.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use serde::Serialize;
@@ -16,6 +16,10 @@ const VM: &str = "desk";
 const GUEST_LIMIT: Duration = Duration::from_secs(1800);
 /// Replays of a session of a few minutes.
 const CAPTURE_LIMIT: Duration = Duration::from_secs(3600);
+/// A guest that uses a tenth of a processor for so long is at rest.
+const REST: Duration = Duration::from_secs(5);
+/// One that is not at rest by then will not be.
+const REST_LIMIT: Duration = Duration::from_secs(180);
 
 /// The guest that is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +81,7 @@ pub async fn record(
     // One without a network card is not among the guests that have booted already.
     let start = site.spawn(&["vm", "start", VM, "--wait"])?;
     start.finish(GUEST_LIMIT).await?.success()?;
+    come_to_rest(site).await?;
     let recorder = site.record(VM).await?;
     let mut robot = Robot::connect(&recorder.vnc).await?;
     let played = session
@@ -108,6 +113,35 @@ pub async fn record(
         replayed,
         captured,
     })
+}
+
+/// Waits until a guest has done what it does once it is up, as a user's has long since: what a
+/// session sets off would happen in between else.
+async fn come_to_rest(site: &Site) -> anyhow::Result<()> {
+    let status = site.status(VM).await?;
+    let pid = status["pid"].as_u64().context("the VM has no QEMU")?;
+    let begun = Instant::now();
+    loop {
+        let before = cpu_time(pid)?;
+        tokio::time::sleep(REST).await;
+        if cpu_time(pid)?.saturating_sub(before) < REST / 10 || begun.elapsed() > REST_LIMIT {
+            return Ok(());
+        }
+    }
+}
+
+/// What a process has used of processors (proc_pid_stat(5)).
+fn cpu_time(pid: u64) -> anyhow::Result<Duration> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    // The name, in parentheses, may hold anything; 11 fields come between it and these two.
+    let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
+    let mut fields = fields.split(' ').skip(11).map(str::parse::<u64>);
+    let (Some(Ok(user)), Some(Ok(system))) = (fields.next(), fields.next()) else {
+        anyhow::bail!("{path} is not as proc_pid_stat(5) says");
+    };
+    let ticks = rustix::param::clock_ticks_per_second();
+    Ok(Duration::from_millis((user + system) * 1000 / ticks.max(1)))
 }
 
 async fn capture(site: &Site, out: &Path, options: &[String]) -> anyhow::Result<Value> {

@@ -1,5 +1,5 @@
 //! Which pages of RAM a replay makes otherwise, by what the guest uses them for, and how many
-//! times as many there are at the quick pace, in an ordinary guest, and with a network.
+//! times as many there are at the quick pace, in an ordinary guest, and without a network.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +12,7 @@ type Kinds<'a> = BTreeMap<&'a str, BTreeMap<&'a str, f64>>;
 /// The part of the section that says which pages differ.
 pub(super) fn markdown(results: &Results) -> String {
     let mut text = "### Pages of RAM that differ, by kind\n\nMedians over the repeats, summed \
-                    over the sessions: of a replay-friendly guest without a network, at the \
+                    over the sessions: of a replay-friendly guest with a network, at the \
                     recorded pace. The columns to the right take one thing away from that, as a \
                     multiple over the sessions that were measured both ways.\n\n"
         .to_owned();
@@ -27,7 +27,7 @@ pub(super) fn markdown(results: &Results) -> String {
             ..Setting::REFERENCE
         },
         Setting {
-            network: Network::On,
+            network: Network::Off,
             ..Setting::REFERENCE
         },
     ]
@@ -40,7 +40,7 @@ pub(super) fn markdown(results: &Results) -> String {
             "share",
             "quick",
             "ordinary guest",
-            "network on",
+            "network off",
         ],
     );
     let names: BTreeSet<&str> = std::iter::once(&first)

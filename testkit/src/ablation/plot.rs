@@ -2,7 +2,7 @@
 //!
 //! Sessions differ by powers of ten, so the axis is logarithmic: a bar's end can be read, its
 //! length can't. A thin line goes from the least repeat to the greatest. The figures are those of
-//! the table's first part, a replay-friendly guest without a network.
+//! the table's first part, a replay-friendly guest with a network.
 
 use super::words::NOT_MEASURED;
 use super::{BASE, REPLAY, Results, Setting, Spread, TWIN};
@@ -77,7 +77,7 @@ pub fn svg(results: &Results) -> String {
         LEFT,
         26.0,
         "start",
-        "Bytes to send, from a replay-friendly guest without a network",
+        "Bytes to send, from a replay-friendly guest with a network",
         " font-size=\"16\"",
     );
     legend(&mut picture);

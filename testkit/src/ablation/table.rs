@@ -96,7 +96,7 @@ fn head(results: &Results) -> String {
 }
 
 fn against_base(results: &Results) -> String {
-    let mut text = "### Bytes against `base`\n\nA replay-friendly guest without a network, \
+    let mut text = "### Bytes against `base`\n\nA replay-friendly guest with a network, \
                     replayed at the recorded pace. *With a twin* is what is sent by default, and \
                     what *fewer* is about; *missed* are the anchors that each repeat missed.\n\n"
         .to_owned();
@@ -347,7 +347,7 @@ fn failed(results: &Results) -> String {
                 };
                 let base = results.spread(workload, setting, |row| sent(row, BASE));
                 let name = match (guest, network) {
-                    (Guest::Friendly, Network::Off) => escape(workload),
+                    (Guest::Friendly, Network::On) => escape(workload),
                     _ => format!("{} ({guest} guest, network {network})", escape(workload)),
                 };
                 table.line(&[name, counts(base), over(REPLAY), over(TWIN)]);

@@ -109,7 +109,7 @@ fn the_file_says_what_it_holds_in_plain_words() {
     assert_eq!(json["machine"], "a machine");
     let row = &json["rows"][0];
     assert_eq!(row["guest"], "friendly");
-    assert_eq!(row["network"], "off");
+    assert_eq!(row["network"], "on");
     assert_eq!(row["mode"], "quick");
     assert_eq!(row["bytes"]["twin"]["ram"], 5);
     assert_eq!(row["diverged"]["ram"], 3000);
@@ -156,7 +156,7 @@ fn a_combination_is_complete_with_all_repeats_at_both_paces() {
         row("files", FAILED, 2, 7, 5),
     ]);
     let has =
-        |results: &Results, repeats| results.has("files", Guest::Friendly, Network::Off, repeats);
+        |results: &Results, repeats| results.has("files", Guest::Friendly, Network::On, repeats);
     assert!(has(&results, 1));
     assert!(!has(&results, 2));
     results.push(row("files", QUICK, 1, 8, 6));
@@ -164,9 +164,9 @@ fn a_combination_is_complete_with_all_repeats_at_both_paces() {
     assert_eq!(results.rows.len(), 6);
     results.push(row("files", QUICK, 2, 8, 6));
     assert!(has(&results, 2));
-    assert!(!results.has("files", Guest::Ordinary, Network::Off, 1));
-    assert!(!results.has("files", Guest::Friendly, Network::On, 1));
-    assert!(!results.has("writing", Guest::Friendly, Network::Off, 1));
+    assert!(!results.has("files", Guest::Ordinary, Network::On, 1));
+    assert!(!results.has("files", Guest::Friendly, Network::Off, 1));
+    assert!(!results.has("writing", Guest::Friendly, Network::On, 1));
 }
 
 #[test]
@@ -281,14 +281,14 @@ fn settings_are_compared_session_by_session() {
     assert_eq!(lines.len(), 2 + 8);
     assert_eq!(
         lines[2],
-        "| friendly | off | real | 2 | 200,000 (100,000–300,000) | 1 | 80.0 % (70.0–90.0) | \
+        "| friendly | on | real | 2 | 200,000 (100,000–300,000) | 1 | 80.0 % (70.0–90.0) | \
          3,000 | 1 |"
     );
     assert_eq!(
         lines[6],
-        "| ordinary | off | real | 1 | 400,000 | ×4.00 | 60.0 % | 6,000 | ×2.00 |"
+        "| ordinary | on | real | 1 | 400,000 | ×4.00 | 60.0 % | 6,000 | ×2.00 |"
     );
-    assert!(lines[9].starts_with("| ordinary | on | quick | not measured |"));
+    assert!(lines[9].starts_with("| ordinary | off | quick | not measured |"));
 }
 
 #[test]

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -51,7 +51,7 @@ struct Options {
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["friendly", "ordinary"])]
     guests: Vec<GuestArg>,
     /// Only with a network card, or without
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["off", "on"])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["on", "off"])]
     networks: Vec<NetworkArg>,
     /// Replays of each recording and pace
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=9))]
@@ -62,6 +62,9 @@ struct Options {
     /// Captures are made here, some 15 GiB at a time, and removed again
     #[arg(long, value_name = "DIR", default_value = "target/bench/captures")]
     captures: PathBuf,
+    /// Keep each capture here, with two of its replays: 7 GiB for each
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
     /// Writes the table into this document, and the plot beside it as `replay.svg`
     #[arg(long, value_name = "FILE", default_value = "docs/benchmarks.md")]
     document: PathBuf,
@@ -80,8 +83,10 @@ enum GuestArg {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum NetworkArg {
-    Off,
+    /// With a card
     On,
+    /// Without
+    Off,
 }
 
 /// One recording.
@@ -156,11 +161,34 @@ async fn measure(options: &Options, results: &mut Results) -> anyhow::Result<()>
                     results.push(row);
                 }
                 results.save(&options.out)?;
+                if let Some(keep) = &options.keep {
+                    keep_capture(&capture, &keep.join(setting.name()))?;
+                }
                 last = Some(keep_one(&options.captures, &capture)?);
             }
         }
     }
     remove_dir(&options.captures)
+}
+
+/// Copies a capture without the replays that only an ablation needs.
+fn keep_capture(capture: &Path, to: &Path) -> anyhow::Result<()> {
+    let failed = || format!("cannot keep {} in {}", capture.display(), to.display());
+    remove_dir(to)?;
+    make_dir(to)?;
+    let kept = ["base", "source", "replayed", "twin", "capture.json"];
+    // Sparse files stay so, and blocks are shared where the file system can.
+    let copied = Command::new("cp")
+        .args(["--recursive", "--sparse=always", "--reflink=auto"])
+        .args(kept.map(|name| capture.join(name)))
+        .arg(to)
+        .status()
+        .with_context(failed)?;
+    if copied.success() {
+        Ok(())
+    } else {
+        Err(anyhow::anyhow!("cp ended with {copied}")).with_context(failed)
+    }
 }
 
 /// Keeps what one replay left of a capture, and nothing else.
@@ -183,10 +211,10 @@ impl Setting<'_> {
             Guest::Ordinary => "ordinary",
         };
         let network = match self.network {
-            Network::Off => "no network",
-            Network::On => "network",
+            Network::Off => "-without-network",
+            Network::On => "",
         };
-        format!("{}, {guest}, {network}", self.workload)
+        format!("{}-{guest}{network}", self.workload)
     }
 
     async fn measure(
