@@ -38,7 +38,8 @@ pub(crate) async fn run(
         });
     };
     let options = FollowOptions { twin };
-    let followed = source::follow(&vm, &peer, options, progress.as_ref(), &standing, &stop).await;
+    let following = source::follow(&vm, &peer, options, progress.as_ref(), &standing, &stop);
+    let followed = Box::pin(following).await;
     signals.abort();
     drop(progress);
     output.result(&followed?, |followed| match followed {

@@ -14,6 +14,15 @@ use crate::vm::{Id, VmRecord};
 /// Bytes that time the line: enough to see a thin one, few beside what follows.
 const PROBE_BYTES: usize = 32 << 10;
 
+/// For a line that takes those in less than [`TELLING`]: then they tell more of the hosts.
+const LONG_PROBE_BYTES: usize = 256 << 10;
+
+/// Shorter times are as much the hosts' as the line's.
+const TELLING: Duration = Duration::from_millis(4);
+
+/// No transfer is taken for shorter: a round trip that was late must not make a line look endless.
+const SHORTEST: Duration = Duration::from_micros(200);
+
 pub(super) fn hello(
     vm: &VmDir,
     record: &VmRecord,
@@ -50,25 +59,7 @@ pub(super) async fn begin(line: &mut Line, vm: &VmDir, hello: Hello) -> Result<(
             ),
         ));
     }
-    // An empty probe gives the round trip, a full one the rate.
-    let mut times = [Duration::ZERO; 2];
-    for (time, size) in times.iter_mut().zip([0, PROBE_BYTES]) {
-        let begun = Instant::now();
-        line.send(ToTarget::Probe(vec![0; size])).await?;
-        loop {
-            match line.recv(Phase::Hello).await? {
-                ToSource::Probed => break,
-                // A standby that goes on meanwhile.
-                ToSource::Following { .. } if welcome.standby.is_some() => {}
-                _ => return Err(line.unexpected(Phase::Hello, "no answer to a probe")),
-            }
-        }
-        *time = begun.elapsed();
-    }
-    let transfer = times[1]
-        .saturating_sub(times[0])
-        .max(Duration::from_micros(10));
-    let probed = (PROBE_BYTES * 8) as f64 / transfer.as_secs_f64();
+    let (rtt, probed) = measure(line, welcome.standby.is_some()).await?;
     // Slow start makes a fast, long line look thin in so short a probe; what was once reached
     // over it counts as well.
     let rate = probed.max(
@@ -76,8 +67,41 @@ pub(super) async fn begin(line: &mut Line, vm: &VmDir, hello: Hello) -> Result<(
             .rate(line.peer())
             .unwrap_or(0.0),
     );
-    tracing::info!(rtt = ?times[0], rate, "line measured");
+    tracing::info!(?rtt, rate, "line measured");
     Ok((*welcome, rate))
+}
+
+/// The round trip, and the rate in bits per second.
+async fn measure(line: &mut Line, standby: bool) -> Result<(Duration, f64)> {
+    // A busy host makes one round trip late; of two, the shorter counts.
+    let first = probe(line, 0, standby).await?;
+    let mut size = PROBE_BYTES;
+    let mut full = probe(line, size, standby).await?;
+    let rtt = first.min(probe(line, 0, standby).await?);
+    if full.saturating_sub(rtt) < TELLING {
+        size = LONG_PROBE_BYTES;
+        full = probe(line, size, standby).await?;
+    }
+    Ok((rtt, rate_of(size, full, rtt)))
+}
+
+fn rate_of(bytes: usize, took: Duration, rtt: Duration) -> f64 {
+    let transfer = took.saturating_sub(rtt).max(SHORTEST);
+    (bytes * 8) as f64 / transfer.as_secs_f64()
+}
+
+/// How long so many bytes take to the target, and its answer back.
+async fn probe(line: &mut Line, size: usize, standby: bool) -> Result<Duration> {
+    let begun = Instant::now();
+    line.send(ToTarget::Probe(vec![0; size])).await?;
+    loop {
+        match line.recv(Phase::Hello).await? {
+            ToSource::Probed => return Ok(begun.elapsed()),
+            // A standby that goes on meanwhile.
+            ToSource::Following { .. } if standby => {}
+            _ => return Err(line.unexpected(Phase::Hello, "no answer to a probe")),
+        }
+    }
 }
 
 pub(super) fn live(vm: &VmDir) -> Result<Live> {
@@ -85,4 +109,20 @@ pub(super) fn live(vm: &VmDir) -> Result<Live> {
         path: vm.live_dir(),
         reason: "the VM runs, but what its disks rest on is not noted".into(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_late_round_trip_makes_no_line_endless() {
+        let millis = Duration::from_millis;
+        let thin = rate_of(PROBE_BYTES, millis(126), millis(100));
+        assert!((9.5e6..10.5e6).contains(&thin), "{thin}");
+        for took in [millis(99), millis(100)] {
+            let fast = rate_of(LONG_PROBE_BYTES, took, millis(100));
+            assert!((1e9..20e9).contains(&fast), "{fast}");
+        }
+    }
 }
