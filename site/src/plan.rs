@@ -177,7 +177,7 @@ impl Estimates {
                     wait if wait >= 1.0 => format!(" after {} of replaying", time(wait)),
                     _ => String::new(),
                 };
-                let (down, bytes) = (time(other.seconds_down), megabytes(other.bytes));
+                let (down, bytes) = (time(other.seconds_down), mebibytes(other.bytes));
                 format!("{down} and {bytes} with {}{after}", other.strategy)
             })
             .collect();
@@ -190,7 +190,7 @@ impl Estimates {
              Mbit/s, {against}",
             self.choice,
             time(chosen.seconds_down),
-            megabytes(chosen.bytes),
+            mebibytes(chosen.bytes),
             self.bits_per_second / 1e6,
         )
     }
@@ -229,8 +229,8 @@ fn time(seconds: f64) -> String {
     }
 }
 
-fn megabytes(bytes: u64) -> String {
-    format!("{:.1} MB", bytes as f64 / 1e6)
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// What of a replay is still to be done before the VM stands still.

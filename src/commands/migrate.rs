@@ -60,8 +60,8 @@ fn show_estimates(estimates: &Estimates) -> String {
         vec![
             estimate.strategy.to_string(),
             bytes(estimate.bytes),
-            format!("{:.0} s", estimate.seconds_before),
-            format!("{:.0} s", estimate.seconds_down),
+            format!("{:.1} s", estimate.seconds_before),
+            format!("{:.1} s", estimate.seconds_down),
         ]
     }));
     format!(

@@ -53,8 +53,8 @@ fn a_session_that_made_much_is_replayed() {
     assert_eq!(
         estimates.why(),
         "strategy replay: 103 s of replaying while the guest runs on, then the guest stands still \
-         for about 1.7 s while 2.1 MB are sent at 10.0 Mbit/s, against 25 s and 30.9 MB with \
-         base, and 164 s and 205.0 MB with full"
+         for about 1.7 s while 2.0 MiB are sent at 10.0 Mbit/s, against 25 s and 29.5 MiB with \
+         base, and 164 s and 195.5 MiB with full"
     );
 }
 
@@ -69,9 +69,9 @@ fn no_user_waits_for_a_replay_that_saves_less_than_a_second() {
     assert_eq!(estimates.choice, Strategy::Base);
     assert_eq!(
         estimates.why(),
-        "strategy base: the guest stands still for about 1.1 s while 1.3 MB are sent at 10.0 \
-         Mbit/s, against 0.5 s and 0.6 MB with replay after 82 s of replaying, and 164 s and \
-         205.0 MB with full"
+        "strategy base: the guest stands still for about 1.1 s while 1.3 MiB are sent at 10.0 \
+         Mbit/s, against 0.5 s and 0.5 MiB with replay after 82 s of replaying, and 164 s and \
+         195.5 MiB with full"
     );
 }
 
