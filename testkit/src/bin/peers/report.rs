@@ -169,7 +169,10 @@ fn aims(verdicts: &[(&str, Verdict)]) -> String {
     }
     let unbeaten = named(verdicts, |verdict| &verdict.unbeaten);
     let unmeasured = named(verdicts, |verdict| &verdict.unmeasured);
+    let peers = Way::WHOLE.len() + Way::QEMU.len();
+    let none = verdicts.iter().all(|(_, v)| v.unmeasured.len() == peers);
     text += &match (unbeaten.as_str(), unmeasured.as_str()) {
+        _ if none => format!("- Fewer bytes than every peer on every capture: {NOT_MEASURED}.\n"),
         ("", "") => "- Fewer bytes than every peer on every capture: reached.\n".to_owned(),
         ("", _) => {
             "- Fewer bytes than every peer that was measured, on every capture.\n".to_owned()

@@ -86,6 +86,10 @@ fn what_was_not_measured_is_not_beaten() {
     ] {
         assert!(text.contains(sentence), "{sentence}\n{text}");
     }
+    results.replace("a", Way::Twin, Vec::new());
+    let text = markdown(&results);
+    let sentence = "- Fewer bytes than every peer on every capture: not measured.";
+    assert!(text.contains(sentence), "{text}");
     assert_eq!(markdown(&Results::default()), "Not measured.\n");
 }
 
