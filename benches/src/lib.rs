@@ -24,6 +24,7 @@ mod measure;
 mod memory;
 mod report;
 mod states;
+mod told;
 
 pub use deltas::DeltaRow;
 pub use diverged::Diverged;

@@ -1,14 +1,11 @@
 //! Runs the strategies.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
-use introspection::{Linux, Physical, address_spaces};
 use reconciler::{
-    ApplyOptions, Codec, EncodeOptions, Holdings, Image, ImageTree, Known, Layout, OfferOptions,
-    Overlaid, PAGE_SIZE, PageHash, Place, PlaceKind, Processes, ReadPages, Realigned,
-    Rearrangement, Salt, SlicePages, SlicePagesMut, Source, Space, Stats, pages_for,
-    reconcile_in_memory,
+    ApplyOptions, Codec, EncodeOptions, Holdings, Image, ImageTree, Known, OfferOptions, Overlaid,
+    PAGE_SIZE, Place, PlaceKind, ReadPages, Salt, SlicePages, SlicePagesMut, Source, Stats,
+    pages_for, reconcile_in_memory,
 };
 
 use crate::deltas::{self, DeltaRow};
@@ -16,7 +13,8 @@ use crate::diverged::Diverged;
 use crate::error::{Error, Result};
 use crate::memory::peak;
 use crate::report::{Bytes, Report, Row, Seconds, Strategy, name_of};
-use crate::states::{Scratch, State, first_difference, tree_of};
+use crate::states::{Scratch, State, first_difference};
+use crate::told::Told;
 
 /// Any will do where nobody makes pages that collide; the same each time, so that figures are.
 const SALT: Salt = Salt([7; 32]);
@@ -153,148 +151,6 @@ fn disk_name(index: usize) -> String {
     match index {
         0 => "disk".to_owned(),
         more => format!("disk{more}"),
-    }
-}
-
-/// What the source's own replay is good for.
-struct Told {
-    twin: State,
-    twin_pages: Realigned,
-    /// Of the twin so realigned.
-    twin_tree: ImageTree,
-    /// The target's pages in the source's layout, what they replaced, and the tree after.
-    pages: Realigned,
-    displaced: Vec<u8>,
-    displaced_tree: ImageTree,
-    tree: ImageTree,
-    layout_bytes: u64,
-    seconds: Seconds,
-    device: ToldDevice,
-}
-
-/// The device states in the order of the source's.
-struct ToldDevice {
-    twin: Vec<u8>,
-    twin_tree: ImageTree,
-    begins: Vec<u8>,
-    tree: ImageTree,
-    /// What saying so took.
-    bytes: u64,
-    seconds: Seconds,
-}
-
-impl ToldDevice {
-    fn new(source: &State, begins: &State, twin: &State) -> Result<Self> {
-        let failed = |source| Error::Reconcile {
-            strategy: Strategy::Twin.name(),
-            image: "the order of device".to_owned(),
-            source,
-        };
-        let begun = Instant::now();
-        let len = source.device.len();
-        let told = Rearrangement::between(&source.device, &twin.device);
-        let encoded = told.encode().map_err(failed)?;
-        let twin = told.apply(&twin.device, len);
-        let mut seconds = Seconds {
-            layout: begun.elapsed().as_secs_f64(),
-            ..Seconds::default()
-        };
-        let begun = Instant::now();
-        let told = Rearrangement::decode(&encoded).map_err(failed)?;
-        let begins = told.apply(&begins.device, len);
-        seconds.realign = begun.elapsed().as_secs_f64();
-        Ok(Self {
-            twin_tree: tree_of(&SlicePages(&twin))?,
-            twin,
-            tree: tree_of(&SlicePages(&begins))?,
-            begins,
-            // What changes nothing is not sent.
-            bytes: if told.is_empty() {
-                0
-            } else {
-                encoded.len() as u64
-            },
-            seconds,
-        })
-    }
-}
-
-/// The processes in a guest's RAM; none if it is no Linux that is understood.
-fn spaces(ram: &[u8]) -> Vec<Space> {
-    let Some(linux) = Linux::find(Physical::new(ram)) else {
-        return Vec::new();
-    };
-    address_spaces(&linux)
-        .into_iter()
-        .map(|space| Space {
-            key: space.key(),
-            pages: space.pages,
-        })
-        .collect()
-}
-
-fn processes<'a>(state: &'a State, spaces: &'a [Space]) -> Processes<'a> {
-    Processes {
-        ram: &state.ram,
-        tree: &state.ram_tree,
-        spaces,
-    }
-}
-
-impl Told {
-    fn new(source: &State, base: Option<&State>, begins: &State, twin: State) -> Result<Self> {
-        let device = ToldDevice::new(source, begins, &twin)?;
-        let failed = |source| Error::Reconcile {
-            strategy: Strategy::Twin.name(),
-            image: "the layout of ram".to_owned(),
-            source,
-        };
-        let pages = source.ram_tree.pages();
-        let no_base = ImageTree::zero(pages).map_err(Error::Hash)?;
-        let base = base.map_or(&no_base, |base| &base.ram_tree);
-        let begun = Instant::now();
-        let (there, here) = (spaces(&source.ram), spaces(&twin.ram));
-        let (layout, twin_pages) =
-            Layout::between(processes(source, &there), processes(&twin, &here), base);
-        let encoded = layout.encode().map_err(failed)?;
-        let mut twin_tree = twin.ram_tree.clone();
-        for (index, page) in &twin_pages {
-            let hash = PageHash::of(page);
-            twin_tree.set(*index, hash).map_err(Error::Hash)?;
-        }
-        let mut seconds = Seconds {
-            layout: begun.elapsed().as_secs_f64(),
-            ..Seconds::default()
-        };
-        let begun = Instant::now();
-        let layout = Layout::decode(&encoded, pages).map_err(failed)?;
-        let here = spaces(&begins.ram);
-        let moved = layout.realign(processes(begins, &here), base);
-        let mut tree = begins.ram_tree.clone();
-        let mut displaced = Vec::with_capacity(moved.len() * PAGE_SIZE);
-        for (index, page) in &moved {
-            let start = index.0 as usize * PAGE_SIZE;
-            displaced.extend_from_slice(begins.ram.get(start..start + PAGE_SIZE).unwrap_or(&[]));
-            tree.set(*index, PageHash::of(page)).map_err(Error::Hash)?;
-        }
-        seconds.realign = begun.elapsed().as_secs_f64();
-        Ok(Self {
-            twin,
-            twin_pages,
-            twin_tree,
-            pages: moved,
-            displaced_tree: tree_of(&SlicePages(&displaced))?,
-            displaced,
-            tree,
-            // A layout that says nothing is not sent.
-            layout_bytes: if layout.is_empty() {
-                0
-            } else {
-                encoded.len() as u64
-            },
-            seconds,
-            device,
-        })
     }
 }
 
