@@ -121,6 +121,7 @@ pub(crate) fn measure(
         salt: Salt([7; 32]),
         candidates: holdings.candidates(),
         force_bits: None,
+        seek_from: OfferOptions::SEEK_FROM,
     };
     let offer = Offer::knowing(image.1, base.1, &known, &options).map_err(failed)?;
     let lacking = resolve(&offer, &holdings)

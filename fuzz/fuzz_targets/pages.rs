@@ -29,6 +29,7 @@ static SCENE: LazyLock<Scene> = LazyLock::new(|| {
         salt: Salt([1; 32]),
         candidates: 1,
         force_bits: None,
+        seek_from: OfferOptions::SEEK_FROM,
     };
     let offer = Offer::new(&tree, &base, &options).expect("a few pages");
     Scene {

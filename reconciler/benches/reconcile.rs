@@ -136,6 +136,7 @@ fn exchange(c: &mut Criterion) {
         salt: Salt([9; 32]),
         candidates: holdings.candidates(),
         force_bits: None,
+        seek_from: OfferOptions::SEEK_FROM,
     };
     let offer = Offer::new(&source_tree, &base_tree, &options).unwrap();
     let mut group = c.benchmark_group("exchange");
@@ -177,6 +178,7 @@ fn pages(c: &mut Criterion) {
         salt: Salt([9; 32]),
         candidates: 1 << 20,
         force_bits: None,
+        seek_from: OfferOptions::SEEK_FROM,
     };
     let offer = Offer::new(&source_tree, &base_tree, &options).unwrap();
     let resolution = resolve(&offer, &holdings).unwrap();

@@ -112,6 +112,20 @@ impl Known<'_> {
     }
 }
 
+impl Known<'_> {
+    /// The lowest pages of contents that a target which replayed as the twin did has there.
+    pub(crate) fn expected(&self, contents: &[(PageHash, PageIndex)], hints: &[Hint]) -> PageSet {
+        let Some(twin) = self.twin.first() else {
+            return PageSet::new();
+        };
+        let named = contents.iter().zip(hints);
+        let here = named.filter(|(_, hint)| **hint == Hint::Here);
+        here.filter(|((hash, first), _)| twin.leaf(*first) == *hash)
+            .map(|((_, first), _)| *first)
+            .collect()
+    }
+}
+
 /// All pages of an image whose content is among those wanted, ascending.
 fn found(tree: &ImageTree, wanted: &HashSet<PageHash>) -> Vec<(PageIndex, PageHash)> {
     tree.content(0..tree.chunks().len())

@@ -10,6 +10,8 @@
 //!  Offer::new(tree, base tree)
 //!        ── Offer::encode, as BlobPart ──────────────►  Offer::decode, resolve
 //!  offer.decode_answer  ◄── Resolution::answer, as BlobPart ──
+//!  offer.seek ── Seek::encode, as BlobPart ──────────►  resolve_again, if much was not where
+//!  offer.decode_answer  ◄── Resolution::answer ──       the twin has it
 //!                                                       Applier::new (local copies)
 //!  encode_pages ── PageChunk, PageChunk, ... ────────►  applier.push ...
 //!                     ◄── Unpatched::encode ──          applier.retry, if a patch did not fit
@@ -50,6 +52,7 @@ mod realign;
 mod realign_landmarks;
 mod rearrange;
 mod resolve;
+mod seek;
 mod short;
 mod spool;
 mod stats;
@@ -77,7 +80,8 @@ pub use page::{
 pub use page_set::PageSet;
 pub use realign::{Layout, Overlaid, Processes, Realigned, Space};
 pub use rearrange::Rearrangement;
-pub use resolve::{Holdings, Place, PlaceKind, Resolution, resolve};
+pub use resolve::{Holdings, Place, PlaceKind, Resolution, resolve, resolve_again};
+pub use seek::Seek;
 pub use short::{Salt, short_bits};
 pub use stats::PageCounts;
 pub use stream::{PageChunk, StreamId};

@@ -154,6 +154,7 @@ mod tests {
             salt: Salt([3; 32]),
             candidates: 1,
             force_bits: None,
+            seek_from: OfferOptions::SEEK_FROM,
         };
         Offer::new(&tree, &ImageTree::zero(pages).unwrap(), &options).unwrap()
     }

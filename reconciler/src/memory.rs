@@ -17,7 +17,8 @@ use crate::lines::Unpatched;
 use crate::offer::{Offer, OfferOptions};
 use crate::page::{Image, PageIndex, ReadPages};
 use crate::page_set::PageSet;
-use crate::resolve::{Holdings, Resolution, resolve};
+use crate::resolve::{Holdings, Resolution, resolve, resolve_again};
+use crate::seek::Seek;
 use crate::stats::PageCounts;
 use crate::tree::{ImageTree, no_progress};
 use crate::verify::{Applied, Verification, Verified};
@@ -30,9 +31,9 @@ pub const MAX_REPAIRS: u32 = 3;
 pub struct Stats {
     /// Pages by recipe.
     pub pages: PageCounts,
-    /// Bytes of the offer.
+    /// Bytes of the offer, and of a seek.
     pub offer_bytes: u64,
-    /// Bytes of the answer.
+    /// Bytes of the answers.
     pub answer_bytes: u64,
     /// The page streams.
     pub encoded: EncodeStats,
@@ -89,7 +90,9 @@ impl Stats {
 pub enum Message<'a> {
     /// An encoded [`Offer`].
     Offer(&'a mut Vec<u8>),
-    /// The answer to it.
+    /// An encoded [`Seek`].
+    Seek(&'a mut Vec<u8>),
+    /// The answer to either.
     Answer(&'a mut Vec<u8>),
     /// Pages whose patch did not fit, asked for again.
     Retry(&'a mut Vec<u8>),
@@ -153,7 +156,21 @@ pub fn reconcile_in_memory(
     on_the_way(Message::Answer(&mut answer));
     stats.answer_bytes = answer.len() as u64;
 
-    let pages = offered.decode_answer(&answer)?;
+    let mut pages = offered.decode_answer(&answer)?;
+    let mut resolution = resolution;
+    if let Some(seek) = offered.seek(source.tree, &pages) {
+        let mut bytes = seek.encode()?;
+        on_the_way(Message::Seek(&mut bytes));
+        stats.offer_bytes += bytes.len() as u64;
+        let mut answer = timed(&mut stats.times.resolve, || {
+            let seek = Seek::decode(&bytes, &offer)?;
+            resolution = resolve_again(&offer, Some(&seek), holdings)?;
+            resolution.answer(&offer)
+        })?;
+        on_the_way(Message::Answer(&mut answer));
+        stats.answer_bytes += answer.len() as u64;
+        pages = offered.decode_answer(&answer)?;
+    }
     let mut transfer = Transfer {
         source,
         holdings,

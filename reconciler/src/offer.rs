@@ -29,6 +29,14 @@ pub struct OfferOptions {
     pub candidates: u64,
     /// Bits of a short, instead of what the budget asks for.
     pub force_bits: Option<u32>,
+    /// From so many contents on that the target should have and doesn't find, it is asked to look
+    /// for them again, see [`crate::Seek`].
+    pub seek_from: u64,
+}
+
+impl OfferOptions {
+    /// They are some 25 kB, which is worth a round trip on any line that is thin.
+    pub const SEEK_FROM: u64 = 64;
 }
 
 /// Names the pages of the new image that differ from the base, and their contents.
@@ -48,6 +56,21 @@ pub struct Offer {
     hints: Vec<Hint>,
     /// And by which short; 0 where it takes none.
     shorts: Vec<u64>,
+    /// Known to the source alone.
+    expected: Expected,
+}
+
+/// What a target that replayed as the twin did has at its own address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Expected {
+    /// The lowest pages of such contents.
+    pages: PageSet,
+    /// How many pages it would have to search for what is not there.
+    candidates: u64,
+    /// See [`OfferOptions::seek_from`].
+    seek_from: u64,
+    /// See [`OfferOptions::force_bits`].
+    forced: Option<u32>,
 }
 
 impl Offer {
@@ -93,6 +116,12 @@ impl Offer {
             options.candidates
         };
         let forced = options.force_bits.map(|bits| bits.clamp(1, MAX_BITS));
+        let expected = Expected {
+            pages: known.expected(&distinct, &hints),
+            candidates,
+            seek_from: options.seek_from,
+            forced,
+        };
         let mut bits = Bits {
             anywhere: forced.unwrap_or_else(|| short_bits(with(Hint::Anywhere), candidates)),
             here: forced.unwrap_or_else(|| here_bits(with(Hint::Here))),
@@ -123,6 +152,7 @@ impl Offer {
             contents,
             hints,
             shorts,
+            expected,
         })
     }
 
@@ -157,6 +187,17 @@ impl Offer {
 
     pub(crate) const fn salt(&self) -> Salt {
         self.salt
+    }
+    pub(crate) const fn expected(&self) -> &PageSet {
+        &self.expected.pages
+    }
+    pub(crate) const fn seek_from(&self) -> u64 {
+        self.expected.seek_from
+    }
+    /// Bits of a short for so many of them.
+    pub(crate) fn seek_bits(&self, contents: u64) -> u32 {
+        let bits = || short_bits(contents, self.expected.candidates);
+        self.expected.forced.unwrap_or_else(bits)
     }
     pub(crate) fn shorts(&self) -> &[u64] {
         &self.shorts
@@ -308,6 +349,7 @@ impl Offer {
             contents,
             hints,
             shorts,
+            expected: Expected::default(),
         })
     }
 }
@@ -388,6 +430,7 @@ mod tests {
             salt: Salt([3; 32]),
             candidates: 1000,
             force_bits,
+            seek_from: 0,
         }
     }
 
@@ -403,7 +446,8 @@ mod tests {
             let bytes = offer.encode().unwrap();
             prop_assert!(bytes.len() as u64 <= Offer::max_encoded_len(new.pages()));
             let back = Offer::decode(&bytes, new.pages()).unwrap();
-            prop_assert_eq!(&back, &offer);
+            let expected = Expected::default();
+            prop_assert_eq!(&back, &Offer { expected, ..offer.clone() });
             let first = offer.first_pages();
             prop_assert_eq!(first.len() as u64, offer.distinct());
             for (index, content) in back.changed_contents() {

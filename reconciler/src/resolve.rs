@@ -22,6 +22,8 @@ use crate::known::{Hint, locate};
 use crate::offer::Offer;
 use crate::page::{PageHash, PageIndex, ReadPages};
 use crate::page_set::PageSet;
+use crate::seek::Seek;
+use crate::short::short;
 use crate::tree::ImageTree;
 
 /// What kind of image a page was found in; for the statistics alone.
@@ -155,10 +157,22 @@ const BATCH_CHUNKS: usize = 4096;
 
 /// Decides for every page of the new image where its content comes from.
 pub fn resolve(offer: &Offer, holdings: &Holdings<'_>) -> Result<Resolution, Error> {
+    resolve_again(offer, None, holdings)
+}
+
+/// The same with what the source has named since, see [`Seek`].
+pub fn resolve_again(
+    offer: &Offer,
+    seek: Option<&Seek>,
+    holdings: &Holdings<'_>,
+) -> Result<Resolution, Error> {
     if offer.base() != holdings.base.root() {
         return Err(Error::WrongBase);
     }
-    let found = search(offer, holdings)?;
+    let mut found = search(offer, holdings)?;
+    if let Some(seek) = seek {
+        search_again(offer, seek, holdings, &mut found)?;
+    }
     let current = holdings.current;
     let mut out = Resolution {
         zero: offer
@@ -216,19 +230,53 @@ pub fn resolve(offer: &Offer, holdings: &Holdings<'_>) -> Result<Resolution, Err
     Ok(out)
 }
 
+/// Which of the places each shared image is.
+fn shared_places(offer: &Offer, holdings: &Holdings<'_>) -> Result<Vec<usize>, Error> {
+    let images = offer.shared().iter().map(|image| {
+        let is_it = |place: &Place<'_>| {
+            place.tree.pages() == image.pages && place.tree.root() == image.root
+        };
+        holdings.places.iter().position(is_it)
+    });
+    images.collect::<Option<_>>().ok_or(Error::NotShared)
+}
+
+/// Looks anywhere for contents that were to be at their own address and are not.
+fn search_again(
+    offer: &Offer,
+    seek: &Seek,
+    holdings: &Holdings<'_>,
+    found: &mut [Found],
+) -> Result<(), Error> {
+    let first_pages = offer.first_pages();
+    let mut by_short = ShortMap::default();
+    // Contents are numbered by their lowest pages.
+    for (page, short) in seek.pages.iter().zip(&seek.shorts) {
+        let Ok(content) = first_pages.binary_search(&page) else {
+            return Err(Error::malformed("a seek", "it names what was not offered"));
+        };
+        if !matches!(found[content], Found::Nothing) {
+            continue;
+        }
+        match by_short.entry(*short) {
+            Entry::Vacant(slot) => {
+                slot.insert(content as u32);
+            }
+            Entry::Occupied(first) => {
+                found[*first.get() as usize] = Found::Ambiguous;
+                found[content] = Found::Ambiguous;
+            }
+        }
+    }
+    let shared = shared_places(offer, holdings)?;
+    let short_of = |hash: &PageHash| short(&offer.salt(), seek.bits, hash);
+    sweep(offer, holdings, &shared, &by_short, &short_of, found);
+    Ok(())
+}
+
 /// For each content, where it is.
 fn search(offer: &Offer, holdings: &Holdings<'_>) -> Result<Vec<Found>, Error> {
-    let shared = offer
-        .shared()
-        .iter()
-        .map(|image| {
-            let is_it = |place: &Place<'_>| {
-                place.tree.pages() == image.pages && place.tree.root() == image.root
-            };
-            holdings.places.iter().position(is_it)
-        })
-        .collect::<Option<Vec<_>>>()
-        .ok_or(Error::NotShared)?;
+    let shared = shared_places(offer, holdings)?;
     let mut found = vec![Found::Nothing; offer.shorts().len()];
     let mut by_short = ShortMap::default();
     let first_pages = offer.first_pages();
@@ -260,8 +308,22 @@ fn search(offer: &Offer, holdings: &Holdings<'_>) -> Result<Vec<Found>, Error> {
             },
         }
     }
+    let short_of = |hash: &PageHash| offer.short_of(hash);
+    sweep(offer, holdings, &shared, &by_short, &short_of, &mut found);
+    Ok(found)
+}
+
+/// Looks for contents in all that the target has, but for what is shared.
+fn sweep(
+    offer: &Offer,
+    holdings: &Holdings<'_>,
+    shared: &[usize],
+    by_short: &ShortMap,
+    short_of: &(dyn Fn(&PageHash) -> u64 + Sync),
+    found: &mut [Found],
+) {
     if by_short.is_empty() {
-        return Ok(found);
+        return;
     }
     let is_shared = |place: Option<u32>| place.is_some_and(|at| shared.contains(&(at as usize)));
     let base_is_shared = offer
@@ -291,7 +353,7 @@ fn search(offer: &Offer, holdings: &Holdings<'_>) -> Result<Vec<Found>, Error> {
                 .filter(|page| !unchanged(page))
                 .filter_map(|(index, hash)| {
                     by_short
-                        .get(&offer.short_of(&hash))
+                        .get(&short_of(&hash))
                         .map(|&content| (content, index, hash))
                 })
                 .collect();
@@ -306,5 +368,4 @@ fn search(offer: &Offer, holdings: &Holdings<'_>) -> Result<Vec<Found>, Error> {
             }
         }
     }
-    Ok(found)
 }

@@ -54,6 +54,7 @@ proptest! {
         let (image, stats) = run(&case, &mut |sent| {
             let (Message::Offer(bytes)
             | Message::Answer(bytes)
+            | Message::Seek(bytes)
             | Message::Retry(bytes)
             | Message::Pages(bytes)) = sent;
             if message == which && !bytes.is_empty() {
@@ -198,6 +199,27 @@ fn the_twin_tells_which_words_are_volatile() {
 }
 
 #[test]
+fn what_a_replay_put_elsewhere_is_looked_for_again() {
+    let mut case = replays(600, 0);
+    // As the source's own replay has it, page by page; the target's has all of it, from the back.
+    case.twin = Some(case.source.clone());
+    let pages: Vec<&[u8]> = case.source.chunks(PAGE_SIZE).rev().collect();
+    case.replayed = pages.concat();
+    case.known = 0b0100;
+    let mut seeks = 0;
+    let (image, stats) = run(&case, &mut |sent| {
+        seeks += usize::from(matches!(sent, Message::Seek(_)));
+    });
+    let stats = stats.unwrap();
+    assert!(image == case.source);
+    assert_eq!(seeks, 1);
+    let moved: u64 = stats.pages.moved.values().sum();
+    assert_eq!((moved, stats.pages.literal + stats.pages.delta), (600, 0));
+    // A page is not sent that is there; naming it again took some bytes.
+    assert!(stats.bytes() < 600 * 12, "{stats:?}");
+}
+
+#[test]
 fn a_patch_is_laid_over_every_page_of_its_content() {
     let mut case = replays(3, 0);
     let first = case.source[..PAGE_SIZE].to_vec();
@@ -273,6 +295,7 @@ fn rounds(sources: [&[u8]; 3], case: &Case) -> (Vec<u8>, Result<Verification, Er
         salt: Salt([1; 32]),
         candidates: 100,
         force_bits: None,
+        seek_from: OfferOptions::SEEK_FROM,
     };
     let offer = Offer::new(&tree(&case.source), &base, &options).unwrap();
     let holdings = Holdings {

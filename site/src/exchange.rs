@@ -99,6 +99,7 @@ pub(crate) async fn send_images(
             salt,
             candidates: base_for_offers.candidates(),
             force_bits: None,
+            seek_from: OfferOptions::SEEK_FROM,
         };
         state
             .heads()
@@ -192,20 +193,19 @@ async fn send_image(line: &mut Line, out: &Outgoing<'_>, offered: Offered) -> Re
     } = offered;
     let phase = head.kind.phase();
     let mut hashes = encoded.len() as u64;
-    let mut assembler = BlobAssembler::new(offer.max_answer_len());
-    let answer = loop {
-        let ToSource::Lacks(part) = line.recv(phase).await? else {
-            return Err(line.unexpected(phase, "no answer to an offer"));
-        };
-        let bad = Error::reconcile("the answer to an offer is malformed");
-        if let Some(answer) = assembler.push(&part).map_err(bad)? {
-            break answer;
+    let mut pages = answered(line, phase, &offer, &mut hashes).await?;
+    if let Some(seek) = offer.seek(out.state.tree(head.kind), &pages) {
+        tracing::debug!(?head, lacking = pages.len(), "looked for again");
+        let encoded = seek
+            .encode()
+            .map_err(Error::reconcile("cannot say what to look for again"))?;
+        hashes += encoded.len() as u64;
+        for part in blob_parts(&encoded) {
+            line.send(ToTarget::Seek(part)).await?;
         }
-    };
-    hashes += answer.len() as u64;
-    let pages = offer
-        .decode_answer(&answer)
-        .map_err(Error::reconcile("the answer to an offer is malformed"))?;
+        line.flush().await?;
+        pages = answered(line, phase, &offer, &mut hashes).await?;
+    }
     let begun = Instant::now();
     tracing::debug!(?head, lacking = pages.len(), "answer");
     let mut encoded = send_pages(line, out, Against::All, head.kind, pages).await?;
@@ -262,6 +262,27 @@ async fn send_image(line: &mut Line, out: &Outgoing<'_>, offered: Offered) -> Re
             _ => return Err(line.unexpected(phase, "no verdict on an image")),
         }
     }
+}
+
+/// The pages that the target asks for; `bytes` counts its answer.
+async fn answered(
+    line: &mut Line,
+    phase: Phase,
+    offer: &Offer,
+    bytes: &mut u64,
+) -> Result<Vec<PageIndex>> {
+    let bad = || Error::reconcile("the answer to an offer is malformed");
+    let mut assembler = BlobAssembler::new(offer.max_answer_len());
+    let answer = loop {
+        let ToSource::Lacks(part) = line.recv(phase).await? else {
+            return Err(line.unexpected(phase, "no answer to an offer"));
+        };
+        if let Some(answer) = assembler.push(&part).map_err(bad())? {
+            break answer;
+        }
+    };
+    *bytes += answer.len() as u64;
+    offer.decode_answer(&answer).map_err(bad())
 }
 
 /// The pages that a request names, of which `first` is the first part.

@@ -31,6 +31,8 @@
 //! <images>, for each image:
 //!   | -- Image (which, size), Offer.. ---------------->  |  all images at once, before any answer
 //!   | <---------------------------------------- Lacks..  |  one image after the other from here
+//!   | -- Seek.. -------------------------------------->  |  where much is not at the address where
+//!   | <---------------------------------------- Lacks..  |  the twin has it: answered once more
 //!   | -- Pages.., PagesEnd --------------------------->  |
 //!   | <-------------------------------------- Unpatched..  |  patches that do not fit, and what is
 //!   | -- Pages.., PagesEnd --------------------------->  |  there: sent line by line
@@ -114,6 +116,8 @@ pub enum ToTarget {
     Image(ImageHead),
     /// Part of [`reconciler`]'s offer.
     Offer(BlobPart),
+    /// Part of [`reconciler::Seek::encode`]: what should have been there, and may lie elsewhere.
+    Seek(BlobPart),
     /// Pages that the target lacks.
     Pages(PageChunk),
     /// There are no more of them.

@@ -220,6 +220,7 @@ pub(crate) fn run(
             salt: Salt([case.salt; 32]),
             candidates: holdings.candidates(),
             force_bits: case.force_bits,
+            seek_from: u64::from(case.salt % 3),
         },
         encode: EncodeOptions {
             codec: if case.salt.is_multiple_of(2) {

@@ -40,6 +40,7 @@ fn image(state: &State, base: &Base, kind: ImageKind, rate: f64) -> Result<f64> 
         salt: Salt([0; 32]),
         candidates: base.candidates(),
         force_bits: None,
+        seek_from: OfferOptions::SEEK_FROM,
     };
     let known = Known {
         shared: &shared,

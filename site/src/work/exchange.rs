@@ -1,8 +1,8 @@
 //! The target's half of reconciling one image over a line.
 
 use reconciler::{
-    Applier, ApplyOptions, BlobAssembler, Descent, Holdings, Image, ImageTree, Offer, PlaceKind,
-    Retry, Verification, Verified, blob_parts, no_progress, pages_for,
+    Applier, ApplyOptions, BlobAssembler, BlobPart, Descent, Holdings, Image, ImageTree, Offer,
+    PlaceKind, Resolution, Retry, Seek, Verification, Verified, blob_parts, no_progress, pages_for,
 };
 use tokio::runtime::Handle;
 
@@ -39,6 +39,8 @@ pub(super) struct Talk<'a> {
     pub(super) line: &'a mut TargetLine,
     pub(super) runtime: &'a Handle,
     pub(super) phase: Phase,
+    /// Came already, and is the next to be received.
+    pub(super) next: Option<ToTarget>,
 }
 
 impl Talk<'_> {
@@ -50,6 +52,9 @@ impl Talk<'_> {
     }
 
     fn receive(&mut self) -> Result<ToTarget> {
+        if let Some(next) = self.next.take() {
+            return Ok(next);
+        }
         self.runtime.block_on(self.line.receive(self.phase))
     }
 
@@ -82,13 +87,17 @@ pub(super) fn exchange(
     before: Option<&ImageTree>,
 ) -> Result<ImageTree> {
     let failed = |what: &'static str| Error::reconcile(what);
-    let resolution =
+    let mut resolution =
         reconciler::resolve(offer, holdings).map_err(failed("cannot resolve an offer"))?;
-    let answer = resolution
-        .answer(offer)
-        .map_err(failed("cannot answer an offer"))?;
-    for part in blob_parts(&answer) {
-        talk.send(ToSource::Lacks(part))?;
+    answer(talk, offer, &resolution)?;
+    match talk.receive()? {
+        ToTarget::Seek(part) => {
+            let seek = receive_seek(talk, part, offer)?;
+            resolution = reconciler::resolve_again(offer, Some(&seek), holdings)
+                .map_err(failed("cannot look for pages again"))?;
+            answer(talk, offer, &resolution)?;
+        }
+        other => talk.next = Some(other),
     }
     let mut applier = Applier::new(offer, resolution, holdings, image, ApplyOptions::default())
         .map_err(failed("cannot begin to build an image"))?;
@@ -158,6 +167,32 @@ pub(super) fn exchange(
             "an image still differs from the source's after {REPAIRS} repairs: this host's memory \
              or disk may be failing"
         ))),
+    }
+}
+
+/// Asks for what is lacking.
+fn answer(talk: &mut Talk<'_>, offer: &Offer, resolution: &Resolution) -> Result<()> {
+    let answer = resolution
+        .answer(offer)
+        .map_err(Error::reconcile("cannot answer an offer"))?;
+    for part in blob_parts(&answer) {
+        talk.send(ToSource::Lacks(part))?;
+    }
+    Ok(())
+}
+
+fn receive_seek(talk: &mut Talk<'_>, first: BlobPart, offer: &Offer) -> Result<Seek> {
+    let malformed = || Error::reconcile("what is to be looked for again is malformed");
+    let mut assembler = BlobAssembler::new(Seek::max_encoded_len(offer.pages()));
+    let mut part = first;
+    loop {
+        if let Some(bytes) = assembler.push(&part).map_err(malformed())? {
+            return Seek::decode(&bytes, offer).map_err(malformed());
+        }
+        part = match talk.receive()? {
+            ToTarget::Seek(part) => part,
+            _ => return Err(talk.line.unexpected(talk.phase, "half a seek")),
+        };
     }
 }
 

@@ -223,6 +223,7 @@ impl Work {
                     line: &mut line,
                     runtime: &runtime,
                     phase: head.kind.phase(),
+                    next: None,
                 };
                 trees.push(self.receive_image(&mut talk, *head, offer, &trees)?);
             }
