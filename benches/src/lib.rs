@@ -14,12 +14,15 @@
 //! | `twin` | its replay, in the source's layout | the same | the base and its own replay |
 //!
 //! With `base` come the delta codecs of the papers, on the pages that `base` sends ([`DeltaRow`]).
+//! For a Linux guest comes what each kind of its RAM's pages takes ([`KindRow`]).
 //!
 //! Not promised: seconds that hold on another machine, or beside other work.
 
 mod deltas;
 mod diverged;
 mod error;
+mod kinds;
+mod kinds_table;
 mod measure;
 mod memory;
 mod report;
@@ -29,6 +32,8 @@ mod told;
 pub use deltas::DeltaRow;
 pub use diverged::Diverged;
 pub use error::Error;
+pub use kinds::{KindPages, KindRow, KindWay, TOGETHER};
+pub use kinds_table::kinds_table;
 pub use measure::{Options, reconcile};
 pub use reconciler::Codec;
 pub use report::{Bytes, Report, Row, Seconds, Strategy, codec_of, name_of};

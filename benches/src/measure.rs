@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use introspection::Physical;
+use introspection::kinds::{self, Kind};
 use reconciler::{
     ApplyOptions, Codec, EncodeOptions, Holdings, Image, ImageTree, Known, OfferOptions, Overlaid,
     PAGE_SIZE, Place, PlaceKind, ReadPages, Salt, SlicePages, SlicePagesMut, Source, Stats,
@@ -11,6 +13,7 @@ use reconciler::{
 use crate::deltas::{self, DeltaRow};
 use crate::diverged::Diverged;
 use crate::error::{Error, Result};
+use crate::kinds::{Asked, Done, Kinds};
 use crate::memory::peak;
 use crate::report::{Bytes, Report, Row, Seconds, Strategy, name_of};
 use crate::states::{Scratch, State, first_difference};
@@ -43,6 +46,20 @@ pub struct Options {
 /// When the folder is no capture, a state that was asked for is not in it, or what came out is
 /// not the source's state.
 pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) -> Result<Report> {
+    let kinds_of = |ram: &[u8]| {
+        let kinds = kinds::classify(Physical::new(ram))?;
+        Some(kinds.all().to_vec())
+    };
+    measure(dir, options, &kinds_of, on_row)
+}
+
+/// The same, with the kinds of a RAM's pages as `kinds_of` tells them.
+pub(crate) fn measure(
+    dir: &Path,
+    options: &Options,
+    kinds_of: &dyn Fn(&[u8]) -> Option<Vec<Kind>>,
+    on_row: &mut dyn FnMut(&Row),
+) -> Result<Report> {
     for needed in ["base", "source"] {
         if !dir.join(needed).is_dir() {
             return Err(Error::NoCapture {
@@ -80,6 +97,13 @@ pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) ->
     let diverged = replayed
         .as_ref()
         .map(|replayed| Diverged::between(&source, replayed));
+    let mut kinds = match kinds_of(&source.ram) {
+        // Against nothing everything has changed.
+        Some(kinds) if strategies.iter().any(|way| *way != Strategy::Full) => {
+            Some(Kinds::new(kinds, &source, &base)?)
+        }
+        _ => None,
+    };
     let mut rows = Vec::new();
     let deltas = if strategies.contains(&Strategy::Base) {
         tell_deltas(&source, &base)?
@@ -110,7 +134,7 @@ pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) ->
             _ => options.codecs.len(),
         };
         for codec in options.codecs.iter().take(codecs) {
-            run.all(*codec, &mut |row| {
+            run.all(*codec, kinds.as_mut(), &mut |row| {
                 on_row(&row);
                 rows.push(row);
             })?;
@@ -120,6 +144,7 @@ pub fn reconcile(dir: &Path, options: &Options, on_row: &mut dyn FnMut(&Row)) ->
         rows,
         deltas,
         diverged,
+        kinds: kinds.map_or_else(Vec::new, Kinds::into_rows),
     })
 }
 
@@ -181,12 +206,17 @@ struct Task<'a> {
 
 impl Run<'_> {
     /// All images, in the order in which a migration sends them.
-    fn all(&self, codec: Codec, on_row: &mut dyn FnMut(Row)) -> Result<()> {
+    fn all(
+        &self,
+        codec: Codec,
+        kinds: Option<&mut Kinds>,
+        on_row: &mut dyn FnMut(Row),
+    ) -> Result<()> {
         on_row(self.device(codec)?);
         for index in 0..self.source.disks.len() {
             on_row(self.disk(codec, index)?);
         }
-        on_row(self.ram(codec)?);
+        on_row(self.ram(codec, kinds)?);
         Ok(())
     }
 
@@ -220,6 +250,7 @@ impl Run<'_> {
             codec,
             task,
             &mut SlicePagesMut(&mut built),
+            None,
         )?;
         if let Some(told) = told {
             row.add_layout(told.bytes, &told.seconds);
@@ -259,10 +290,10 @@ impl Run<'_> {
             twin: told.map(|disk| &disk.image as _),
             twins: told.iter().map(|disk| &disk.tree).collect(),
         };
-        self.run(disk_name(index), codec, task, &mut scratch.pages()?)
+        self.run(disk_name(index), codec, task, &mut scratch.pages()?, None)
     }
 
-    fn ram(&self, codec: Codec) -> Result<Row> {
+    fn ram(&self, codec: Codec, kinds: Option<&mut Kinds>) -> Result<Row> {
         let image = SlicePages(&self.source.ram);
         let base = self
             .base
@@ -312,6 +343,7 @@ impl Run<'_> {
             codec,
             task,
             &mut SlicePagesMut(&mut built),
+            kinds.filter(|_| self.strategy != Strategy::Full),
         )?;
         if let Some(told) = told {
             row.add_layout(told.layout_bytes, &told.seconds);
@@ -325,6 +357,7 @@ impl Run<'_> {
         codec: Codec,
         task: Task<'_>,
         built: &mut dyn Image,
+        kinds: Option<&mut Kinds>,
     ) -> Result<Row> {
         let nothing = ImageTree::zero(task.tree.pages()).map_err(Error::Hash)?;
         let Task {
@@ -374,7 +407,6 @@ impl Run<'_> {
                 salt: SALT,
                 candidates: self.candidates(),
                 force_bits: None,
-                seek_from: OfferOptions::SEEK_FROM,
             },
             encode: EncodeOptions {
                 codec,
@@ -382,8 +414,12 @@ impl Run<'_> {
             },
             apply: ApplyOptions::default(),
         };
-        let (done, peak_memory) =
-            peak(|| reconcile_in_memory(source, &holdings, built, &options, &mut |_| {}));
+        let mut asked = Asked::default();
+        let (done, peak_memory) = peak(|| {
+            reconcile_in_memory(source, &holdings, built, &options, &mut |message| {
+                asked.hear(&message);
+            })
+        });
         let (_, stats) = done.map_err(|source| Error::Reconcile {
             strategy: self.strategy.name(),
             image: name.clone(),
@@ -397,6 +433,16 @@ impl Run<'_> {
                 image: name,
                 page,
             });
+        }
+        if let Some(kinds) = kinds {
+            kinds.add(&Done {
+                strategy: self.strategy,
+                options: options.encode,
+                source,
+                current: holdings.current,
+                asked,
+                stats: &stats,
+            })?;
         }
         Ok(Row {
             strategy: self.strategy,

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::deltas::DeltaRow;
 use crate::diverged::Diverged;
+use crate::kinds::KindRow;
 
 /// A way of moving a state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -146,6 +147,9 @@ pub struct Report {
     pub deltas: Vec<DeltaRow>,
     /// How far the target's replay is from the source's state, if there is one.
     pub diverged: Option<Diverged>,
+    /// What each kind of RAM page takes with a base, the last for all together; empty where the
+    /// guest is no Linux that is understood.
+    pub kinds: Vec<KindRow>,
 }
 
 impl Row {

@@ -46,6 +46,9 @@ fn table(report: &Report) -> String {
     if let Some(diverged) = &report.diverged {
         lines.extend([String::new(), diverged.to_string()]);
     }
+    if !report.kinds.is_empty() {
+        lines.extend([String::new(), benches::kinds_table(&report.kinds)]);
+    }
     lines.join("\n")
 }
 
