@@ -407,6 +407,7 @@ impl Run<'_> {
                 salt: SALT,
                 candidates: self.candidates(),
                 force_bits: None,
+                seek_from: OfferOptions::SEEK_FROM,
             },
             encode: EncodeOptions {
                 codec,
