@@ -33,6 +33,7 @@ pub mod plan;
 pub mod progress;
 pub mod protocol;
 pub mod recording;
+pub mod redaction;
 pub mod replaying;
 pub mod report;
 pub mod source;

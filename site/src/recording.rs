@@ -4,9 +4,11 @@
 //! control socket in the VM's runtime directory: one line a request (`flush`, `stop`), one line
 //! of JSON back. What it answers to `flush` is on disk.
 
+mod writer;
+
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -23,9 +25,7 @@ use crate::control_socket::{self, ControlSocket};
 use crate::error::{Error, Result};
 use crate::local;
 use crate::store::VmDir;
-
-/// A block of the log is written when it is this old; a crash loses no more.
-const FLUSH_EVERY: Duration = Duration::from_secs(2);
+use writer::{FLUSH_EVERY, ToWriter};
 
 /// How long a recorder may take to answer on its control socket.
 const CONTROL_LIMIT: Duration = Duration::from_secs(10);
@@ -134,11 +134,6 @@ impl RecordSink for LogSink {
     }
 }
 
-enum ToWriter {
-    Record(Record),
-    Flush(oneshot::Sender<Result<()>>),
-}
-
 /// The recorder's answer on its control socket.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -192,7 +187,13 @@ pub async fn record(
     let log = vm.log_path(manifest.generation);
     let writer = open_log(vm, &log, manifest.generation)?;
     let (sender, receiver) = mpsc::channel();
-    let writing = std::thread::spawn(move || write_log(writer, &receiver));
+    // Dropped when the writer ends, before all when it can't write.
+    let (writes, writer_ended) = oneshot::channel::<()>();
+    let writing = std::thread::spawn(move || {
+        let written = writer::write(writer, &receiver, FLUSH_EVERY);
+        drop(writes);
+        written
+    });
     let config = recorder::RecorderConfig {
         listen,
         evdev: options.evdev.clone(),
@@ -212,19 +213,22 @@ pub async fn record(
         ended = serve_control(&socket.listener, &sender, &clock) => ended?,
         // Others drive QEMU meanwhile: a migration, before all.
         _ = qemu.death_from_afar() => Ended::VmEnded,
+        // What it could not write is told below.
+        _ = writer_ended => Ended::Stopped,
     };
     drop(socket);
     match held {
         Some(held) if ended != Ended::Stopped => held.forget(),
         held => drop(held),
     }
-    recorder.shutdown().await.map_err(Error::Recorder)?;
+    let shut = recorder.shutdown().await;
     drop(sender);
     let (records, log_bytes) = local::blocking(move || match writing.join() {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic),
     })
     .await?;
+    shut.map_err(Error::Recorder)?;
     Ok(Recorded {
         generation: manifest.generation,
         log,
@@ -253,25 +257,6 @@ fn open_log(vm: &VmDir, path: &Path, generation: u64) -> Result<LogWriter> {
         "cannot begin the log {}",
         path.display()
     )))
-}
-
-/// The writer's thread: blocks are written as they age, and when somebody asks.
-fn write_log(mut log: LogWriter, inbox: &mpsc::Receiver<ToWriter>) -> Result<(u64, u64)> {
-    let failed = |error| Error::log("cannot write the log")(error);
-    loop {
-        match inbox.recv_timeout(FLUSH_EVERY) {
-            Ok(ToWriter::Record(record)) => log.append(record).map_err(failed)?,
-            Ok(ToWriter::Flush(answer)) => {
-                let result = log.flush().and_then(|()| log.sync()).map_err(failed);
-                let _ = answer.send(result);
-            }
-            Err(RecvTimeoutError::Timeout) => log.flush().map_err(failed)?,
-            Err(RecvTimeoutError::Disconnected) => {
-                let records = log.records() + log.pending() as u64;
-                return Ok((records, log.close().map_err(failed)?));
-            }
-        }
-    }
 }
 
 fn control_path(vm: &VmDir) -> Result<PathBuf> {

@@ -29,7 +29,7 @@ pub(crate) fn run(store: &Store, command: LogCommand, output: &Output) -> anyhow
             Ok(())
         }
         LogCommand::Redact { log, from, to } => {
-            redact(store, &vm_of(store, &log.name)?, &log, from, to, output)
+            redact(&vm_of(store, &log.name)?, &log, from, to, output)
         }
     }
 }
@@ -78,22 +78,17 @@ fn show(vm: &VmDir, file: &LogFile, output: &Output) -> anyhow::Result<()> {
 }
 
 fn redact(
-    store: &Store,
     vm: &VmDir,
     file: &LogFile,
     from: Duration,
     to: Duration,
     output: &Output,
 ) -> anyhow::Result<()> {
-    let path = path_of(vm, file)?;
+    let (generation, path) = found(vm, file)?;
     let micros = |time: Duration| GuestTime {
         micros: time.as_micros() as u64,
     };
-    let fresh = path.with_extension("redacting");
-    // What an interrupted attempt left is worth nothing.
-    let _ = std::fs::remove_file(&fresh);
-    let redaction = traces::redact(&path, &fresh, &store.log_key()?, micros(from)..micros(to))?;
-    std::fs::rename(&fresh, &path).with_context(|| format!("cannot replace {}", path.display()))?;
+    let redaction = site::redaction::redact(vm, generation, micros(from)..micros(to))?;
     let result = json!({ "removed": redaction.removed, "kept": redaction.kept, "log": path });
     output.result(&result, |_| {
         format!(
@@ -103,19 +98,22 @@ fn redact(
     })
 }
 
-/// The log that was asked for, or the newest.
 fn path_of(vm: &VmDir, file: &LogFile) -> anyhow::Result<PathBuf> {
+    Ok(found(vm, file)?.1)
+}
+
+/// The log that was asked for, or the newest, and its generation.
+fn found(vm: &VmDir, file: &LogFile) -> anyhow::Result<(u64, PathBuf)> {
     vm.record()?;
     let logs = vm.logs()?;
     let found = match file.generation {
         Some(generation) => logs.into_iter().find(|(number, _)| *number == generation),
         None => logs.into_iter().next_back(),
     };
-    let (_, path) = found.ok_or_else(|| {
+    Ok(found.ok_or_else(|| {
         site::Error::Refused(format!(
             "{0} has no such log; `replay-migrate log list {0}` shows those there are",
             vm.name()
         ))
-    })?;
-    Ok(path)
+    })?)
 }
