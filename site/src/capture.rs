@@ -291,8 +291,10 @@ async fn replay(
     Ok(summary)
 }
 
+/// Makes a state's folder. It holds what the user sees and types, and so does what is around it.
 fn make_dirs(dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).map_err(Error::file("create", dir))
+    dir.parent().map_or(Ok(()), files::make_dir)?;
+    files::make_dir(dir)
 }
 
 /// Writes a state as plain images: `ram.img`, `disk.img` (`disk1.img` and so on for more of

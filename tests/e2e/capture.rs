@@ -1,5 +1,6 @@
 //! A session on a guest that chance is taken out of, and what can be kept of it.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use introspection::{Linux, Physical, address_spaces, entropy, freelists, turns};
@@ -67,6 +68,8 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
     assert!(captured["replays"][0]["events"].as_u64().unwrap() > 100);
     assert_eq!(a.state(VM).await.unwrap(), "running");
     assert_eq!(qemus_on(a.dir()), 1, "only the VM itself");
+    let mode = Path::new(out).metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o077, 0, "others may look into the capture");
     for state in ["base", "source", "replayed", "twin", "quick-1"] {
         let dir = Path::new(out).join(state);
         let ram = std::fs::read(dir.join("ram.img")).unwrap();

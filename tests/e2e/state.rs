@@ -59,5 +59,15 @@ async fn qemu_is_found_again_after_its_keeper_died() {
     // What the dead recorder held is free again.
     let recorder = site.record(VM).await.unwrap();
     work(&recorder).await;
-    recorder.process.stop().await.unwrap().success().unwrap();
+    let redact = ["log", "redact", VM, "--from", "0s", "--to", "1h"];
+    let early = site.run(&redact).await.unwrap();
+    assert_eq!(early.code, Some(3), "{}", early.stderr);
+    let recorded = recorder.process.stop().await.unwrap().success().unwrap();
+    let recorded: serde_json::Value = recorded.last().unwrap();
+    let redacted = site.json(&redact).await.unwrap();
+    let records = recorded["records"].as_u64().unwrap();
+    assert!(
+        records > 0 && redacted["removed"].as_u64() == Some(records),
+        "{redacted}"
+    );
 }
