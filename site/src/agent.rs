@@ -6,7 +6,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::Result;
-use crate::files::FileLock;
+use crate::files::{self, FileLock};
 use crate::line::TargetLine;
 use crate::local;
 use crate::source;
@@ -26,7 +26,7 @@ pub struct Agent {
 impl Agent {
     /// Opens the port, and clears away what an agent that died has left.
     pub async fn bind(store: &Store, listen: &str) -> Result<Self> {
-        let only = FileLock::try_take(&store.root().join("agent.lock"))?.ok_or_else(|| {
+        let only = store.agent_lock()?.ok_or_else(|| {
             Error::Refused(format!(
                 "an agent serves {} already; stop it first",
                 store.root().display()
@@ -34,6 +34,8 @@ impl Agent {
         })?;
         let identity = store.identity()?;
         let listener = Listener::bind(listen, &identity, store.peers()).await?;
+        // No conversation is open yet that could still commit what was given up.
+        files::remove_dir(&store.void_dir())?;
         for vm in store.vm_dirs()? {
             // Somebody who works on a VM right now also clears it.
             if let Ok(_lock) = vm.lock() {

@@ -3,7 +3,8 @@
 //! A generation is a folder that holds the guest's RAM, one overlay a disk, the device state,
 //! a hash tree of each, and a manifest. The manifest is written last: a folder without one is
 //! no generation. Disk overlays rest on the overlays of the generation before, so generations
-//! form a line.
+//! form a line. One that was pruned has its manifest under another name, and perhaps its disks:
+//! see [`crate::generations`].
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -175,21 +176,27 @@ impl GenerationFiles {
         self.dir.join("manifest.json")
     }
 
+    /// The manifest of a generation that was pruned.
+    pub(crate) fn pruned(&self) -> PathBuf {
+        self.dir.join("pruned.json")
+    }
+
     /// Reads the manifest; `None` if this is no generation (any more, or yet).
     pub fn load_manifest(&self) -> Result<Option<Manifest>> {
-        let Some(manifest) = files::read_json::<Manifest>(&self.manifest())? else {
-            return Ok(None);
-        };
-        if manifest.version != MANIFEST_VERSION {
-            return Err(Error::Damaged {
-                path: self.manifest(),
-                reason: format!(
-                    "it is of version {}; this program reads version {MANIFEST_VERSION}",
-                    manifest.version
-                ),
-            });
-        }
-        Ok(Some(manifest))
+        load_manifest(&self.manifest())
+    }
+
+    /// Reads the manifest that a pruned generation had; `None` if there was none.
+    pub(crate) fn load_pruned(&self) -> Result<Option<Manifest>> {
+        load_manifest(&self.pruned())
+    }
+
+    /// From here on this is no generation any more, durable; its files are still there.
+    pub(crate) fn mark_pruned(&self) -> Result<()> {
+        let (from, to) = (self.manifest(), self.pruned());
+        fs::rename(&from, &to)
+            .and_then(|()| files::sync_dir(&self.dir))
+            .map_err(Error::file("rename", &from))
     }
 
     /// Makes all files durable, then writes the manifest: from here on the generation exists.
@@ -240,6 +247,22 @@ impl GenerationFiles {
         let path = self.device();
         fs::read(&path).map_err(Error::file("read", &path))
     }
+}
+
+fn load_manifest(path: &Path) -> Result<Option<Manifest>> {
+    let Some(manifest) = files::read_json::<Manifest>(path)? else {
+        return Ok(None);
+    };
+    if manifest.version != MANIFEST_VERSION {
+        return Err(Error::Damaged {
+            path: path.to_owned(),
+            reason: format!(
+                "it is of version {}; this program reads version {MANIFEST_VERSION}",
+                manifest.version
+            ),
+        });
+    }
+    Ok(Some(manifest))
 }
 
 /// Writes a tree in one step.

@@ -1,7 +1,7 @@
 //! A site: the VMs of a host, what is kept of them, and how they come and go.
 //!
 //! - [`Store`] and [`VmDir`]: the state directory. [`generation`], [`lease`] and [`vm`] are what
-//!   lies in it.
+//!   lies in it; [`generations`] says what of it may go.
 //! - [`local`]: VMs made, started, stopped and checkpointed here. [`recording`]: what is typed.
 //! - [`identity`], [`peers`], [`transport`]: who the sites are, and how they talk safely.
 //! - [`protocol`]: what they say. [`source`] and [`agent`] are the two ends of a migration, in
@@ -22,6 +22,7 @@ mod exchange;
 mod files;
 mod fork;
 pub mod generation;
+pub mod generations;
 pub mod identity;
 mod layout;
 pub mod lease;

@@ -48,13 +48,15 @@ impl Feasible {
         let generations: Vec<GenerationId> =
             vm.generations()?.iter().map(Manifest::identity).collect();
         let has_log = |number: u64| vm.log_path(number).exists();
-        // Back from the running state, for as long as every generation has its log.
-        let logged: Vec<GenerationId> = generations
-            .iter()
+        // Back from the running state, for as long as every generation has its log, also those
+        // that were pruned.
+        let logged: Vec<GenerationId> = vm
+            .line()?
+            .into_iter()
             .rev()
-            .skip_while(|id| Some(id.number) != live.generation)
-            .take_while(|id| has_log(id.number))
-            .copied()
+            .skip_while(|number| Some(*number) != live.generation)
+            .take_while(|number| has_log(*number))
+            .filter_map(|number| generations.iter().find(|id| id.number == number).copied())
             .collect();
         let replayable = logged
             .iter()

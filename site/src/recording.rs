@@ -375,14 +375,15 @@ pub(crate) async fn moved(vm: &VmDir) -> Result<()> {
 }
 
 /// All that was recorded since a generation, as one log: where there are later generations,
-/// each has a log of its own, and those follow in order.
+/// each has a log of its own, and those follow in order; also those of generations that were
+/// pruned since.
 pub(crate) fn records_since(vm: &VmDir, from: u64) -> Result<Vec<Record>> {
     let key = vm.store().log_key()?;
     let id = vm.record()?.id;
     let mut records: Vec<Record> = Vec::new();
-    for manifest in vm.generations()? {
-        let path = vm.log_path(manifest.generation);
-        if manifest.generation < from || !path.exists() {
+    for generation in vm.line()? {
+        let path = vm.log_path(generation);
+        if generation < from || !path.exists() {
             continue;
         }
         let log = Log::read(&path, &key).map_err(Error::log(format!(
@@ -390,7 +391,7 @@ pub(crate) fn records_since(vm: &VmDir, from: u64) -> Result<Vec<Record>> {
             path.display()
         )))?;
         log.header
-            .expect(&path, id.0, manifest.generation)
+            .expect(&path, id.0, generation)
             .map_err(Error::log(format!(
                 "{} is not what it should be",
                 path.display()

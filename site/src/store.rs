@@ -8,7 +8,8 @@
 //! vms/NAME/vm.json         what the VM is
 //! vms/NAME/lease.json      whether this site may run it
 //! vms/NAME/lock            held while one process changes the VM
-//! vms/NAME/generations/N/  immutable states
+//! vms/NAME/generations/N/  immutable states, and what is left of pruned ones
+//! vms/NAME/seen/KEY.json   the newest generations that a peer is known to have
 //! vms/NAME/live/run/       the overlays of the running VM, and what it rests on
 //! vms/NAME/log/N.rmlog     what was typed on top of generation N
 //! vms/NAME/incoming/ID/    a migration that is arriving; removed when it ends, however it ends
@@ -140,8 +141,19 @@ impl Store {
         Ok(Lease::load(&self.deleted_path(id))?.map(|lease| lease.fence()))
     }
 
-    fn deleted_path(&self, id: Id) -> PathBuf {
+    /// Where the last lease of a VM is kept that was deleted here.
+    pub(crate) fn deleted_path(&self, id: Id) -> PathBuf {
         self.root.join("deleted").join(format!("{id}.json"))
+    }
+
+    /// Where hand-overs are noted that were given up.
+    pub(crate) fn void_dir(&self) -> PathBuf {
+        self.root.join("void")
+    }
+
+    /// The lock of the agent that serves this site, unless there is one.
+    pub(crate) fn agent_lock(&self) -> Result<Option<FileLock>> {
+        FileLock::try_take(&self.root.join("agent.lock"))
     }
 
     /// Where a base file lies, if this site has it.
@@ -377,6 +389,23 @@ impl VmDir {
 
     /// All generations that exist, oldest first.
     pub fn generations(&self) -> Result<Vec<Manifest>> {
+        self.manifests(GenerationFiles::load_manifest)
+    }
+
+    /// The numbers of the generations that exist, and of those between them that were pruned:
+    /// from one to the next the VM went on with nothing in between. Oldest first.
+    pub(crate) fn line(&self) -> Result<Vec<u64>> {
+        let manifests = self.manifests(|files| match files.load_manifest()? {
+            None => files.load_pruned(),
+            manifest => Ok(manifest),
+        })?;
+        Ok(manifests.iter().map(|m| m.generation).collect())
+    }
+
+    fn manifests(
+        &self,
+        load: impl Fn(&GenerationFiles) -> Result<Option<Manifest>>,
+    ) -> Result<Vec<Manifest>> {
         let dir = self.dir.join("generations");
         let entries = match fs::read_dir(&dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -390,7 +419,7 @@ impl VmDir {
                 .to_str()
                 .and_then(|name| name.parse().ok());
             if let Some(number) = number
-                && let Some(manifest) = self.generation(number).load_manifest()?
+                && let Some(manifest) = load(&self.generation(number))?
             {
                 generations.push(manifest);
             }

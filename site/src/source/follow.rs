@@ -96,7 +96,7 @@ pub async fn follow(
 }
 
 /// The lock of who has a VM followed, if nobody does.
-fn following_lock(vm: &VmDir) -> Result<Option<FileLock>> {
+pub(crate) fn following_lock(vm: &VmDir) -> Result<Option<FileLock>> {
     FileLock::try_take(&vm.dir().join("follow.lock"))
 }
 

@@ -24,6 +24,7 @@ use vm_host::{Status, Vm};
 use crate::error::{Error, Result};
 use crate::exchange::{self, Outgoing, Sent};
 use crate::generation::{GenerationId, Manifest};
+use crate::generations::seen;
 use crate::lease::Lease;
 use crate::line::{Line, LinkHistory};
 use crate::local::{self, Live};
@@ -47,8 +48,8 @@ pub(crate) use stop::CLOSE;
 use stop::Stopped;
 use twin::Twin;
 
-pub(crate) use follow::clear_following;
 pub use follow::follow;
+pub(crate) use follow::{clear_following, following_lock};
 pub use hand_over::settle;
 pub use seed::{SeedReport, dry_run, seed};
 pub use standing::{FollowOptions, Followed, Standing};
@@ -437,6 +438,7 @@ impl Migration<'_> {
         // The VM is at the target, whether or not it runs there yet: nothing that fails from
         // here on changes that.
         let generation = manifest.generation;
+        seen::warn_unnoted(seen::shared(self.vm, self.peer, manifest.identity()));
         warn_unclean(Workplace::Incoming.clear(self.vm).await);
         let lesson = Lesson {
             state: state.clone(),

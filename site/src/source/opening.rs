@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::generation::Manifest;
+use crate::generations::seen;
 use crate::line::{Line, LinkHistory};
 use crate::local::Live;
 use crate::phase::Phase;
@@ -46,6 +47,7 @@ pub(super) fn hello(
 /// The beginning that all purposes share: hello, welcome, how fast the line is.
 pub(super) async fn begin(line: &mut Line, vm: &VmDir, hello: Hello) -> Result<(Welcome, f64)> {
     let ours = hello.generations.clone();
+    let asks = matches!(hello.purpose, Purpose::Settle(_) | Purpose::Estimate);
     line.send(ToTarget::Hello(Box::new(hello))).await?;
     let ToSource::Welcome(welcome) = line.recv(Phase::Hello).await? else {
         return Err(line.unexpected(Phase::Hello, "no welcome"));
@@ -58,6 +60,9 @@ pub(super) async fn begin(line: &mut Line, vm: &VmDir, hello: Hello) -> Result<(
                 strange.number
             ),
         ));
+    }
+    if !asks {
+        seen::met(vm, line.peer(), &welcome.common)?;
     }
     let (rtt, probed) = measure(line, welcome.standby.is_some()).await?;
     // Slow start makes a fast, long line look thin in so short a probe; what was once reached

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::exchange::{self, Outgoing, Sent};
+use crate::generations::seen;
 use crate::line::{Line, LinkHistory};
 use crate::local::{self};
 use crate::peers::Peer;
@@ -54,6 +55,7 @@ pub(super) async fn ship_generation(
     progress: &dyn Progress,
 ) -> Result<Vec<Sent>> {
     let manifest = vm.manifest(number)?;
+    let id = manifest.identity();
     let common = welcome
         .common
         .iter()
@@ -85,7 +87,10 @@ pub(super) async fn ship_generation(
     let sent = exchange::send_images(line, &out, &mut |_| {}).await?;
     line.send(ToTarget::Publish).await?;
     match line.recv(Phase::Base).await? {
-        ToSource::Published => Ok(sent),
+        ToSource::Published => {
+            seen::shared(vm, line.peer(), id)?;
+            Ok(sent)
+        }
         _ => Err(line.unexpected(Phase::Base, "no word that it kept the generation")),
     }
 }

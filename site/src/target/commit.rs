@@ -7,6 +7,7 @@ use vm_host::{Accelerator, Network, Vm};
 
 use crate::error::{Error, Result};
 use crate::files::{self};
+use crate::generations::seen;
 use crate::lease::Lease;
 use crate::line::TargetLine;
 use crate::local::{self};
@@ -42,8 +43,10 @@ impl Session {
         }
         let kept = work.keep(received, manifest).await?;
         self.note_vm()?;
+        let came = kept.manifest.identity();
         take(&self.vm, hello.transfer, fence)?;
         self.committed = true;
+        seen::warn_unnoted(seen::came_with(&self.vm, &self.peer, came));
         tracing::info!(vm = %self.vm.name(), generation = kept.manifest.generation, "taken over");
         Ok(kept)
     }
@@ -165,17 +168,13 @@ fn was_taken(vm: &VmDir, hello: &Hello, transfer: Id) -> Result<bool> {
 /// A hand-over that the source gave up must not be committed later, by a conversation that is
 /// still open here.
 fn void(vm: &VmDir, transfer: Id) -> Result<()> {
-    let dir = vm.store().root().join("void");
+    let dir = vm.store().void_dir();
     files::make_dir(&dir)?;
     files::write_atomic(&dir.join(transfer.to_string()), b"")
 }
 
 fn is_void(vm: &VmDir, transfer: Id) -> bool {
-    vm.store()
-        .root()
-        .join("void")
-        .join(transfer.to_string())
-        .exists()
+    vm.store().void_dir().join(transfer.to_string()).exists()
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::files::{self, FileLock};
 use crate::fork::Fork;
 use crate::generation::Manifest;
+use crate::generations::seen;
 use crate::lease::Lease;
 use crate::line::TargetLine;
 use crate::local::{self};
@@ -193,10 +194,13 @@ impl Session {
                 .collect(),
             _ => Vec::new(),
         };
-        let common = mine
+        let common: Vec<_> = mine
             .into_iter()
             .filter(|id| self.hello.generations.contains(id))
             .collect();
+        if self.lock.is_some() {
+            seen::met(&self.vm, &self.peer, &common)?;
+        }
         let lacks = self
             .hello
             .vm
@@ -294,8 +298,9 @@ impl Session {
                         return Err(self.out_of_place("publish"));
                     };
                     self.phase = Phase::Base;
-                    state.keep(trees, manifest).await?;
+                    let kept = state.keep(trees, manifest).await?;
                     self.note_vm()?;
+                    seen::shared(&self.vm, &self.peer, kept.manifest.identity())?;
                     line.send(ToSource::Published).await?;
                     line.flush().await?;
                 }

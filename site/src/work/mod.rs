@@ -21,8 +21,8 @@ use crate::disks::{self, DiskImage, WorkDisk};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::{GenerationFiles, Manifest};
+use crate::generations;
 use crate::layout;
-use crate::lease::Lease;
 use crate::line::TargetLine;
 use crate::local::blocking;
 use crate::phase::Phase;
@@ -424,18 +424,12 @@ impl Work {
                 ));
             }
             let generation = self.vm.generation(manifest.generation);
-            if generation.load_manifest()?.is_some() {
-                require_unused(&self.vm, manifest.generation, self.base_number)?;
-                tracing::info!(
-                    generation = manifest.generation,
-                    "replacing what a hand-over that was given up has left"
-                );
-            }
-            files::remove_dir(generation.dir())?;
-            files::make_dir(generation.dir())?;
+            let manifest = generations::make_place(&self.vm, self.base_number, manifest)?;
             for index in 0..self.record.disks.len() {
                 let (from, to) = (self.disk_path(index), generation.disk(index));
-                std::fs::rename(&from, &to).map_err(Error::file("move into place", &to))?;
+                if !to.exists() {
+                    std::fs::rename(&from, &to).map_err(Error::file("move into place", &to))?;
+                }
             }
             let device = generation.device();
             std::fs::write(&device, &self.device).map_err(Error::file("write", &device))?;
@@ -444,6 +438,7 @@ impl Work {
             std::fs::rename(&from, &to).map_err(Error::file("move into place", &to))?;
             generation.save_trees(&received.ram, &received.disks)?;
             generation.publish(&manifest)?;
+            generations::unmark(&generation)?;
             Ok(Kept {
                 ram: self.ram_path(),
                 generation,
@@ -523,25 +518,6 @@ impl Work {
         }
         Ok(())
     }
-}
-
-/// A generation whose number comes again, with another content, is of a hand-over that was given
-/// up after its state was kept: it goes, unless something rests on it.
-fn require_unused(vm: &VmDir, number: u64, base: Option<u64>) -> Result<()> {
-    let rests = base == Some(number)
-        || vm
-            .generations()?
-            .iter()
-            .any(|other| other.parent == Some(number));
-    let held = Lease::load(&vm.lease_path())?
-        .is_some_and(|lease| !matches!(lease, Lease::Elsewhere { .. }));
-    if rests || held {
-        return Err(Error::Refused(format!(
-            "there is a generation {number} of {} here already",
-            vm.name()
-        )));
-    }
-    Ok(())
 }
 
 /// A state that has become a generation.

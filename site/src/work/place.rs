@@ -19,7 +19,7 @@ pub(crate) enum Workplace {
 
 impl Workplace {
     /// The folder for what is kept on disk.
-    pub(super) fn dir(self, vm: &VmDir) -> PathBuf {
+    pub(crate) fn dir(self, vm: &VmDir) -> PathBuf {
         match self {
             Self::Incoming => vm.incoming(),
             Self::Following => vm.dir().join("following"),

@@ -1,0 +1,304 @@
+//! The generations of a VM as things that take room: what each takes, who relies on it, and
+//! pruning what nobody does.
+//!
+//! Promises: the newest generation, the one that the VM's last run began with, the one that its
+//! newest log continues while the VM is here, and the newest that each trusted peer is known to
+//! have ([`seen`]) are never taken; nor is a disk overlay that another one rests on. A
+//! generation that is pruned ceases to be one in a single durable step, the renaming of its
+//! manifest; what is deleted after that is nobody's, and pruning that was cut off is finished by
+//! the next. Whatever is not understood (a chain that can't be followed, a note that can't be
+//! read) refuses the whole.
+//!
+//! Not promised: that a limit is met, and that chains of overlays get shorter. See
+//! `docs/decisions/0019-what-prune-keeps.md`.
+
+mod decide;
+mod place;
+pub(crate) mod seen;
+mod survey;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+pub use decide::{Fate, Kind, Limits, Reliance, Sizes};
+pub(crate) use place::{make_place, unmark};
+
+use crate::error::{Error, Result};
+use crate::files::{self, FileLock};
+use crate::lease::Lease;
+use crate::local::blocking;
+use crate::source;
+use crate::store::VmDir;
+use crate::work::Workplace;
+use decide::{Decision, Unreadable, decide};
+use survey::Survey;
+
+/// One line of `generations list`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Listed {
+    /// Its number.
+    pub generation: u64,
+    /// What is there of it.
+    pub kind: Kind,
+    /// When it was made, in seconds since 1970.
+    pub created: Option<u64>,
+    /// Bytes that it takes on the disk; holes take none.
+    pub bytes: Sizes,
+    /// The log that continues it, in bytes on the disk.
+    pub log_bytes: u64,
+    /// Who needs its state.
+    pub relied_on_by: Vec<Reliance>,
+    /// The generations whose disks rest on its own.
+    pub below: Vec<u64>,
+    /// The disks of the VM's last run, or of a fork of it, rest on its own.
+    pub below_live: bool,
+    /// What `prune` would make of it, without limits.
+    pub prune: Fate,
+}
+
+/// Lists the generations of a VM, and what else is in their place. Oldest first.
+pub async fn list(vm: &VmDir) -> Result<Vec<Listed>> {
+    vm.record()?;
+    let vm = vm.clone();
+    blocking(move || {
+        let survey = Survey::of(&vm, &survey::PLACES)?;
+        let decision = decided(&vm, &survey, Limits::default())?;
+        let listed = survey.line.iter().map(|folder| {
+            let number = folder.number;
+            let rests = |other: &&decide::Folder| {
+                other.rests_on.iter().flatten().any(|on| *on == number)
+                    && decision.fates.get(&other.number) != Some(&Fate::Go)
+            };
+            Listed {
+                generation: number,
+                kind: folder.kind,
+                created: survey.created.get(&number).copied(),
+                bytes: survey.sizes.get(&number).copied().unwrap_or_default(),
+                log_bytes: survey.logs.get(&number).copied().unwrap_or_default(),
+                relied_on_by: folder.relied.clone(),
+                below: survey.line.iter().filter(rests).map(|f| f.number).collect(),
+                below_live: survey.in_use.contains(&number),
+                prune: decision.fates.get(&number).copied().unwrap_or(Fate::Stay),
+            }
+        });
+        Ok(listed.collect())
+    })
+    .await
+}
+
+/// What pruning has taken, or would take.
+#[derive(Clone, Debug, Serialize)]
+pub struct Pruned {
+    /// Whether nothing was changed.
+    pub dry_run: bool,
+    /// The generations, and what was in their place.
+    pub taken: Vec<Taken>,
+    /// The generations whose logs were taken.
+    pub logs: Vec<u64>,
+    /// Other things that nobody needs any more.
+    pub leftovers: Vec<PathBuf>,
+    /// Bytes that became free.
+    pub freed: u64,
+    /// Bytes that generations and logs still take.
+    pub left: u64,
+    /// Whether that is within the limit, if there was one.
+    pub within: Option<bool>,
+}
+
+/// One generation of which something was taken.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Taken {
+    /// Its number.
+    pub generation: u64,
+    /// What it was.
+    pub kind: Kind,
+    /// What became of it.
+    pub fate: Fate,
+    /// Bytes that became free; none where a file also has a name elsewhere.
+    pub freed: u64,
+}
+
+/// Takes what nobody relies on, and what was left behind by those who died.
+///
+/// # Errors
+/// [`Error::Refused`] while somebody else works on the VM or follows it, or while its hand-over
+/// is not settled; then nothing was changed.
+pub async fn prune(vm: &VmDir, limits: Limits, dry_run: bool) -> Result<Pruned> {
+    vm.record()?;
+    let locks = lock(vm)?;
+    if let Lease::Offered { to_name, .. } = vm.lease()? {
+        return Err(Error::Refused(format!(
+            "the hand-over of {0} to {to_name} is not settled; run `vm resume {0}` first",
+            vm.name()
+        )));
+    }
+    let (mut leftovers, mut extra) = (Vec::new(), 0);
+    // With both locks held, whoever worked there is dead.
+    for place in [Workplace::Incoming, Workplace::Following] {
+        let dir = place.dir(vm);
+        if dir.exists() {
+            extra += survey::measure_deep(&dir)?;
+            if !dry_run {
+                place.clear(vm).await?;
+            }
+            leftovers.push(dir);
+        }
+    }
+    let vm = vm.clone();
+    blocking(move || {
+        let _locks = locks;
+        let survey = Survey::of(&vm, &[survey::RUN])?;
+        let decision = decided(&vm, &survey, limits)?;
+        let taken = taken(&survey, &decision);
+        let notes = outlived_notes(&vm)?;
+        if !dry_run {
+            sweep(&vm, &survey, &decision)?;
+            for note in &notes {
+                remove(note)?;
+            }
+        }
+        leftovers.extend(notes);
+        Ok(Pruned {
+            dry_run,
+            taken,
+            logs: decision.logs.iter().copied().collect(),
+            leftovers,
+            freed: decision.freed + extra,
+            left: decision.left,
+            within: limits.max_bytes.map(|max| decision.left <= max),
+        })
+    })
+    .await
+}
+
+/// Holds off everybody who reads generations for longer than a moment: those who change the VM,
+/// and those who have a copy of it follow.
+fn lock(vm: &VmDir) -> Result<[FileLock; 2]> {
+    let following = source::following_lock(vm)?.ok_or_else(|| {
+        Error::Refused(format!(
+            "{0} is being followed; what the other site follows from must stay. End `follow {0}` \
+             first",
+            vm.name()
+        ))
+    })?;
+    Ok([following, vm.lock()?])
+}
+
+fn decided(vm: &VmDir, survey: &Survey, limits: Limits) -> Result<Decision> {
+    decide(&survey.line, &survey.in_use, &survey.logs, limits).map_err(|Unreadable(number)| {
+        Error::Damaged {
+            path: vm.generation(number).dir().to_owned(),
+            reason: "what its disks rest on can't be read, so nothing is pruned".into(),
+        }
+    })
+}
+
+/// The folders of which something goes.
+fn taken(survey: &Survey, decision: &Decision) -> Vec<Taken> {
+    let mut taken = Vec::new();
+    for folder in &survey.line {
+        let fate = decision.fates.get(&folder.number).copied();
+        let Some(fate) = fate.filter(|fate| *fate != Fate::Stay) else {
+            continue;
+        };
+        let keeps = match fate {
+            Fate::Disks => folder.own.disks,
+            _ => 0,
+        };
+        let freed = folder.own.total() - keeps;
+        // What was pruned before has nothing more to give.
+        let changes = folder.kind == Kind::Whole || freed > 0 || fate == Fate::Go;
+        if changes {
+            taken.push(Taken {
+                generation: folder.number,
+                kind: folder.kind,
+                fate,
+                freed,
+            });
+        }
+    }
+    taken
+}
+
+/// Does what was decided. All that is to go ceases to be a generation first; a kill at any point
+/// leaves whole generations and leftovers, and nothing between.
+fn sweep(vm: &VmDir, survey: &Survey, decision: &Decision) -> Result<()> {
+    let fates: BTreeMap<_, _> = decision
+        .fates
+        .iter()
+        .filter(|(_, fate)| **fate != Fate::Stay)
+        .collect();
+    for folder in &survey.line {
+        if folder.kind == Kind::Whole && fates.contains_key(&folder.number) {
+            vm.generation(folder.number).mark_pruned()?;
+        }
+    }
+    for (number, fate) in fates {
+        let files = vm.generation(*number);
+        for path in files_in(files.dir())? {
+            let stays = path == files.pruned() || *fate == Fate::Disks && survey::is_disk(&path);
+            if !stays {
+                remove(&path)?;
+            }
+        }
+        if *fate == Fate::Go {
+            files::remove_dir(files.dir())?;
+        }
+    }
+    for number in &decision.logs {
+        remove(&vm.log_path(*number))?;
+    }
+    for dir in ["generations", "log"] {
+        let dir = vm.dir().join(dir);
+        files::sync_dir(&dir).map_err(Error::file("sync", &dir))?;
+    }
+    Ok(())
+}
+
+/// Notes of this site that no question can need any more.
+///
+/// `void/`: an agent that begins has no conversation that could still commit what was given up
+/// before, and clears the folder itself; here that is done where no agent serves.
+///
+/// `deleted/`: how far a VM had come when it was deleted here. Where it is here again and has
+/// come as far, its lease says more.
+fn outlived_notes(vm: &VmDir) -> Result<Vec<PathBuf>> {
+    let store = vm.store();
+    let mut notes = Vec::new();
+    let id = vm.record()?.id;
+    if let Some(deleted) = store.deleted_fence(id)?
+        && vm.lease()?.fence() >= deleted
+    {
+        notes.push(store.deleted_path(id));
+    }
+    if let Some(_no_agent) = store.agent_lock()? {
+        notes.extend(files_in(&store.void_dir())?);
+    }
+    Ok(notes)
+}
+
+fn files_in(dir: &Path) -> Result<Vec<PathBuf>> {
+    match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        entries => entries
+            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
+            .map_err(Error::file("list", dir)),
+    }
+}
+
+/// Removes a file, or a folder that has no place where it is; it is no error if it is not there.
+fn remove(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(entry) if entry.is_dir() => files::remove_dir(path),
+        Ok(_) => fs::remove_file(path).map_err(Error::file("remove", path)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::file("measure", path)(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,133 @@
+//! What this site knows of the generations that its peers have: one small note a VM and peer.
+//!
+//! A peer that comes back, or is come back to, is quick because both sites still have a
+//! generation in common. Which one that is comes out in every conversation; it is noted so that
+//! pruning, which talks to nobody, leaves it alone.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::files;
+use crate::generation::GenerationId;
+use crate::identity::SiteKey;
+use crate::peers::Peer;
+use crate::store::VmDir;
+
+/// What a peer has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Seen {
+    /// The newest generation of this site that it said it has.
+    has: Option<GenerationId>,
+    /// The one that it was to keep when the VM came from there: it had not done so when it was
+    /// last heard, and may not have been able to.
+    expected: Option<GenerationId>,
+}
+
+impl Seen {
+    /// The generations that the peer may go back to.
+    pub(crate) fn generations(&self) -> impl Iterator<Item = GenerationId> {
+        self.has.into_iter().chain(self.expected)
+    }
+
+    /// What is known of a peer; nothing, where it was never met.
+    pub(crate) fn load(vm: &VmDir, peer: &SiteKey) -> Result<Self> {
+        Ok(files::read_json(&path(vm, peer))?.unwrap_or_default())
+    }
+
+    fn store(self, vm: &VmDir, peer: &SiteKey) -> Result<()> {
+        if self == Self::load(vm, peer)? {
+            return Ok(());
+        }
+        let path = path(vm, peer);
+        files::make_dir(path.parent().unwrap_or(Path::new(".")))?;
+        files::write_json(&path, &self)
+    }
+}
+
+fn path(vm: &VmDir, peer: &SiteKey) -> PathBuf {
+    vm.dir().join("seen").join(format!("{peer}.json"))
+}
+
+/// A peer said, at the beginning of a conversation, what it has in common with this site.
+pub(crate) fn met(vm: &VmDir, peer: &Peer, common: &[GenerationId]) -> Result<()> {
+    let has = common.iter().copied().max_by_key(|id| id.number);
+    let expected = None;
+    Seen { has, expected }.store(vm, &peer.key)
+}
+
+/// A peer has this generation too: it was sent there or here, and is durable at both sites.
+pub(crate) fn shared(vm: &VmDir, peer: &Peer, generation: GenerationId) -> Result<()> {
+    let mut seen = Seen::load(vm, &peer.key)?;
+    if seen.has.is_none_or(|has| has.number <= generation.number) {
+        seen.has = Some(generation);
+    }
+    seen.store(vm, &peer.key)
+}
+
+/// The VM came from a peer with this generation, which the peer keeps if it can.
+pub(crate) fn came_with(vm: &VmDir, peer: &Peer, generation: GenerationId) -> Result<()> {
+    let mut seen = Seen::load(vm, &peer.key)?;
+    seen.expected = Some(generation);
+    seen.store(vm, &peer.key)
+}
+
+/// A note that can't be written costs a later way back some bytes; it stops no hand-over that was
+/// decided.
+pub(crate) fn warn_unnoted(noted: Result<()>) {
+    if let Err(error) = noted {
+        tracing::warn!(
+            error = error.chain(),
+            "what the other site has was not noted"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(number: u64) -> GenerationId {
+        GenerationId {
+            number,
+            digest: [number as u8; 32],
+        }
+    }
+
+    #[test]
+    fn what_a_peer_has_is_what_it_said_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = crate::store::Store::open(dir.path()).unwrap();
+        let vm = store.vm(&"desk".parse().unwrap());
+        let peer = Peer {
+            name: "b".parse().unwrap(),
+            addr: "127.0.0.1:1".parse().unwrap(),
+            key: store.identity().unwrap().key(),
+        };
+        let known = || {
+            let seen = Seen::load(&vm, &peer.key).unwrap();
+            seen.generations().map(|id| id.number).collect::<Vec<_>>()
+        };
+        met(&vm, &peer, &[]).unwrap();
+        assert!(!vm.dir().exists(), "there is nothing to note");
+        met(&vm, &peer, &[id(1), id(3), id(2)]).unwrap();
+        assert_eq!(known(), [3]);
+        shared(&vm, &peer, id(2)).unwrap();
+        assert_eq!(
+            known(),
+            [3],
+            "an older one that was sent makes no difference"
+        );
+        came_with(&vm, &peer, id(4)).unwrap();
+        assert_eq!(known(), [3, 4]);
+        // Its keeping of 4 failed.
+        met(&vm, &peer, &[id(3)]).unwrap();
+        assert_eq!(known(), [3]);
+        shared(&vm, &peer, id(5)).unwrap();
+        assert_eq!(known(), [5]);
+        // It has removed the VM.
+        met(&vm, &peer, &[]).unwrap();
+        assert!(known().is_empty());
+    }
+}
