@@ -52,6 +52,9 @@ pub(crate) enum Command {
         /// The VM
         name: String,
     },
+    /// The generations of a VM: what they take, and what of it nobody needs
+    #[command(subcommand)]
+    Generations(GenerationsCommand),
     /// Checkpoint a VM, then record what is typed and pointed at through a VNC proxy
     Record {
         /// The VM
@@ -269,6 +272,33 @@ pub(crate) enum VmCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum GenerationsCommand {
+    /// Size, age, who relies on each, and what `prune` would make of it
+    List {
+        /// The VM
+        name: String,
+    },
+    /// Take those that nobody relies on, the logs that only they were good for, and what was
+    /// left half-made. The newest stays, and what the VM runs on, what its newest log continues,
+    /// and what trusted sites have in common with this one
+    Prune {
+        /// The VM
+        name: String,
+        /// Keep so many of the newest, too
+        #[arg(long, value_name = "N", default_value_t = 1,
+              value_parser = clap::value_parser!(u32).range(1..))]
+        keep: u32,
+        /// Take no more, the oldest first, than until they fit: 500M, 20G [default: all that may
+        /// go]
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        max_bytes: Option<u64>,
+        /// Say what would go, and stop
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CreateArgs {
     /// The VM
@@ -400,6 +430,35 @@ pub(crate) struct LogFile {
     pub(crate) generation: Option<u64>,
 }
 
+/// A number of bytes as `4096`, `500M`, `1.5GiB`; units are powers of 1024.
+fn size(text: &str) -> Result<u64, String> {
+    let split = text
+        .find(|c: char| c.is_ascii_alphabetic())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let bad = || format!("{text:?} is no size; try 500M or 20G");
+    let number: f64 = number.trim().parse().map_err(|_| bad())?;
+    let unit = unit.to_ascii_lowercase();
+    let letter = unit
+        .strip_suffix("ib")
+        .or_else(|| unit.strip_suffix('b'))
+        .unwrap_or(&unit);
+    let power = match letter {
+        "" => 0,
+        "k" => 1,
+        "m" => 2,
+        "g" => 3,
+        "t" => 4,
+        _ => return Err(bad()),
+    };
+    let bytes = number * 1024_f64.powi(power);
+    if (0.0..1e18).contains(&bytes) {
+        Ok(bytes as u64)
+    } else {
+        Err(format!("{text:?} is out of range"))
+    }
+}
+
 /// A time as `90`, `90s`, `2m` or `1500ms`.
 fn duration(text: &str) -> Result<Duration, String> {
     let split = text
@@ -437,6 +496,17 @@ mod tests {
         assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
         for bad in ["", "s", "-1s", "1y", "1e400s"] {
             assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_units_and_bounds() {
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("500M"), Ok(500 << 20));
+        assert_eq!(size("1.5GiB"), Ok(3 << 29));
+        assert_eq!(size("2 tb"), Ok(2 << 40));
+        for bad in ["", "G", "-1G", "1X", "1iB", "NaN", "9e9T"] {
+            assert!(size(bad).is_err(), "{bad}");
         }
     }
 }

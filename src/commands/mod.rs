@@ -5,6 +5,7 @@ mod capture;
 mod checkpoint;
 mod doctor;
 mod follow;
+mod generations;
 mod guest;
 mod log;
 mod migrate;
@@ -38,6 +39,7 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
         Command::Site(command) => site::run(&store()?, command, output),
         Command::Vm(command) => vm::run(&store()?, command, output).await,
         Command::Checkpoint { name } => checkpoint::run(&vm_of(&store()?, &name)?, output).await,
+        Command::Generations(command) => generations::run(&store()?, command, output).await,
         Command::Record {
             name,
             listen,

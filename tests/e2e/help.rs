@@ -28,6 +28,7 @@ fn the_commands_are_those_of_the_design() {
         "site",
         "vm",
         "checkpoint",
+        "generations",
         "record",
         "seed",
         "follow",
@@ -55,6 +56,7 @@ fn the_commands_are_those_of_the_design() {
                 "delete",
             ],
         ),
+        ("generations", &["list", "prune"]),
         ("log", &["list", "show", "export", "redact"]),
         ("bench", &["reconcile"]),
     ] {

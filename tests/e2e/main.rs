@@ -14,6 +14,7 @@ mod bench;
 mod capture;
 mod common;
 mod follow;
+mod generations;
 mod harmless;
 mod help;
 mod interrupt;
