@@ -207,6 +207,11 @@ pub(crate) enum SiteCommand {
         /// Its key, as its `site id` prints it
         key: String,
     },
+    /// Trust a site no longer: it is turned away from its next connection on
+    Untrust {
+        /// What it is called here
+        name: String,
+    },
     /// The sites that are trusted
     List,
 }

@@ -172,7 +172,8 @@ impl GenerationFiles {
         self.dir.join(format!("disk{index}.tree"))
     }
 
-    fn manifest(&self) -> PathBuf {
+    /// The manifest, which makes it a generation.
+    pub(crate) fn manifest(&self) -> PathBuf {
         self.dir.join("manifest.json")
     }
 

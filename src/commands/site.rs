@@ -34,6 +34,11 @@ pub(crate) fn run(store: &Store, command: SiteCommand, output: &Output) -> anyho
                 Some(_) => format!("{} is trusted, with what was said now", peer.name),
             })
         }
+        SiteCommand::Untrust { name } => {
+            let name = name.parse().map_err(site::Error::from)?;
+            let peer = store.peers().remove(&name).map_err(site::Error::from)?;
+            output.result(&peer, |peer| format!("{} is trusted no longer", peer.name))
+        }
         SiteCommand::List => {
             let peers = store.peers().list().map_err(site::Error::from)?;
             output.result(&peers, |peers| {

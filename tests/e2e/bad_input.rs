@@ -81,6 +81,11 @@ async fn peers_and_hosts_that_will_not_do_are_refused() {
         )
         .await;
     }
+    // B takes its trust back, and gives it again.
+    world.b.json(&["site", "untrust", "a"]).await.unwrap();
+    refused(a, &migrate, &["trust"]).await;
+    refused(&world.b, &["site", "untrust", "a"], &["a"]).await;
+    world.b.trust("a", agent.addr, &own).await.unwrap();
     let busy = agent.addr.to_string();
     refused(a, &["serve", "--listen", &busy], &[&busy]).await;
     refused(a, &["record", VM, "--listen", &busy], &[&busy]).await;

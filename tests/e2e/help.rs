@@ -41,7 +41,7 @@ fn the_commands_are_those_of_the_design() {
     assert_eq!(commands(&help(&[])), all);
     for (command, parts) in [
         ("guest", &["build"][..]),
-        ("site", &["id", "trust", "list"]),
+        ("site", &["id", "trust", "untrust", "list"]),
         (
             "vm",
             &[

@@ -17,7 +17,6 @@ mod place;
 pub(crate) mod seen;
 mod survey;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -224,33 +223,57 @@ fn taken(survey: &Survey, decision: &Decision) -> Vec<Taken> {
     taken
 }
 
-/// Does what was decided. All that is to go ceases to be a generation first; a kill at any point
-/// leaves whole generations and leftovers, and nothing between.
-fn sweep(vm: &VmDir, survey: &Survey, decision: &Decision) -> Result<()> {
-    let fates: BTreeMap<_, _> = decision
-        .fates
-        .iter()
-        .filter(|(_, fate)| **fate != Fate::Stay)
-        .collect();
+/// One thing to do; a kill comes before or after it.
+enum Step {
+    /// It ceases to be a generation.
+    GiveUp(u64),
+    /// A file, or an empty folder, goes.
+    Remove(PathBuf),
+}
+
+/// What is to be done, in order: all that is to go ceases to be a generation first, and what
+/// says that there was one goes last. A kill at any point leaves whole generations and
+/// leftovers, and nothing between.
+fn steps(vm: &VmDir, survey: &Survey, decision: &Decision) -> Result<Vec<Step>> {
+    let fate_of = |number: &u64| decision.fates.get(number).copied().unwrap_or(Fate::Stay);
+    let (mut steps, mut removals) = (Vec::new(), Vec::new());
     for folder in &survey.line {
-        if folder.kind == Kind::Whole && fates.contains_key(&folder.number) {
-            vm.generation(folder.number).mark_pruned()?;
+        let files = vm.generation(folder.number);
+        let fate = fate_of(&folder.number);
+        if fate == Fate::Stay {
+            continue;
         }
-    }
-    for (number, fate) in fates {
-        let files = vm.generation(*number);
+        if folder.kind == Kind::Whole {
+            steps.push(Step::GiveUp(folder.number));
+        }
         for path in files_in(files.dir())? {
-            let stays = path == files.pruned() || *fate == Fate::Disks && survey::is_disk(&path);
-            if !stays {
-                remove(&path)?;
+            let manifest = path == files.manifest() || path == files.pruned();
+            if !manifest && !(fate == Fate::Disks && survey::is_disk(&path)) {
+                removals.push(Step::Remove(path));
             }
         }
-        if *fate == Fate::Go {
-            files::remove_dir(files.dir())?;
+        if fate == Fate::Go {
+            removals.push(Step::Remove(files.pruned()));
+            removals.push(Step::Remove(files.dir().to_owned()));
         }
     }
-    for number in &decision.logs {
-        remove(&vm.log_path(*number))?;
+    steps.extend(removals);
+    let logs = decision.logs.iter().map(|number| vm.log_path(*number));
+    steps.extend(logs.map(Step::Remove));
+    Ok(steps)
+}
+
+fn take(vm: &VmDir, step: &Step) -> Result<()> {
+    match step {
+        Step::GiveUp(number) => vm.generation(*number).mark_pruned(),
+        Step::Remove(path) => remove(path),
+    }
+}
+
+/// Does what was decided.
+fn sweep(vm: &VmDir, survey: &Survey, decision: &Decision) -> Result<()> {
+    for step in steps(vm, survey, decision)? {
+        take(vm, &step)?;
     }
     for dir in ["generations", "log"] {
         let dir = vm.dir().join(dir);

@@ -232,22 +232,77 @@ async fn disks_of_a_checkpoint_that_failed_stay_under_the_vm_that_runs_on_them()
     assert_eq!(crate::local::next_generation(&vm).unwrap(), 6);
 }
 
+/// 1 <- 2, 3 <- 4 and 5 <- 6, with logs up to 3: of every fate there is one.
+fn three_lines(root: &Path) -> VmDir {
+    let (vm, record) = vm(root);
+    for (number, on) in (1..).zip([None, Some(1), None, Some(3), None, Some(5)]) {
+        generation(&vm, &record, number, on);
+    }
+    for number in 1..=3 {
+        fs::write(vm.log_path(number), b"log").unwrap();
+    }
+    vm
+}
+
+/// All files of the line, and their sizes.
+fn tree(vm: &VmDir) -> Vec<(PathBuf, u64)> {
+    let mut files = Vec::new();
+    let line = vm.dir().join("generations");
+    for folder in files_in(&line).unwrap() {
+        files.push((folder.strip_prefix(&line).unwrap().to_owned(), 0));
+        for file in files_in(&folder).unwrap() {
+            let name = file.strip_prefix(&line).unwrap().to_owned();
+            files.push((name, fs::metadata(&file).unwrap().len()));
+        }
+    }
+    files.sort();
+    files
+}
+
 #[tokio::test]
-async fn a_pruning_that_was_killed_is_finished_by_the_next() {
+async fn a_pruning_that_is_killed_at_any_step_is_finished_by_the_next() {
     let dir = tempfile::tempdir().unwrap();
-    let (vm, record) = vm(dir.path());
-    line(&vm, &record);
-    vm.generation(1).mark_pruned().unwrap();
-    vm.generation(2).mark_pruned().unwrap();
-    fs::remove_file(vm.generation(2).ram()).unwrap();
-    assert_eq!(whole(&vm), [3]);
+    let unpruned = three_lines(dir.path());
+    let copy = || {
+        let dir = tempfile::tempdir().unwrap();
+        let copied = std::process::Command::new("cp")
+            .arg("-a")
+            .args([unpruned.store().root(), dir.path()])
+            .status();
+        assert!(copied.unwrap().success());
+        let store = Store::open(dir.path().join("site")).unwrap();
+        (store.vm(unpruned.name()), dir)
+    };
+    let (vm, _dir) = copy();
     let done = prune_all(&vm).await;
-    assert!(done.freed >= RAM);
-    assert_eq!(
-        names(vm.generation(1).dir()),
-        ["disk0.qcow2", "pruned.json"]
-    );
-    assert_readable(&vm, 3);
+    let fates: Vec<_> = done.taken.iter().map(|taken| taken.fate).collect();
+    assert_eq!(fates, [Fate::Go, Fate::Go, Fate::Note, Fate::Disks]);
+    assert_eq!(whole(&vm), [3, 6]);
+    let expected = tree(&vm);
+    for killed in 0.. {
+        let (vm, _dir) = copy();
+        let survey = Survey::of(&vm, &[survey::RUN]).unwrap();
+        let decision = decided(&vm, &survey, Limits::default()).unwrap();
+        let steps = steps(&vm, &survey, &decision).unwrap();
+        for step in steps.iter().take(killed) {
+            take(&vm, step).unwrap();
+        }
+        for number in whole(&vm) {
+            // As `line` makes them: nothing is missing of a generation that still is one.
+            assert_eq!(
+                names(vm.generation(number).dir()).len(),
+                6,
+                "after {killed} steps"
+            );
+            assert_readable(&vm, number);
+        }
+        prune_all(&vm).await;
+        assert_eq!(tree(&vm), expected, "after {killed} steps");
+        if killed > steps.len() {
+            assert!(killed > 12, "{killed}");
+            break;
+        }
+    }
 }
 
 #[tokio::test]
