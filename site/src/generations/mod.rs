@@ -247,8 +247,9 @@ fn steps(vm: &VmDir, survey: &Survey, decision: &Decision) -> Result<Vec<Step>> 
             steps.push(Step::GiveUp(folder.number));
         }
         for path in files_in(files.dir())? {
-            let manifest = path == files.manifest() || path == files.pruned();
-            if !manifest && !(fate == Fate::Disks && survey::is_disk(&path)) {
+            let note = path == files.manifest() || path == files.pruned();
+            let stays = note || fate == Fate::Disks && survey::is_disk(&path);
+            if !stays {
                 removals.push(Step::Remove(path));
             }
         }
