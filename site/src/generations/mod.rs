@@ -139,12 +139,12 @@ pub async fn prune(vm: &VmDir, limits: Limits, dry_run: bool) -> Result<Pruned> 
     // With both locks held, whoever worked there is dead.
     for place in [Workplace::Incoming, Workplace::Following] {
         let dir = place.dir(vm);
-        if dir.exists() {
+        if !files_in(&dir)?.is_empty() {
             extra += survey::measure_deep(&dir)?;
-            if !dry_run {
-                place.clear(vm).await?;
-            }
             leftovers.push(dir);
+        }
+        if !dry_run {
+            place.clear(vm).await?;
         }
     }
     let vm = vm.clone();
