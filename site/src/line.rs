@@ -93,6 +93,14 @@ impl Line {
                 phase,
                 reason: readable(&reason),
             }),
+            ToSource::Replayed(mut summary) => {
+                summary.diverged = summary.diverged.map(|why| readable(&why));
+                Ok(ToSource::Replayed(summary))
+            }
+            ToSource::Verified(mut outcome) => {
+                outcome.pages.retain(|(recipe, _)| is_recipe(recipe));
+                Ok(ToSource::Verified(outcome))
+            }
             other => Ok(other),
         }
     }
@@ -179,6 +187,12 @@ fn readable(said: &str) -> String {
         .collect()
 }
 
+/// Whether this may name a recipe, for a report.
+fn is_recipe(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte == b'_';
+    name.len() <= 40 && name.bytes().all(plain)
+}
+
 fn wire(peer: &Peer, source: transport::WireError) -> Error {
     Error::Line {
         site: peer.name.to_string(),
@@ -236,5 +250,8 @@ mod tests {
     fn a_peers_words_do_not_drive_the_terminal() {
         assert_eq!(readable("no\u{1b}[2J room\r\n"), "no[2J room");
         assert!(readable(&"x".repeat(1 << 20)).len() < 4096);
+        assert!(
+            is_recipe("moved_from_disk") && !is_recipe("\u{1b}[2J") && !is_recipe(&"x".repeat(50))
+        );
     }
 }

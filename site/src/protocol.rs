@@ -221,6 +221,9 @@ impl Hello {
 
     /// Fencing numbers and those of generations stay below, so that counting on never overflows.
     pub const NUMBERS: u64 = 1 << 48;
+
+    /// No QEMU says of its version in more bytes.
+    pub const QEMU: usize = 256;
 }
 
 /// What a connection is for.
@@ -316,6 +319,11 @@ impl Hello {
     /// Bounds and consistency.
     pub fn validate(&self) -> crate::error::Result<()> {
         self.vm.validate()?;
+        if self.qemu.len() > Self::QEMU || self.qemu.chars().any(char::is_control) {
+            return Err(crate::Error::Refused(
+                "the QEMU of the other site has a version that no QEMU has".into(),
+            ));
+        }
         let numbers = self.generations.iter().map(|id| id.number);
         if self.generations.len() > Self::GENERATIONS
             || self.next == 0
@@ -379,5 +387,13 @@ mod tests {
         let mut bad = hello();
         bad.next = Hello::NUMBERS;
         assert!(bad.validate().is_err());
+    }
+
+    #[test]
+    fn a_version_that_would_drive_the_terminal_is_refused() {
+        for qemu in ["7.2\u{1b}[2J".to_owned(), "7".repeat(Hello::QEMU + 1)] {
+            let bad = Hello { qemu, ..hello() };
+            assert!(bad.validate().is_err());
+        }
     }
 }
