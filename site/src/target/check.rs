@@ -1,11 +1,14 @@
-//! What a host must have for a VM, checked before anything is sent.
+//! What a host must have for a VM, and what must be known here of it, checked before anything
+//! is sent.
 
 use vm_host::{probe, programs};
 
 use crate::error::{Error, Result};
+use crate::identity::SiteKey;
+use crate::lease::Lease;
 use crate::local::blocking;
 use crate::protocol::Hello;
-use crate::store::Store;
+use crate::store::{Store, VmDir};
 use crate::work::Workplace;
 
 /// Room that must stay free beside a VM's own needs.
@@ -72,4 +75,65 @@ pub(super) async fn check_host(store: &Store, hello: &Hello) -> Result<()> {
 
 fn free_space(dir: &std::path::Path) -> Result<u64> {
     probe::free_space(dir).map_err(Error::host("cannot measure free space"))
+}
+
+/// Whether a VM that a site offers may come here, by what is known of it here.
+///
+/// Of two sites that name the same fencing number one has none to name: each hand-over has a
+/// number of its own. That a site with a higher one has the VM can't be known here.
+pub(super) fn check_known(vm: &VmDir, hello: &Hello, caller: SiteKey) -> Result<()> {
+    let Some(known) = vm.try_record()? else {
+        return Ok(());
+    };
+    if known.id != hello.vm.id {
+        return Err(Error::Refused(format!(
+            "there is another VM called {} here; rename or delete one of them",
+            vm.name()
+        )));
+    }
+    if known != hello.vm {
+        return Err(Error::Refused(format!(
+            "{0} was described otherwise when it was here last (its hardware, disks or kernel): \
+             remove the stale copy here with `replay-migrate vm delete {0}`",
+            vm.name()
+        )));
+    }
+    match vm.lease()? {
+        Lease::Held { .. } => {
+            return Err(Error::Refused(format!(
+                "{} belongs here: this site holds its lease, so it can't be sent here",
+                vm.name()
+            )));
+        }
+        Lease::Offered { to_name, .. } => {
+            return Err(Error::Refused(format!(
+                "the hand-over of {} from here to {to_name} is not settled; run `vm resume \
+                 {}` here first",
+                vm.name(),
+                vm.name()
+            )));
+        }
+        Lease::Elsewhere { fence, .. } if fence > hello.fence => {
+            return Err(Error::Refused(format!(
+                "{} was handed on since (number {fence} is known here, {} was said): what \
+                 is offered is not the newest",
+                vm.name(),
+                hello.fence
+            )));
+        }
+        Lease::Elsewhere {
+            fence,
+            owner,
+            owner_name,
+        } if fence == hello.fence && owner != caller => {
+            return Err(Error::Refused(format!(
+                "{0} is {owner_name}'s by what is known here (number {fence}), and another site \
+                 offers it with the same number: send it from {owner_name}, or, if that site is \
+                 gone for good, remove the stale copy here with `replay-migrate vm delete {0}`",
+                vm.name()
+            )));
+        }
+        Lease::Elsewhere { .. } => {}
+    }
+    Ok(())
 }

@@ -182,6 +182,7 @@ mod tests {
     use super::*;
     use crate::protocol::Purpose;
     use crate::store::Store;
+    use crate::target::check::check_known;
     use crate::vm::{BaseFile, FileHash, VmRecord};
 
     fn stale_copy(root: &std::path::Path) -> (VmDir, Hello) {
@@ -238,6 +239,24 @@ mod tests {
         vm.note_deleted().unwrap();
         files::remove_dir(vm.dir()).unwrap();
         assert!(was_taken(&vm, &hello, hello.transfer).unwrap());
+    }
+
+    #[test]
+    fn nobody_else_offers_a_vm_with_its_owners_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let (vm, mut hello) = stale_copy(dir.path());
+        let Lease::Elsewhere { owner, .. } = vm.lease().unwrap() else {
+            panic!("a stale copy");
+        };
+        let elsewhere = Store::open(dir.path().join("another")).unwrap();
+        let other = elsewhere.identity().unwrap().key();
+        check_known(&vm, &hello, owner).unwrap();
+        assert!(check_known(&vm, &hello, other).is_err());
+        // The owner may have handed it on since, which takes a number more.
+        hello.fence = 8;
+        check_known(&vm, &hello, other).unwrap();
+        hello.fence = 6;
+        assert!(check_known(&vm, &hello, owner).is_err());
     }
 
     #[test]

@@ -20,7 +20,6 @@ use crate::files::{self, FileLock};
 use crate::fork::Fork;
 use crate::generation::Manifest;
 use crate::generations::seen;
-use crate::lease::Lease;
 use crate::line::TargetLine;
 use crate::local::{self};
 use crate::phase::Phase;
@@ -29,7 +28,7 @@ use crate::report::Strategy;
 use crate::store::{Store, VmDir};
 use crate::work::{Received, Work, Workplace};
 
-use check::check_host;
+use check::{check_host, check_known};
 use cost::Meter;
 use receive::{receive_file, receive_layout, receive_log, receive_rearrangement};
 
@@ -164,7 +163,7 @@ impl Session {
         if matches!(hello.purpose, Purpose::Settle(_) | Purpose::Estimate) {
             return Ok(session(None));
         }
-        check_known(&vm, &hello)?;
+        check_known(&vm, &hello, line.peer().key)?;
         files::make_dir(&vm.incoming())?;
         let lock = vm.lock_soon().await?;
         let mut session = session(Some(lock));
@@ -178,7 +177,7 @@ impl Session {
     /// With the lock held: checks once more what may have changed before, and clears away what
     /// others left.
     async fn make_room(&self) -> Result<()> {
-        check_known(&self.vm, &self.hello)?;
+        check_known(&self.vm, &self.hello, self.peer.key)?;
         Workplace::Incoming.clear(&self.vm).await?;
         local::drop_stale_live(&self.vm).await?;
         check_host(&self.store, &self.hello).await
@@ -480,50 +479,4 @@ impl Session {
         }
         Ok(())
     }
-}
-
-/// Whether a VM that a peer offers may come here, by what is known of it here.
-fn check_known(vm: &VmDir, hello: &Hello) -> Result<()> {
-    let Some(known) = vm.try_record()? else {
-        return Ok(());
-    };
-    if known.id != hello.vm.id {
-        return Err(Error::Refused(format!(
-            "there is another VM called {} here; rename or delete one of them",
-            vm.name()
-        )));
-    }
-    if known != hello.vm {
-        return Err(Error::Refused(format!(
-            "{0} was described otherwise when it was here last (its hardware, disks or kernel): \
-             remove the stale copy here with `replay-migrate vm delete {0}`",
-            vm.name()
-        )));
-    }
-    match vm.lease()? {
-        Lease::Held { .. } => {
-            return Err(Error::Refused(format!(
-                "{} belongs here: this site holds its lease, so it can't be sent here",
-                vm.name()
-            )));
-        }
-        Lease::Offered { to_name, .. } => {
-            return Err(Error::Refused(format!(
-                "the hand-over of {} from here to {to_name} is not settled; run `vm resume \
-                 {}` here first",
-                vm.name(),
-                vm.name()
-            )));
-        }
-        Lease::Elsewhere { fence, .. } if fence > hello.fence => {
-            return Err(Error::Refused(format!(
-                "{} was handed on since (number {fence} is known here, {} was said): what \
-                 is offered is not the newest",
-                vm.name(),
-                hello.fence
-            )));
-        }
-        Lease::Elsewhere { .. } => {}
-    }
-    Ok(())
 }
