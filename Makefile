@@ -6,7 +6,7 @@ CARGO ?= cargo
 .PHONY: help setup build test demo capture bench-replay bench-stages bench-reconcile bench-viewer fmt lint clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what is missing (QEMU, mmdebstrap, ...); does nothing if all is there
 	./scripts/setup
