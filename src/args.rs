@@ -449,7 +449,7 @@ fn size(text: &str) -> Result<u64, String> {
         .or_else(|| unit.strip_suffix('b'))
         .unwrap_or(&unit);
     let power = match letter {
-        "" => 0,
+        "" if unit != "ib" => 0,
         "k" => 1,
         "m" => 2,
         "g" => 3,
