@@ -65,6 +65,10 @@ pub(crate) enum Command {
         /// Take the input devices of this machine too (evdev, grabbed)
         #[arg(long, value_name = "DEVICE")]
         evdev: Vec<PathBuf>,
+        /// Let the programs of a replay-friendly guest take turns of 100 ms: replays of light
+        /// work come closer, and one that computes holds up the others
+        #[arg(long)]
+        long_turns: bool,
     },
     /// Ship the current generation to another site ahead of time
     Seed {
@@ -331,7 +335,7 @@ pub(crate) struct CreateArgs {
     pub(crate) no_network: bool,
     /// Take chance out of a Linux guest that boots a kernel: no address-space randomisation for
     /// its programs, kernel objects in order once it is recorded (defences less), freed memory
-    /// zeroed; while it is recorded, programs take longer turns
+    /// zeroed
     #[arg(long)]
     pub(crate) replay_friendly: bool,
     /// The line on the guest's serial port that says that its desktop is up

@@ -33,10 +33,15 @@ struct Found {
 
 /// Holds a VM that stands still, where that can be done. Its slabs are filled in order from then
 /// on, until it boots again.
-pub(crate) fn hold(vm: &VmDir) -> Option<Held> {
+/// Programs take long turns if that is asked for.
+pub(crate) fn hold(vm: &VmDir, long_turns: bool) -> Option<Held> {
     let held = || {
         let ram = live_ram(vm)?;
-        let found = Found::look(&ram)?;
+        let mut found = Found::look(&ram)?;
+        if !long_turns {
+            // What is not held need not be let go.
+            found.turns = None;
+        }
         let Some(generator) = found.generator else {
             return Err(Error::Refused(
                 "the guest is no Linux that keeps VMCOREINFO with its symbols, or has not seeded \

@@ -37,6 +37,8 @@ pub struct RecordOptions {
     pub listen: String,
     /// Input devices of this machine to take as well.
     pub evdev: Vec<PathBuf>,
+    /// Programs of a replay-friendly guest take long turns, see [`introspection::turns`].
+    pub long_turns: bool,
 }
 
 /// What is being recorded, once viewers can connect.
@@ -170,9 +172,10 @@ pub async fn record(
     let still = Mutex::new((Duration::ZERO, None));
     let manifest = {
         let _lock = vm.lock()?;
+        let hold = || friendly.then(|| chance::hold(vm, options.long_turns));
         let prepare = || {
             if let Ok(mut still) = still.lock() {
-                *still = (clock.now(), friendly.then(|| chance::hold(vm)).flatten());
+                *still = (clock.now(), hold().flatten());
             }
         };
         local::checkpoint_locked(vm, &qemu, Some(&prepare)).await

@@ -19,6 +19,7 @@ mod vm;
 use std::path::PathBuf;
 
 use ::site::peers::Peer;
+use ::site::recording::RecordOptions;
 use ::site::{Store, VmDir};
 use anyhow::Context;
 
@@ -44,7 +45,15 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
             name,
             listen,
             evdev,
-        } => record::run(&vm_of(&store()?, &name)?, &listen, evdev, output).await,
+            long_turns,
+        } => {
+            let options = RecordOptions {
+                listen,
+                evdev,
+                long_turns,
+            };
+            record::run(&vm_of(&store()?, &name)?, &options, output).await
+        }
         Command::Seed { name, to } => seed::run(&store()?, &name, &to, output).await,
         Command::Follow { name, to, no_twin } => {
             Box::pin(follow::run(&store()?, &name, &to, !no_twin, output)).await

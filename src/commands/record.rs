@@ -1,7 +1,5 @@
 //! `replay-migrate record`
 
-use std::path::PathBuf;
-
 use site::recording::{self, Ended, RecordOptions};
 use site::{VmDir, source};
 
@@ -10,15 +8,10 @@ use crate::output::{Output, bytes};
 
 pub(crate) async fn run(
     vm: &VmDir,
-    listen: &str,
-    evdev: Vec<PathBuf>,
+    options: &RecordOptions,
     output: &Output,
 ) -> anyhow::Result<()> {
     source::settle(vm).await?;
-    let options = RecordOptions {
-        listen: listen.to_owned(),
-        evdev,
-    };
     let mut shown = Ok(());
     let begun = |recording: &recording::Recording| {
         shown = output.result(recording, |recording| {
@@ -28,7 +21,7 @@ pub(crate) async fn run(
             )
         });
     };
-    let recorded = recording::record(vm, &options, begun, stop_signal()).await?;
+    let recorded = recording::record(vm, options, begun, stop_signal()).await?;
     shown?;
     output.result(&recorded, |recorded| {
         let why = match recorded.ended {

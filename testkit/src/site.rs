@@ -221,7 +221,14 @@ impl Site {
 
     /// Begins to record a VM.
     pub async fn record(&self, vm: &str) -> Result<Recorder, SiteError> {
-        let mut process = self.spawn(&["record", vm, "--listen", "127.0.0.1:0"])?;
+        self.record_with(vm, &[]).await
+    }
+
+    /// The same, with more options.
+    pub async fn record_with(&self, vm: &str, more: &[&str]) -> Result<Recorder, SiteError> {
+        let mut words = vec!["record", vm, "--listen", "127.0.0.1:0"];
+        words.extend(more);
+        let mut process = self.spawn(&words)?;
         let begun: Value = process.next("begin to record", LISTEN_LIMIT).await?;
         let listening = begun["listening"].as_str().unwrap_or_default();
         let vnc = listening.parse().map_err(|_| SiteError::Late {

@@ -82,7 +82,9 @@ pub async fn record(
     let start = site.spawn(&["vm", "start", VM, "--wait"])?;
     start.finish(GUEST_LIMIT).await?.success()?;
     come_to_rest(site).await?;
-    let recorder = site.record(VM).await?;
+    let long_turns = guest.friendly.then_some("--long-turns");
+    let more: Vec<&str> = long_turns.into_iter().collect();
+    let recorder = site.record_with(VM, &more).await?;
     let mut robot = Robot::connect(&recorder.vnc).await?;
     let played = session
         .play(&mut robot, kept.looks, |at, text| {
