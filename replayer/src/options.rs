@@ -73,6 +73,10 @@ pub struct QuickOptions {
     /// As `rest`, where there is no anchor; and for how long the vCPUs have to have been idle
     /// where there is one and the rest of the screen never comes to rest.
     pub unanchored_rest: Duration,
+    /// Between the release of one typed key and the press of the next this much is always left,
+    /// and the vCPUs have to have been idle for so long, or all of a shorter gap. Where a key or
+    /// a button is held, it is held as long as recorded.
+    pub key_gap: Duration,
 }
 
 impl Default for QuickOptions {
@@ -88,6 +92,7 @@ impl Default for QuickOptions {
             rest: Duration::from_millis(400),
             late: Duration::from_millis(250),
             unanchored_rest: Duration::from_secs(1),
+            key_gap: Duration::from_millis(12),
         }
     }
 }

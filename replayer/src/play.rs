@@ -21,6 +21,9 @@ use crate::{
 /// Events due within this of each other go to QEMU together: its clock for input is no finer.
 const TOGETHER: Duration = Duration::from_millis(1);
 
+/// How often to look whether a typed key has been taken in.
+const KEY_SAMPLE: Duration = Duration::from_millis(4);
+
 /// Plays a log piece by piece.
 pub(crate) struct Player<G> {
     guest: G,
@@ -146,17 +149,29 @@ impl<G: Guest> Player<G> {
         let start = Instant::now();
         let late = start.saturating_duration_since(self.in_time(act.start));
         tracing::debug!(at = act.start.micros, ?late, "an interaction begins");
-        let due = |record: &Record| start + between(act.start, record.at);
+        let mut sooner = Duration::ZERO;
+        let mut before: Option<&Record> = None;
         let mut left = records.get(act.records.clone()).unwrap_or(&[]);
         while let Some(first) = left.first() {
-            sleep_until(due(first)).await;
-            let soon = (Instant::now() + TOGETHER).max(due(first));
-            let count = left.iter().take_while(|record| due(record) <= soon).count();
+            let due = |record: &Record, sooner| {
+                start + between(act.start, record.at).saturating_sub(sooner)
+            };
+            if let Some(before) = before {
+                sooner += self.type_on(before, first, due(first, sooner)).await?;
+            }
+            sleep_until(due(first, sooner)).await;
+            let soon = (Instant::now() + TOGETHER).max(due(first, sooner));
+            let now = |record: &&Record| due(record, sooner) <= soon;
+            let count = left.iter().take_while(now).count();
             let (batch, rest) = left.split_at(count.max(1));
             self.inject(batch).await?;
+            before = batch.last();
             left = rest;
         }
-        self.last = (act.end.max(recorded), start + between(act.start, act.end));
+        let acted = between(act.start, act.end).saturating_sub(sooner);
+        self.last = (act.end.max(recorded), start + acted);
+        self.ahead += sooner;
+        self.report.saved += sooner;
         self.report.interactions += 1;
         Ok(true)
     }
@@ -187,6 +202,38 @@ impl<G: Guest> Player<G> {
         self.ahead += saved;
         self.report.saved += saved;
         Ok(())
+    }
+
+    /// At a quick pace, does not wait out the time between one typed key and the next: only until
+    /// the guest has taken in the one before. How much sooner than due that is.
+    async fn type_on(
+        &self,
+        before: &Record,
+        next: &Record,
+        due: Instant,
+    ) -> Result<Duration, Error> {
+        let typed = matches!(before.event, Event::Key { down: false, .. })
+            && matches!(next.event, Event::Key { down: true, .. })
+            // A key that is held repeats, or means another one.
+            && self.held.is_empty();
+        let Pace::Quick(quick) = &self.options.pace else {
+            return Ok(Duration::ZERO);
+        };
+        if !typed {
+            return Ok(Duration::ZERO);
+        }
+        let gap = between(before.at, next.at);
+        let bound = quick.at_most.map(|bound| gap.div_f64(bound));
+        let earliest = Instant::now() + quick.key_gap.max(bound.unwrap_or_default());
+        let mut rest = Stillness::new(quick.key_gap, self.options.rest.busy);
+        loop {
+            rest.sample_processors(&self.guest)?;
+            let now = Instant::now();
+            if now >= due || (now >= earliest && rest.idle(quick.key_gap)) {
+                return Ok(due.saturating_duration_since(now));
+            }
+            sleep_until((now + KEY_SAMPLE).min(due)).await;
+        }
     }
 
     /// When a recorded time comes, in a replay that was never late.

@@ -42,8 +42,17 @@ impl<V: Copy + PartialEq> Stillness<V> {
 
     /// Looks at the guest, and says whether it has been at rest for the window.
     pub(crate) fn sample<G: Guest<Version = V>>(&mut self, guest: &G) -> Result<bool, Error> {
+        self.look(guest, Instant::now());
+        self.sample_processors(guest)?;
+        Ok(self.at_rest(self.window))
+    }
+
+    /// Looks at the guest's processors alone.
+    pub(crate) fn sample_processors<G: Guest<Version = V>>(
+        &mut self,
+        guest: &G,
+    ) -> Result<(), Error> {
         let now = Instant::now();
-        self.look(guest, now);
         self.used.push_back((now, guest.cpu_time()?));
         // The last sample before the window stays, so that the whole window is covered.
         while self
@@ -53,7 +62,7 @@ impl<V: Copy + PartialEq> Stillness<V> {
         {
             self.used.pop_front();
         }
-        Ok(self.at_rest(self.window))
+        Ok(())
     }
 
     /// Whether it was at rest over this window, no longer than the one to follow, up to the last

@@ -231,6 +231,69 @@ async fn what_is_held_is_held_as_long() {
     );
 }
 
+/// So many keys, each held for 50 ms, one every 120 ms.
+fn typed(keys: u64) -> Vec<Record> {
+    (0..keys)
+        .flat_map(|n| stroke(100 + 120 * n, 30 + n as u16))
+        .collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_typed_key_follows_as_soon_as_the_one_before_is_taken_in() {
+    // Nothing is computed: the gap that is always left.
+    let guest = Fake::new(&[(ms(0), 1)], ms(0));
+    let report = play(&guest, &typed(4), &quick()).await;
+    near(&times(&guest), &[100, 150, 162, 212, 224, 274, 286, 336]);
+    assert!(report.saved.abs_diff(ms(3 * 58)) < ms(8), "{report:?}");
+    assert!(report.duration + report.saved <= report.recorded + ms(3));
+
+    // Each press is worked on for 80 ms, 30 ms of it after the release.
+    let slow = Reaction {
+        computing: ms(80),
+        waiting: ms(0),
+    };
+    let guest = Fake::reacting(slow);
+    play(&guest, &typed(3), &quick()).await;
+    let given = times(&guest);
+    for press in [2, 4] {
+        let gap = given[press] - given[press - 1];
+        assert!((40..=50).contains(&gap), "{given:?}");
+    }
+
+    // One that has never done keeps the recorded times.
+    let guest = Fake::new(&[(ms(0), 1)], RESTLESS);
+    play(&guest, &typed(3), &quick()).await;
+    near(&times(&guest), &[100, 150, 220, 270, 340, 390]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn typing_has_its_rhythm_where_keys_overlap_and_at_other_paces() {
+    let guest = Fake::new(&[(ms(0), 1)], ms(0));
+    let shifted = [
+        at(100, key(42, true)),
+        at(300, key(30, true)),
+        at(350, key(30, false)),
+        at(420, key(31, true)),
+        at(470, key(31, false)),
+        at(500, key(42, false)),
+    ];
+    play(&guest, &shifted, &quick()).await;
+    near(&times(&guest), &[100, 300, 350, 420, 470, 500]);
+
+    let guest = Fake::new(&[(ms(0), 1)], ms(0));
+    play(&guest, &typed(2), &Options::default()).await;
+    near(&times(&guest), &[100, 150, 220, 270]);
+
+    // Not quicker than it was allowed to be.
+    let guest = Fake::new(&[(ms(0), 1)], ms(0));
+    let bounded = Options {
+        pace: Pace::quick(Some(2.0)),
+        ..Options::default()
+    };
+    play(&guest, &typed(2), &bounded).await;
+    near(&times(&guest), &[100, 150, 185, 235]);
+}
+
 #[test]
 fn bounds_that_mean_nothing_are_refused() {
     for bound in [0.0, 0.5, f64::NAN, f64::INFINITY] {
@@ -280,7 +343,7 @@ proptest! {
         });
         let mut next = given.iter();
         for act in traces::interactions(&records) {
-            let mut before: Option<(u64, Duration)> = None;
+            let mut before: Option<(&Record, Duration)> = None;
             for record in &records[act.records] {
                 if matches!(record.event, Event::Anchor(_)) {
                     continue;
@@ -288,10 +351,15 @@ proptest! {
                 let (at, event) = next.next().unwrap();
                 prop_assert_eq!(event, &record.event);
                 if let Some((recorded, real)) = before {
-                    let wanted = Duration::from_micros(record.at.micros - recorded);
-                    prop_assert!(at.saturating_sub(real).abs_diff(wanted) <= ms(3));
+                    let wanted = Duration::from_micros(record.at.micros - recorded.at.micros);
+                    let took = at.saturating_sub(real);
+                    // There is one key alone, so that it is the one that may be held.
+                    let typed = recorded.event == key(30, false) && record.event == key(30, true);
+                    prop_assert!(took <= wanted + ms(3));
+                    let least = if typed { wanted.min(ms(12)) } else { wanted };
+                    prop_assert!(took + ms(3) >= least);
                 }
-                before = Some((record.at.micros, *at));
+                before = Some((record, *at));
             }
         }
         prop_assert!(next.next().is_none());
