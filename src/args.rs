@@ -202,7 +202,8 @@ pub(crate) enum GuestCommand {
 pub(crate) enum SiteCommand {
     /// Print this site's key, for the other site's `site trust`
     Id,
-    /// Trust a site: it may send VMs here and receive them
+    /// Trust a site, or change what is known of it. A known name with another key is the same
+    /// site with a new key
     Trust {
         /// What to call it here
         name: String,
@@ -210,8 +211,13 @@ pub(crate) enum SiteCommand {
         addr: String,
         /// Its key, as its `site id` prints it
         key: String,
+        /// What it may do, with commas between: `send` VMs here, `receive` VMs from here, and
+        /// `follow` those in use (its own here with `send`, this site's there with `receive`); or
+        /// `nothing` [default: all of it, and for a known site what it might before]
+        #[arg(long, value_name = "WHAT")]
+        may: Option<site::peers::Permissions>,
     },
-    /// Trust a site no longer: it is turned away from its next connection on
+    /// Trust a site no longer: its connections end at once, and no new one is accepted
     Untrust {
         /// What it is called here
         name: String,

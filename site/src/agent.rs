@@ -2,13 +2,15 @@
 
 use std::net::SocketAddr;
 
-use tokio::task::JoinSet;
+use tokio::task::{Id as TaskId, JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
+use crate::admission::{Admitted, MOST_CALLS};
 use crate::error::Result;
 use crate::files::{self, FileLock};
 use crate::line::TargetLine;
 use crate::local;
+use crate::peers::PeerWatch;
 use crate::source;
 use crate::store::Store;
 use crate::target::{self, Standbys};
@@ -20,6 +22,7 @@ use crate::{Error, transport};
 pub struct Agent {
     store: Store,
     listener: Listener,
+    watch: PeerWatch,
     _only: FileLock,
 }
 
@@ -33,6 +36,7 @@ impl Agent {
             ))
         })?;
         let identity = store.identity()?;
+        let watch = store.peers().watch()?;
         let listener = Listener::bind(listen, &identity, store.peers()).await?;
         // No conversation is open yet that could still commit what was given up.
         files::remove_dir(&store.void_dir())?;
@@ -47,6 +51,7 @@ impl Agent {
         Ok(Self {
             store: store.clone(),
             listener,
+            watch,
             _only: only,
         })
     }
@@ -60,34 +65,71 @@ impl Agent {
     pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<()> {
         let token = CancellationToken::new();
         let mut conversations = JoinSet::new();
+        let mut admitted = Admitted::default();
         let standbys = Standbys::default();
         tokio::pin!(stop);
-        loop {
+        let outcome = loop {
             tokio::select! {
-                () = &mut stop => break,
+                () = &mut stop => break Ok(()),
+                changed = self.watch.changed() => match changed {
+                    Ok(()) => standbys.retain(&admitted.review(&self.store.peers())),
+                    Err(error) => {
+                        let list = self.store.root().join("peers.json");
+                        break Err(Error::file("watch", &list)(error));
+                    }
+                },
                 accepted = self.listener.accept() => {
                     let transport::Accepted { connection, peer } = accepted;
-                    let line = TargetLine::over(connection, peer, token.child_token());
-                    let store = self.store.clone();
-                    let standbys = standbys.clone();
-                    conversations.spawn(async move {
-                        Box::pin(target::converse(&store, &standbys, line)).await;
+                    let revoked = CancellationToken::new();
+                    let line = TargetLine::over(
+                        connection,
+                        peer.clone(),
+                        token.child_token(),
+                        revoked.clone(),
+                    );
+                    let room = admitted.has_room_for(peer.key);
+                    let (store, standbys) = (self.store.clone(), standbys.clone());
+                    let task = conversations.spawn(async move {
+                        if room {
+                            Box::pin(target::converse(&store, &standbys, line)).await;
+                        } else {
+                            line.turn_away(&too_many()).await;
+                        }
                     });
+                    admitted.begin(task.id(), peer, revoked);
+                    // What was changed between the handshake and now.
+                    admitted.review(&self.store.peers());
                 }
-                Some(ended) = conversations.join_next() => {
-                    if let Err(error) = ended {
-                        tracing::error!(%error, "a conversation failed");
-                    }
-                }
+                Some(ended) = conversations.join_next_with_id() => over(&mut admitted, ended),
             }
-        }
+        };
         token.cancel();
-        while let Some(ended) = conversations.join_next().await {
-            if let Err(error) = ended {
-                tracing::error!(%error, "a conversation failed");
-            }
+        while let Some(ended) = conversations.join_next_with_id().await {
+            over(&mut admitted, ended);
         }
         standbys.clear().await;
-        Ok(())
+        outcome
     }
 }
+
+/// A conversation is over, in whatever way.
+fn over(admitted: &mut Admitted, ended: Result<(TaskId, ()), JoinError>) {
+    let id = match ended {
+        Ok((id, ())) => id,
+        Err(error) => {
+            tracing::error!(%error, "a conversation failed");
+            error.id()
+        }
+    };
+    admitted.end(id);
+}
+
+fn too_many() -> Error {
+    Error::Refused(format!(
+        "this site talks with another about {MOST_CALLS} VMs at a time and no more: wait until \
+         one of them has moved"
+    ))
+}
+
+#[cfg(test)]
+mod tests;

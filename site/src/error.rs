@@ -63,6 +63,15 @@ pub enum Error {
         /// What came.
         what: String,
     },
+    /// The peer is not to be talked with any more.
+    #[error(
+        "the line to {site} was cut here: this site trusts it no longer, or with less than before \
+         (`replay-migrate site list` shows what it may do)"
+    )]
+    Revoked {
+        /// Its name here.
+        site: String,
+    },
     /// A migration failed; the source VM is as it was.
     #[error("phase {phase} failed")]
     Phase {

@@ -96,6 +96,7 @@ impl Manifest {
             || self.vm != record.id
             || self.hardware != record.hardware
             || self.qemu.len() > QEMU
+            || self.qemu.chars().any(char::is_control)
             || !sized
         {
             return Err(Error::Refused(format!(

@@ -11,6 +11,7 @@
 //! arrives is verified before it becomes a state of the VM; before the commit the source can go
 //! on as if nothing had happened, and the target is clean after whatever end.
 
+mod admission;
 pub mod agent;
 pub mod booted;
 pub mod capture;

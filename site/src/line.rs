@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
+use crate::admission::Guarded;
 use crate::error::{Error, Result};
 use crate::exchange::Sent;
 use crate::files;
@@ -25,6 +26,9 @@ pub(crate) struct Conversation<In, Out> {
     connection: Connection,
     peer: Peer,
     stop: CancellationToken,
+    revoked: CancellationToken,
+    /// Watches the list of peers for as long as this lives, where this side began.
+    _guarded: Option<Guarded>,
     types: std::marker::PhantomData<fn(Out) -> In>,
 }
 
@@ -38,13 +42,17 @@ impl Line {
     /// Calls a peer.
     pub(crate) async fn connect(store: &Store, peer: &Peer) -> Result<Self> {
         let identity = store.identity()?;
+        let guarded = Guarded::begin(&store.peers(), peer)?;
         let connection =
             transport::connect(&peer.addr, &identity, &peer.key, CONNECT_LIMIT).await?;
-        Ok(Self::over(
+        Ok(Self {
             connection,
-            peer.clone(),
-            CancellationToken::new(),
-        ))
+            peer: peer.clone(),
+            stop: CancellationToken::new(),
+            revoked: guarded.revoked.clone(),
+            _guarded: Some(guarded),
+            types: std::marker::PhantomData,
+        })
     }
 
     /// Queues a message. If the line has failed because the target gave up, its reason counts.
@@ -99,6 +107,7 @@ impl Line {
             }
             ToSource::Verified(mut outcome) => {
                 outcome.pages.retain(|(recipe, _)| is_recipe(recipe));
+                outcome.pages.truncate(RECIPES);
                 Ok(ToSource::Verified(outcome))
             }
             other => Ok(other),
@@ -116,15 +125,34 @@ impl TargetLine {
     pub(crate) async fn flush(&mut self) -> Result<()> {
         self.push().await
     }
+
+    /// Refuses a call before anything was said.
+    pub(crate) async fn turn_away(mut self, why: &Error) {
+        // Who does not take it is not waited for.
+        const LIMIT: Duration = Duration::from_secs(2);
+        let _ = tokio::time::timeout(LIMIT, async {
+            let _ = self.send(ToSource::Refused(why.chain())).await;
+            self.close().await;
+        })
+        .await;
+    }
 }
 
 impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
-    /// A conversation over an open connection; it ends when `stop` is cancelled.
-    pub(crate) fn over(connection: Connection, peer: Peer, stop: CancellationToken) -> Self {
+    /// A conversation over an open connection; it ends when `stop` is cancelled, because this
+    /// site ends, or `revoked`, because the peer is to be talked with no longer.
+    pub(crate) fn over(
+        connection: Connection,
+        peer: Peer,
+        stop: CancellationToken,
+        revoked: CancellationToken,
+    ) -> Self {
         Self {
             connection,
             peer,
             stop,
+            revoked,
+            _guarded: None,
             types: std::marker::PhantomData,
         }
     }
@@ -141,23 +169,29 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
 
     async fn put(&mut self, message: Out) -> Result<()> {
         tokio::select! {
-            sent = self.connection.send(&message) => Ok(sent.map_err(|e| wire(&self.peer, e))?),
+            biased;
+            () = self.revoked.cancelled() => Err(revoked(&self.peer)),
             () = self.stop.cancelled() => Err(stopping()),
+            sent = self.connection.send(&message) => Ok(sent.map_err(|e| wire(&self.peer, e))?),
         }
     }
 
     async fn push(&mut self) -> Result<()> {
         tokio::select! {
-            sent = self.connection.flush() => Ok(sent.map_err(|e| wire(&self.peer, e))?),
+            biased;
+            () = self.revoked.cancelled() => Err(revoked(&self.peer)),
             () = self.stop.cancelled() => Err(stopping()),
+            sent = self.connection.flush() => Ok(sent.map_err(|e| wire(&self.peer, e))?),
         }
     }
 
     /// The next message, whatever it says.
     pub(crate) async fn receive(&mut self, _phase: Phase) -> Result<In> {
         tokio::select! {
-            message = self.connection.recv() => Ok(message.map_err(|e| wire(&self.peer, e))?),
+            biased;
+            () = self.revoked.cancelled() => Err(revoked(&self.peer)),
             () = self.stop.cancelled() => Err(stopping()),
+            message = self.connection.recv() => Ok(message.map_err(|e| wire(&self.peer, e))?),
         }
     }
 
@@ -170,22 +204,34 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
         }
     }
 
-    /// Ends the conversation; what can still go wrong then matters to nobody.
+    /// Ends the conversation; what can still go wrong then matters to nobody. One that is to end
+    /// at once is hung up without a word.
     pub(crate) async fn close(self) {
+        if self.revoked.is_cancelled() {
+            return;
+        }
         if let Err(error) = self.connection.close().await {
             tracing::debug!(%error, "the connection did not end in order");
         }
     }
 }
 
-/// A peer's words, for a terminal: no control characters, and no more than one reads.
+/// A peer's words, for a terminal: nothing that drives it or turns the order of what it shows
+/// (UTR 36, section 2.5), and no more than one reads.
 fn readable(said: &str) -> String {
     const LENGTH: usize = 2000;
+    let hidden = |c: char| {
+        matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+            | '\u{feff}')
+    };
     said.chars()
-        .filter(|c| !c.is_control())
+        .filter(|c| !c.is_control() && !hidden(*c))
         .take(LENGTH)
         .collect()
 }
+
+/// There are fewer recipes than this.
+const RECIPES: usize = 64;
 
 /// Whether this may name a recipe, for a report.
 fn is_recipe(name: &str) -> bool {
@@ -197,6 +243,12 @@ fn wire(peer: &Peer, source: transport::WireError) -> Error {
     Error::Line {
         site: peer.name.to_string(),
         source,
+    }
+}
+
+fn revoked(peer: &Peer) -> Error {
+    Error::Revoked {
+        site: peer.name.to_string(),
     }
 }
 
@@ -249,6 +301,7 @@ mod tests {
     #[test]
     fn a_peers_words_do_not_drive_the_terminal() {
         assert_eq!(readable("no\u{1b}[2J room\r\n"), "no[2J room");
+        assert_eq!(readable("a\u{202e}b\u{2066}c\u{9b}1md é"), "abc1md é");
         assert!(readable(&"x".repeat(1 << 20)).len() < 4096);
         assert!(
             is_recipe("moved_from_disk") && !is_recipe("\u{1b}[2J") && !is_recipe(&"x".repeat(50))

@@ -1,12 +1,15 @@
 //! The sites this one trusts: a name for people, an address to connect to, and the key that
 //! proves who answers.
 //!
-//! Kept as `peers.json` in the site's directory. The agent asks it at every handshake, so a
-//! peer that was removed is turned away from its next connection on, without a restart; a
-//! connection already open lives until it ends.
+//! Kept as `peers.json` in the site's directory. The agent asks it at every handshake, and
+//! whoever has a connection open watches it ([`PeerWatch`]): a peer that was removed, or may do
+//! less than before, is cut off at once, without a restart.
 //!
 //! Promised: the file is replaced whole or not at all, commands that run at once don't lose
 //! each other's change, and a file others can write to is not believed.
+
+mod permissions;
+mod watch;
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -19,8 +22,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::identity::SiteKey;
 
-/// The version of the file this program writes, and the newest it reads.
-const FORMAT: u32 = 1;
+pub use permissions::{Permission, Permissions};
+pub use watch::PeerWatch;
+
+/// The version of the file this program writes, and the newest it reads. Version 1 knew neither
+/// permissions nor former keys: whoever reads only that must not take a file for one.
+const FORMAT: u32 = 2;
 /// Room for some thousands of peers.
 const MAX_FILE: u64 = 1 << 20;
 
@@ -46,6 +53,61 @@ pub struct Peer {
     pub addr: PeerAddr,
     /// What it must prove to hold.
     pub key: SiteKey,
+    /// What it may do.
+    #[serde(default)]
+    pub may: Permissions,
+    /// The keys that it had before, by the word of whoever trusted its new one: nobody gets in
+    /// with them, and a VM that was theirs is this key's. The newest is the last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former: Vec<SiteKey>,
+}
+
+impl Peer {
+    /// As many former keys are remembered.
+    const FORMER: usize = 16;
+
+    /// A site that may do everything.
+    pub fn new(name: PeerName, addr: PeerAddr, key: SiteKey) -> Self {
+        Self {
+            name,
+            addr,
+            key,
+            may: Permissions::default(),
+            former: Vec::new(),
+        }
+    }
+
+    /// Whether this key is the site's, or was.
+    pub fn had(&self, key: &SiteKey) -> bool {
+        self.key == *key || self.former.contains(key)
+    }
+
+    /// Checks that the peer may do this.
+    ///
+    /// # Errors
+    /// What to do about it at this site.
+    pub(crate) fn require(&self, permission: Permission) -> Result<(), PeerError> {
+        if self.may.has(permission) {
+            Ok(())
+        } else {
+            Err(PeerError::MayNot {
+                name: self.name.clone(),
+                permission,
+                may: self.may.clone(),
+            })
+        }
+    }
+
+    /// Takes over what is known of the same site under another key.
+    fn succeed(&mut self, known: &Self) {
+        self.former.clone_from(&known.former);
+        self.former.retain(|key| *key != self.key);
+        if known.key != self.key {
+            self.former.push(known.key);
+        }
+        let surplus = self.former.len().saturating_sub(Self::FORMER);
+        self.former.drain(..surplus);
+    }
 }
 
 impl FromStr for PeerName {
@@ -189,7 +251,7 @@ impl PeerStore {
             source,
         };
         let Versioned { version } = serde_json::from_str(&text).map_err(damaged)?;
-        if version != FORMAT {
+        if !(1..=FORMAT).contains(&version) {
             return Err(PeerError::Version {
                 path: self.path.clone(),
                 version,
@@ -211,26 +273,50 @@ impl PeerStore {
         Ok(self.list()?.into_iter().find(|peer| peer.key == *key))
     }
 
-    /// Trusts a peer from now on; one of the same name is replaced and returned.
+    /// The peer that has this key, or had it before.
+    pub(crate) fn of_key(&self, key: &SiteKey) -> Result<Option<Peer>, PeerError> {
+        Ok(self.list()?.into_iter().find(|peer| peer.had(key)))
+    }
+
+    /// Watches the list.
+    pub fn watch(&self) -> Result<PeerWatch, PeerError> {
+        // Always set by `new`, which joins a file name to a directory.
+        let dir = self.path.parent().unwrap_or(Path::new("."));
+        PeerWatch::of(dir).map_err(|source| PeerError::Watch {
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    /// Trusts a peer from now on; one of the same name is the same site, perhaps with a new key:
+    /// its former keys are remembered, and it may do what it might before where `may` says
+    /// nothing. Returns what is known now, and what was known before.
     ///
     /// On failure the store is as it was.
-    pub fn trust(&self, peer: Peer) -> Result<Option<Peer>, PeerError> {
+    pub fn trust(
+        &self,
+        mut peer: Peer,
+        may: Option<Permissions>,
+    ) -> Result<(Peer, Option<Peer>), PeerError> {
         self.change(|peers| {
             if let Some(known) = peers
                 .iter()
-                .find(|p| p.key == peer.key && p.name != peer.name)
+                .find(|p| p.had(&peer.key) && p.name != peer.name)
             {
                 return Err(PeerError::KeyTaken(known.name.clone()));
             }
             if let Some(known) = peers.iter_mut().find(|known| known.name == peer.name) {
-                return Ok(Some(std::mem::replace(known, peer)));
+                peer.succeed(known);
+                peer.may = may.unwrap_or_else(|| known.may.clone());
+                return Ok((peer.clone(), Some(std::mem::replace(known, peer))));
             }
-            peers.push(peer);
-            Ok(None)
+            peer.may = may.unwrap_or(peer.may);
+            peers.push(peer.clone());
+            Ok((peer, None))
         })
     }
 
-    /// Trusts a peer no longer. Its open connections live on; no new one is accepted.
+    /// Trusts a peer no longer. Its open connections end, and no new one is accepted.
     ///
     /// On failure the store is as it was.
     pub fn remove(&self, name: &PeerName) -> Result<Peer, PeerError> {
@@ -302,6 +388,22 @@ pub enum PeerError {
     /// No address.
     #[error("{0:?} is no address: write HOST:PORT, an IPv6 host in brackets")]
     Addr(String),
+    /// No such permission.
+    #[error("{0:?} is nothing that a site may do: name send, receive and follow, or nothing")]
+    Permission(String),
+    /// Trusted, but not with this.
+    #[error(
+        "{name} may not {permission} by what this site was told (it may {may}): \
+         `replay-migrate site trust {name} ADDR KEY --may ...` at this site changes that"
+    )]
+    MayNot {
+        /// The peer.
+        name: PeerName,
+        /// What it may not do.
+        permission: Permission,
+        /// What it may.
+        may: Permissions,
+    },
     /// Never trusted, or removed.
     #[error(
         "no site called {0} is known here: `replay-migrate site list` shows the known ones, \
@@ -314,6 +416,15 @@ pub enum PeerError {
     /// The file can't be read.
     #[error("can't read the trusted sites in {}", .path.display())]
     Read {
+        /// `peers.json`.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Nobody would notice that a peer is trusted no longer.
+    #[error("can't watch {} for changes: too many programs may do so already \
+             (fs.inotify.max_user_instances)", .path.display())]
+    Watch {
         /// `peers.json`.
         path: PathBuf,
         /// Why.

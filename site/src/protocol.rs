@@ -213,6 +213,8 @@ pub struct Hello {
     pub next: u64,
     /// The source's QEMU.
     pub qemu: String,
+    /// The VM is in use: `Follow` will come.
+    pub follows: bool,
 }
 
 impl Hello {
@@ -372,6 +374,7 @@ mod tests {
             }],
             next: 2,
             qemu: "7.2.0".into(),
+            follows: false,
         }
     }
 

@@ -224,17 +224,16 @@ impl VmRecord {
                 Self::DISKS
             )));
         }
-        let append = self.boot.as_ref().map_or(0, |boot| boot.append.len());
-        if append > 2048
-            || self
-                .ready_marker
-                .as_ref()
-                .is_some_and(|marker| marker.len() > 256)
-        {
-            return Err(Error::Refused(format!(
-                "{} has a kernel command line or readiness marker that is too long",
-                self.name
-            )));
+        let append = self.boot.as_ref().map(|boot| (&boot.append, 2048));
+        let marker = self.ready_marker.as_ref().map(|marker| (marker, 256));
+        for (words, most) in append.into_iter().chain(marker) {
+            if words.len() > most || words.chars().any(char::is_control) {
+                return Err(Error::Refused(format!(
+                    "{} has a kernel command line or readiness marker that is too long, or has \
+                     control characters in it",
+                    self.name
+                )));
+            }
         }
         Ok(())
     }
@@ -263,6 +262,32 @@ mod tests {
             assert_eq!(good.parse::<VmName>().unwrap().as_str(), good);
         }
         assert!(serde_json::from_str::<VmName>("\"../x\"").is_err());
+    }
+
+    #[test]
+    fn words_that_would_drive_the_terminal_are_refused() {
+        let file = BaseFile {
+            hash: FileHash([0; 32]),
+            bytes: 1,
+        };
+        let with = |append: &str, marker: &str| VmRecord {
+            id: Id([0; 16]),
+            name: "desk".parse().unwrap(),
+            hardware: Hardware::new("pc-q35-7.2"),
+            disks: vec![file],
+            boot: Some(BootFiles {
+                kernel: file,
+                initrd: None,
+                append: append.into(),
+            }),
+            ready_marker: Some(marker.into()),
+            replay_friendly: false,
+        };
+        with("quiet", "desktop up").validate().unwrap();
+        assert!(with("quiet\u{1b}[2J", "up").validate().is_err());
+        assert!(with("quiet", "up\n").validate().is_err());
+        assert!(with(&"x".repeat(2049), "up").validate().is_err());
+        assert!(with("quiet", &"x".repeat(257)).validate().is_err());
     }
 
     #[test]

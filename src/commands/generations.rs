@@ -114,8 +114,10 @@ fn relied_on_by(one: &Listed) -> String {
 }
 
 fn age(created: u64) -> String {
-    let made = UNIX_EPOCH + Duration::from_secs(created);
-    let age = SystemTime::now().duration_since(made).unwrap_or_default();
+    // Another site said it: it may be beyond what a clock can show.
+    let made = UNIX_EPOCH.checked_add(Duration::from_secs(created));
+    let age = made.and_then(|made| SystemTime::now().duration_since(made).ok());
+    let age = age.unwrap_or_default();
     HumanDuration(age).to_string()
 }
 
@@ -153,4 +155,16 @@ fn as_text(pruned: &Pruned, max_bytes: Option<u64>) -> String {
         ));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_that_no_clock_shows_is_no_reason_to_fail() {
+        for created in [0, u64::MAX, i64::MAX as u64] {
+            assert!(!age(created).is_empty());
+        }
+    }
 }

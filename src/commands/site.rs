@@ -13,25 +13,34 @@ pub(crate) fn run(store: &Store, command: SiteCommand, output: &Output) -> anyho
             let key = store.identity()?.key().to_string();
             output.result(&json!({ "key": key }), |_| key.clone())
         }
-        SiteCommand::Trust { name, addr, key } => {
-            let peer = Peer {
-                name: name.parse().map_err(site::Error::from)?,
-                addr: addr.parse().map_err(site::Error::from)?,
-                key: key.parse().map_err(site::Error::from)?,
-            };
+        SiteCommand::Trust {
+            name,
+            addr,
+            key,
+            may,
+        } => {
+            let peer = Peer::new(
+                name.parse().map_err(site::Error::from)?,
+                addr.parse().map_err(site::Error::from)?,
+                key.parse().map_err(site::Error::from)?,
+            );
             if peer.key == store.identity()?.key() {
                 anyhow::bail!(site::Error::Refused(format!(
                     "that is this site's own key; run `replay-migrate site id` at {}",
                     peer.name
                 )));
             }
-            let replaced = store
+            let (peer, replaced) = store
                 .peers()
-                .trust(peer.clone())
+                .trust(peer, may)
                 .map_err(site::Error::from)?;
-            output.result(&peer, |peer| match replaced {
-                None => format!("{} is trusted", peer.name),
-                Some(_) => format!("{} is trusted, with what was said now", peer.name),
+            output.result(&peer, |peer| {
+                let and = match replaced {
+                    Some(old) if old.key != peer.key => ", with a new key",
+                    Some(_) => ", with what was said now",
+                    None => "",
+                };
+                format!("{} is trusted{and}: it may {}", peer.name, peer.may)
             })
         }
         SiteCommand::Untrust { name } => {
@@ -48,6 +57,7 @@ pub(crate) fn run(store: &Store, command: SiteCommand, output: &Output) -> anyho
                         vec![
                             peer.name.to_string(),
                             peer.addr.to_string(),
+                            peer.may.to_string(),
                             peer.key.to_string(),
                         ]
                     })

@@ -27,6 +27,16 @@ pub struct Record {
     pub event: Event,
 }
 
+/// What records take in memory, in bytes: for whoever keeps those of others.
+pub fn memory_of(records: &[Record]) -> u64 {
+    let tiles = |record: &Record| match &record.event {
+        Event::Anchor(anchor) => size_of_val(anchor.tiles.as_slice()),
+        _ => 0,
+    };
+    let beside: usize = records.iter().map(tiles).sum();
+    (size_of_val(records) + beside) as u64
+}
+
 /// An input event, or a note that replay needs.
 ///
 /// `Debug` hides which key it was: logs hold passwords, and a record must be safe to trace.

@@ -36,7 +36,7 @@ mod testing;
 pub use anchor::{Match, Pixels, TileMatch};
 pub use coding::Limits;
 pub use error::Error;
-pub use event::{Anchor, Event, GuestTime, Record, Region};
+pub use event::{Anchor, Event, GuestTime, Record, Region, memory_of};
 pub use export::{Masking, export_json_lines};
 pub use format::{Header, LogId};
 pub use interaction::{Interaction, interactions};

@@ -17,8 +17,10 @@ use crate::runtime::{remove, write_atomically};
 use crate::vm::apply_network;
 use crate::{Error, Result, Status, Vm};
 
-/// No device state we know comes near this: video RAM is 8 MiB.
-const STATE_MAX: u64 = 512 << 20;
+/// The longest device state, in bytes, that is saved or taken from another site. It holds 8 MiB
+/// of video RAM and what the guest's driver keeps in the screen device, which `virtio-vga` bounds
+/// at 256 MiB (`max_hostmem`).
+pub const DEVICE_STATE_MAX: u64 = 512 << 20;
 /// It takes 40 ms; a loaded host may be slow, but not this slow.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -78,7 +80,7 @@ impl Vm {
             let (stream, _) = listener.accept().await.context("accept on", socket)?;
             let mut state = Vec::new();
             stream
-                .take(STATE_MAX + 1)
+                .take(DEVICE_STATE_MAX + 1)
                 .read_to_end(&mut state)
                 .await
                 .context("read from", socket)?;
@@ -101,7 +103,7 @@ impl Vm {
             _ = self.death() => return Err(Error::Disconnected { socket: socket.clone() }),
         };
         let (length, status) = (state.len(), self.status().await?);
-        if state.is_empty() || length as u64 > STATE_MAX || status != Status::Saved {
+        if state.is_empty() || length as u64 > DEVICE_STATE_MAX || status != Status::Saved {
             let reason = format!("{length} bytes came, and the VM is {status}");
             return Err(Error::DeviceState {
                 doing: "saved",

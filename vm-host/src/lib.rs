@@ -33,6 +33,7 @@ mod snapshot;
 mod vm;
 
 pub use clock::GuestClock;
+pub use device_state::DEVICE_STATE_MAX;
 pub use error::{Error, Result};
 pub use hardware::{Accelerator, Boot, DISKS_MAX, Hardware, Launch, Network};
 pub use input::Input;

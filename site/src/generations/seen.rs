@@ -31,7 +31,19 @@ impl Seen {
         self.has.into_iter().chain(self.expected)
     }
 
-    /// What is known of a peer; nothing, where it was never met.
+    /// What is known of a peer, under the key that it has or, where it was not met since, had.
+    pub(crate) fn of(vm: &VmDir, peer: &Peer) -> Result<Self> {
+        let former = peer.former.iter().rev();
+        for key in std::iter::once(&peer.key).chain(former) {
+            let seen = Self::load(vm, key)?;
+            if seen != Self::default() {
+                return Ok(seen);
+            }
+        }
+        Ok(Self::default())
+    }
+
+    /// What is known of a peer by its key; nothing, where it was never met.
     pub(crate) fn load(vm: &VmDir, peer: &SiteKey) -> Result<Self> {
         Ok(files::read_json(&path(vm, peer))?.unwrap_or_default())
     }
@@ -96,15 +108,35 @@ mod tests {
     }
 
     #[test]
+    fn what_a_peer_has_is_known_under_its_new_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = crate::store::Store::open(dir.path()).unwrap();
+        let vm = store.vm(&"desk".parse().unwrap());
+        let key = |text: &str| SiteKey::of_spki(text.as_bytes());
+        let addr = "127.0.0.1:1".parse().unwrap();
+        let mut peer = Peer::new("b".parse().unwrap(), addr, key("old"));
+        met(&vm, &peer, &[id(3)]).unwrap();
+        peer.former = vec![peer.key];
+        peer.key = key("new");
+        let known = |peer| {
+            let seen = Seen::of(&vm, peer).unwrap();
+            seen.generations().map(|id| id.number).collect::<Vec<_>>()
+        };
+        assert_eq!(known(&peer), [3]);
+        met(&vm, &peer, &[id(5)]).unwrap();
+        assert_eq!(known(&peer), [5]);
+    }
+
+    #[test]
     fn what_a_peer_has_is_what_it_said_last() {
         let dir = tempfile::tempdir().unwrap();
         let store = crate::store::Store::open(dir.path()).unwrap();
         let vm = store.vm(&"desk".parse().unwrap());
-        let peer = Peer {
-            name: "b".parse().unwrap(),
-            addr: "127.0.0.1:1".parse().unwrap(),
-            key: store.identity().unwrap().key(),
-        };
+        let peer = Peer::new(
+            "b".parse().unwrap(),
+            "127.0.0.1:1".parse().unwrap(),
+            store.identity().unwrap().key(),
+        );
         let known = || {
             let seen = Seen::load(&vm, &peer.key).unwrap();
             seen.generations().map(|id| id.number).collect::<Vec<_>>()

@@ -127,7 +127,7 @@ fn relied(vm: &VmDir, newest_log: Option<u64>) -> Result<Vec<(Wanted, Reliance)>
     }
     let here: Vec<_> = vm.generations()?.iter().map(Manifest::identity).collect();
     for peer in vm.store().peers().list()? {
-        let seen = Seen::load(vm, &peer.key)?;
+        let seen = Seen::of(vm, &peer)?;
         for id in seen.generations().filter(|id| here.contains(id)) {
             let reliance = Reliance::Peer(peer.name.to_string());
             relied.push((Wanted::Exactly(id), reliance));

@@ -110,12 +110,9 @@ fn trust(vm: &VmDir, name: &str) -> Peer {
         .identity()
         .unwrap()
         .key();
-    let peer = Peer {
-        name: name.parse().unwrap(),
-        addr: "127.0.0.1:1".parse().unwrap(),
-        key,
-    };
-    vm.store().peers().trust(peer.clone()).unwrap();
+    let addr = "127.0.0.1:1".parse().unwrap();
+    let peer = Peer::new(name.parse().unwrap(), addr, key);
+    vm.store().peers().trust(peer.clone(), None).unwrap();
     peer
 }
 

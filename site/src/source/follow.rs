@@ -27,11 +27,11 @@ use crate::generation::GenerationId;
 use crate::lease::Lease;
 use crate::line::Line;
 use crate::local;
-use crate::peers::Peer;
+use crate::peers::{Peer, Permission};
 use crate::phase::Phase;
 use crate::plan::{Feasible, Following};
 use crate::progress::Progress;
-use crate::protocol::{Plan, Purpose, ToSource, ToTarget};
+use crate::protocol::{Hello, Plan, Purpose, ToSource, ToTarget};
 use crate::recording;
 use crate::report::{ByteReport, Strategy};
 use crate::store::VmDir;
@@ -61,6 +61,8 @@ pub async fn follow(
     stop: &CancellationToken,
 ) -> Result<Followed> {
     settle(vm).await?;
+    peer.require(Permission::Receive)?;
+    peer.require(Permission::Follow)?;
     let record = vm.record()?;
     local::require_lease(vm)?;
     // Not held on to: checkpoints need QEMU, too.
@@ -237,7 +239,10 @@ impl Follower<'_> {
         let (vm, record) = (self.vm, self.record);
         let version = local::qemu_version().await?;
         let purpose = Purpose::Migrate;
-        let hello = hello(vm, record, purpose, self.transfer, fence, next, &version)?;
+        let hello = Hello {
+            follows: true,
+            ..hello(vm, record, purpose, self.transfer, fence, next, &version)?
+        };
         let (welcome, rate) = begin(&mut line, vm, hello).await?;
         if let (Some(_), Some(standby)) = (self.base, welcome.standby) {
             let standby = usize::try_from(standby).unwrap_or(usize::MAX);

@@ -48,7 +48,7 @@ pub(super) async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
         source: Some(Box::new(source)),
     };
     let ask = async {
-        let peer = vm.store().peers().by_key(&to)?.ok_or_else(|| {
+        let peer = vm.store().peers().of_key(&to)?.ok_or_else(|| {
             Error::Refused(format!(
                 "{to_name} is no longer a trusted site; `site trust` it again"
             ))

@@ -28,7 +28,7 @@ use crate::generations::seen;
 use crate::lease::Lease;
 use crate::line::{Line, LinkHistory};
 use crate::local::{self, Live};
-use crate::peers::Peer;
+use crate::peers::{Peer, Permission};
 use crate::phase::Phase;
 use crate::plan::{self, Feasible, Lesson};
 use crate::progress::Progress;
@@ -92,6 +92,7 @@ pub async fn migrate(
     cancel: &CancellationToken,
 ) -> Result<MigrationReport> {
     settle(vm).await?;
+    peer.require(Permission::Receive)?;
     vm.record()?;
     if matches!(options.strategy, None | Some(Strategy::Replay)) {
         let moved = control::move_followed(vm, peer, options.paused, progress, cancel).await?;

@@ -41,6 +41,7 @@ pub(super) fn hello(
         generations: vm.generations()?.iter().map(Manifest::identity).collect(),
         next,
         qemu: qemu.to_owned(),
+        follows: false,
     })
 }
 

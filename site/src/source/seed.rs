@@ -9,7 +9,7 @@ use crate::exchange::{self, Outgoing, Sent};
 use crate::generations::seen;
 use crate::line::{Line, LinkHistory};
 use crate::local::{self};
-use crate::peers::Peer;
+use crate::peers::{Peer, Permission};
 use crate::phase::Phase;
 use crate::plan::{self, Estimates, Feasible};
 use crate::progress::Progress;
@@ -112,6 +112,7 @@ pub struct SeedReport {
 pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<SeedReport> {
     let begun = Instant::now();
     settle(vm).await?;
+    peer.require(Permission::Receive)?;
     let record = vm.record()?;
     let _lock = vm.lock()?;
     let newest = vm.generations()?.pop().ok_or_else(|| {
@@ -162,6 +163,7 @@ pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Se
 /// As those of a migration without a chosen strategy that would be refused.
 pub async fn dry_run(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Estimates> {
     settle(vm).await?;
+    peer.require(Permission::Receive)?;
     let record = vm.record()?;
     let fence = local::require_lease(vm)?;
     local::attach_running(vm).await?;

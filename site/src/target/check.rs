@@ -4,15 +4,41 @@
 use vm_host::{probe, programs};
 
 use crate::error::{Error, Result};
-use crate::identity::SiteKey;
 use crate::lease::Lease;
 use crate::local::blocking;
-use crate::protocol::Hello;
+use crate::peers::{Peer, Permission};
+use crate::protocol::{Hello, Purpose};
 use crate::store::{Store, VmDir};
 use crate::work::Workplace;
 
 /// Room that must stay free beside a VM's own needs.
 const MARGIN: u64 = 64 << 20;
+
+/// Whether the caller may want what it wants. Who may not learns nothing else.
+///
+/// Whether a hand-over took place is answered to whoever is trusted: that it has no answer would
+/// leave a VM nobody's.
+pub(super) fn check_allowed(caller: &Peer, hello: &Hello) -> Result<()> {
+    let allowed = match hello.purpose {
+        Purpose::Settle(_) => true,
+        Purpose::Migrate | Purpose::Seed | Purpose::Estimate => {
+            caller.may.has(Permission::Send)
+                && (!hello.follows || caller.may.has(Permission::Follow))
+        }
+    };
+    if allowed {
+        return Ok(());
+    }
+    let what = if caller.may.has(Permission::Send) {
+        "have VMs followed here"
+    } else {
+        "send VMs here"
+    };
+    Err(Error::Refused(format!(
+        "this site was told not to let you {what}; `replay-migrate site trust` there, with \
+         --may, changes that"
+    )))
+}
 
 /// What this host must have for the VM, checked before anything is sent.
 pub(super) async fn check_host(store: &Store, hello: &Hello) -> Result<()> {
@@ -81,7 +107,7 @@ fn free_space(dir: &std::path::Path) -> Result<u64> {
 ///
 /// Of two sites that name the same fencing number one has none to name: each hand-over has a
 /// number of its own. That a site with a higher one has the VM can't be known here.
-pub(super) fn check_known(vm: &VmDir, hello: &Hello, caller: SiteKey) -> Result<()> {
+pub(super) fn check_known(vm: &VmDir, hello: &Hello, caller: &Peer) -> Result<()> {
     let Some(known) = vm.try_record()? else {
         return Ok(());
     };
@@ -125,7 +151,7 @@ pub(super) fn check_known(vm: &VmDir, hello: &Hello, caller: SiteKey) -> Result<
             fence,
             owner,
             owner_name,
-        } if fence == hello.fence && owner != caller => {
+        } if fence == hello.fence && !caller.had(&owner) => {
             return Err(Error::Refused(format!(
                 "{0} is {owner_name}'s by what is known here (number {fence}), and another site \
                  offers it with the same number: send it from {owner_name}, or, if that site is \

@@ -180,6 +180,7 @@ fn is_void(vm: &VmDir, transfer: Id) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::peers::Peer;
     use crate::protocol::Purpose;
     use crate::store::Store;
     use crate::target::check::check_known;
@@ -210,6 +211,7 @@ mod tests {
             generations: Vec::new(),
             next: 1,
             qemu: String::new(),
+            follows: false,
         };
         (vm, hello)
     }
@@ -250,13 +252,21 @@ mod tests {
         };
         let elsewhere = Store::open(dir.path().join("another")).unwrap();
         let other = elsewhere.identity().unwrap().key();
-        check_known(&vm, &hello, owner).unwrap();
-        assert!(check_known(&vm, &hello, other).is_err());
+        let peer = |key| {
+            let addr = "127.0.0.1:1".parse().unwrap();
+            Peer::new("a".parse().unwrap(), addr, key)
+        };
+        check_known(&vm, &hello, &peer(owner)).unwrap();
+        assert!(check_known(&vm, &hello, &peer(other)).is_err());
+        // The owner itself, with a new key that somebody here said is its.
+        let mut rekeyed = peer(other);
+        rekeyed.former.push(owner);
+        check_known(&vm, &hello, &rekeyed).unwrap();
         // The owner may have handed it on since, which takes a number more.
         hello.fence = 8;
-        check_known(&vm, &hello, other).unwrap();
+        check_known(&vm, &hello, &peer(other)).unwrap();
         hello.fence = 6;
-        assert!(check_known(&vm, &hello, owner).is_err());
+        assert!(check_known(&vm, &hello, &peer(owner)).is_err());
     }
 
     #[test]

@@ -9,8 +9,8 @@ mod cost;
 mod receive;
 mod replay;
 mod standby;
-
-use std::collections::VecDeque;
+mod turn;
+mod waiting;
 
 use tokio_util::sync::CancellationToken;
 use traces::GuestTime;
@@ -24,13 +24,14 @@ use crate::line::TargetLine;
 use crate::local::{self};
 use crate::phase::Phase;
 use crate::protocol::{Hello, Plan, Purpose, ToSource, ToTarget, Welcome};
-use crate::report::Strategy;
 use crate::store::{Store, VmDir};
 use crate::work::{Received, Work, Workplace};
 
-use check::{check_host, check_known};
+use check::{check_allowed, check_host, check_known};
 use cost::Meter;
 use receive::{receive_file, receive_layout, receive_log, receive_rearrangement};
+use turn::Turn;
+use waiting::Waiting;
 
 pub(crate) use standby::Standbys;
 
@@ -54,7 +55,11 @@ pub(crate) async fn converse(store: &Store, standbys: &Standbys, mut line: Targe
     let name = hello.vm.name.clone();
     let purpose = hello.purpose.clone();
     tracing::info!(peer, vm = %name, ?purpose, "a peer calls");
-    let begun = match standbys.resume(line.peer(), &hello).await {
+    let begun = match check_allowed(line.peer(), &hello) {
+        Ok(()) => standbys.resume(line.peer(), &hello).await,
+        Err(error) => Err(error),
+    };
+    let begun = match begun {
         Ok(Some(standby)) => Ok(*standby),
         Ok(None) => Session::begin(store, &line, *hello).await,
         Err(error) => Err(error),
@@ -128,8 +133,8 @@ struct Session {
     fork: Option<Fork>,
     /// Records that a replay has which follows the source.
     following: Option<u64>,
-    /// The recorded times of the pieces that it has not played yet.
-    pieces: VecDeque<GuestTime>,
+    /// The pieces that it has not played yet.
+    pieces: Waiting,
     /// Measures what following costs.
     meter: Option<Meter>,
     committed: bool,
@@ -154,7 +159,7 @@ impl Session {
             received: None,
             fork: None,
             following: None,
-            pieces: VecDeque::new(),
+            pieces: Waiting::default(),
             meter: None,
             committed: false,
             superseded: CancellationToken::new(),
@@ -163,7 +168,7 @@ impl Session {
         if matches!(hello.purpose, Purpose::Settle(_) | Purpose::Estimate) {
             return Ok(session(None));
         }
-        check_known(&vm, &hello, line.peer().key)?;
+        check_known(&vm, &hello, line.peer())?;
         files::make_dir(&vm.incoming())?;
         let lock = vm.lock_soon().await?;
         let mut session = session(Some(lock));
@@ -177,7 +182,7 @@ impl Session {
     /// With the lock held: checks once more what may have changed before, and clears away what
     /// others left.
     async fn make_room(&self) -> Result<()> {
-        check_known(&self.vm, &self.hello, self.peer.key)?;
+        check_known(&self.vm, &self.hello, &self.peer)?;
         Workplace::Incoming.clear(&self.vm).await?;
         local::drop_stale_live(&self.vm).await?;
         check_host(&self.store, &self.hello).await
@@ -395,34 +400,20 @@ impl Session {
         }
     }
 
-    /// Whether a message may come now: what it is for, and what came before it.
-    ///
-    /// A question changes nothing; images are built while nobody else writes to them, and are
-    /// not touched again once they are verified; and after a commit there is nothing to say.
+    /// Whether a message may come now.
     fn check_place(&self, message: &ToTarget) -> Result<()> {
-        let migrates = self.hello.purpose == Purpose::Migrate;
-        let (work, received) = (self.work.is_some(), self.received.is_some());
-        let replays = migrates
-            && work
-            && !received
-            && self
-                .plan
-                .is_some_and(|plan| plan.strategy == Strategy::Replay);
-        let possible = match message {
-            ToTarget::Probe(_) => true,
-            _ if self.lock.is_none() || self.committed => false,
-            ToTarget::Generation { .. } | ToTarget::Prepare => self.fork.is_none(),
-            ToTarget::Image(_) | ToTarget::Layout(_) | ToTarget::Rearrangement(_) => {
-                self.fork.is_none() && work && !received
-            }
-            ToTarget::Log(_) | ToTarget::Follow { .. } => replays,
-            ToTarget::Freeze => migrates && !received,
-            ToTarget::Plan(_) => migrates,
-            ToTarget::CatchUp { .. } | ToTarget::Leave => self.following.is_some(),
-            ToTarget::Commit(_) => migrates && received,
-            _ => true,
+        let turn = Turn {
+            purpose: &self.hello.purpose,
+            follows: self.hello.follows,
+            locked: self.lock.is_some(),
+            strategy: self.plan.map(|plan| plan.strategy),
+            work: self.work.is_some(),
+            received: self.received.is_some(),
+            fork: self.fork.is_some(),
+            following: self.following.is_some(),
+            committed: self.committed,
         };
-        if possible {
+        if turn.allows(message) {
             Ok(())
         } else {
             Err(self.out_of_place("a message"))

@@ -8,7 +8,6 @@ use traces::{GuestTime, Record};
 
 use super::Session;
 use super::cost::Meter;
-use super::receive::LOG_LIMITS;
 use crate::error::{Error, Result};
 use crate::fork::{Fork, ForkFiles, Played, following_from, pace_of};
 use crate::line::TargetLine;
@@ -23,9 +22,6 @@ const SILENCE: Duration = Duration::from_secs(30);
 
 /// How long a fork may idle to be as old as its source.
 const CATCH_UP: Duration = Duration::from_secs(10);
-
-/// Pieces of the log that wait to be played: there is one a second at most.
-const MOST_PIECES: usize = 10_000;
 
 impl Session {
     async fn start_fork(&self, options: Options, since: Option<Instant>) -> Result<Fork> {
@@ -54,19 +50,12 @@ impl Session {
             self.meter = measured(Meter::start(fork.pid(), ram, since));
             self.fork = Some(fork);
         }
-        let count = records.len() as u64;
-        let all = self.following.unwrap_or_default() + count;
-        if all > LOG_LIMITS.records as u64 || self.pieces.len() >= MOST_PIECES {
-            return Err(Error::Refused(
-                "more of a log came than can be followed; end `follow`, and migrate".into(),
-            ));
-        }
+        self.pieces.push(&records, at)?;
         if let Some(fork) = self.fork.as_mut() {
             // Also an empty piece: when it is done, so is what came before it.
             fork.play(records)?;
-            self.pieces.push_back(at);
         }
-        self.following = Some(all);
+        self.following = Some(self.pieces.records());
         Ok(())
     }
 
@@ -93,7 +82,7 @@ impl Session {
                     Played::Progress(_) => continue,
                 },
             };
-            let Some(at) = self.pieces.pop_front() else {
+            let Some(at) = self.pieces.played() else {
                 return Err(self.out_of_place("a piece of the log"));
             };
             let cost = match self.meter.as_mut() {

@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::Session;
+use crate::admission::may_stay;
 use crate::error::{Error, Result};
 use crate::identity::SiteKey;
 use crate::peers::Peer;
@@ -151,6 +152,20 @@ impl Standbys {
         }
         end(*session).await;
         Ok(None)
+    }
+
+    /// Ends those of sites that are trusted no longer, or may do less than when they called:
+    /// `trusted` are those that are.
+    pub(crate) fn retain(&self, trusted: &[Peer]) {
+        let gone: Vec<Parked> = {
+            let mut all = self.parked();
+            all.extract_if(|_, parked| !may_stay(trusted, &parked.session.peer))
+                .map(|(_, parked)| parked)
+                .collect()
+        };
+        for parked in gone {
+            tokio::spawn(end(*parked.session));
+        }
     }
 
     /// Ends all: the agent stops.

@@ -44,7 +44,7 @@ use traffic::Counted;
 pub use traffic::Traffic;
 
 /// The version of everything said after the preamble.
-pub const PROTOCOL_VERSION: u16 = 5;
+pub const PROTOCOL_VERSION: u16 = 6;
 
 const MAGIC: [u8; 4] = *b"RPLM";
 

@@ -40,11 +40,10 @@ async fn site() -> Site {
     let peers = PeerStore::new(dir.path());
     let addr = "127.0.0.1:1".parse().unwrap();
     peers
-        .trust(Peer {
-            name: "laptop".parse().unwrap(),
-            addr,
-            key: client.key(),
-        })
+        .trust(
+            Peer::new("laptop".parse().unwrap(), addr, client.key()),
+            None,
+        )
         .unwrap();
     let listener = Listener::bind("127.0.0.1:0", &identity, peers.clone())
         .await

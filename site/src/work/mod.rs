@@ -1,6 +1,7 @@
 //! The target's working copy of a state while it arrives: RAM, overlays and device state in
 //! folders of their own, which become a generation when all is verified, or go without a trace.
 
+mod device;
 mod exchange;
 mod place;
 
@@ -33,10 +34,8 @@ use crate::vm::{Id, VmRecord};
 
 pub(crate) use place::Workplace;
 
+use device::{device_head, resized};
 use exchange::{Talk, exchange, receive_offer};
-
-/// A device state is never larger: it holds the video memory and what the devices buffer.
-const DEVICE_LIMIT: u64 = 1 << 30;
 
 /// A state in the making.
 pub(crate) struct Work {
@@ -247,15 +246,7 @@ impl Work {
 
     /// The images that must come, in order. Only the device state's size is the source's to say.
     fn heads(&self, device: u64) -> Result<Vec<ImageHead>> {
-        if device > DEVICE_LIMIT {
-            return Err(Error::Refused(format!(
-                "a device state of {device} bytes is larger than any QEMU writes"
-            )));
-        }
-        let mut heads = vec![ImageHead {
-            kind: ImageKind::Device,
-            bytes: device,
-        }];
+        let mut heads = vec![device_head(device)?];
         for (index, (image, _)) in self.base.disks().iter().enumerate() {
             heads.push(ImageHead {
                 kind: ImageKind::Disk(index as u8),
@@ -289,7 +280,7 @@ impl Work {
                     .filter(|_| self.replayed.is_some())
                 {
                     Some(told) => self.device = told.apply(&self.device, len),
-                    None => self.device.resize(len, 0),
+                    None => self.device = resized(&self.device, len),
                 }
                 let current = tree_of(&SlicePages(&self.device), "the device state")?;
                 let places: Vec<_> = base_pages
