@@ -201,7 +201,12 @@ pub(crate) enum GuestCommand {
 #[derive(Debug, Subcommand)]
 pub(crate) enum SiteCommand {
     /// Print this site's key, for the other site's `site trust`
-    Id,
+    Id {
+        /// Make a new key first, for good: other sites do not know this one until they are told,
+        /// with `site trust`, that the name they have for it has this key now
+        #[arg(long)]
+        rotate: bool,
+    },
     /// Trust a site, or change what is known of it. A known name with another key is the same
     /// site with a new key
     Trust {

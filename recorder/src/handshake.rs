@@ -155,7 +155,7 @@ where
 }
 
 /// Goes through QEMU's handshake up to where it waits for ClientInit.
-pub(crate) async fn approach<S>(qemu: &mut S) -> Result<(), HandshakeError>
+pub async fn approach<S>(qemu: &mut S) -> Result<(), HandshakeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {

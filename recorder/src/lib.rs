@@ -35,6 +35,9 @@ mod stats;
 
 pub use codec::{ClientCodec, DecodeError, Framed};
 pub use handshake::HandshakeError;
+// For `fuzz/`: it reads what another program says.
+#[doc(hidden)]
+pub use handshake::approach;
 pub use journal::{Clock, RecordSink, SinkClosed};
 pub use listen::Listen;
 pub use messages::{CUT_TEXT_MAX, ClientMessage, Malformed};

@@ -206,9 +206,45 @@ impl Identity {
             }
             done => return done,
         }
-        let pair = KeyPair::generate_for(&PKCS_ED25519).map_err(IdentityError::Generate)?;
         let write = |source| IdentityError::Write {
             path: path.clone(),
+            source,
+        };
+        let file = Self::fresh(dir, &path)?;
+        match file.persist_noclobber(&path) {
+            Ok(_) => File::open(dir)
+                .and_then(|dir| dir.sync_all())
+                .map_err(write)?,
+            // Another process was first: its key is the site's.
+            Err(lost) if lost.error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(failed) => return Err(write(failed.error)),
+        }
+        Self::load(&path)
+    }
+
+    /// Puts a new key in the place of the one kept in `dir`, which is gone when this returns.
+    /// Peers know this site again once they trust the new one under the name they have for it.
+    ///
+    /// On failure the key is as it was.
+    pub fn rotate(dir: &Path) -> Result<Self, IdentityError> {
+        let path = dir.join(KEY_FILE);
+        let write = |source| IdentityError::Write {
+            path: path.clone(),
+            source,
+        };
+        let file = Self::fresh(dir, &path)?;
+        file.persist(&path).map_err(|failed| write(failed.error))?;
+        File::open(dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(write)?;
+        Self::load(&path)
+    }
+
+    /// A new key, durable, in a file beside `path` that has no lasting name yet.
+    fn fresh(dir: &Path, path: &Path) -> Result<tempfile::NamedTempFile, IdentityError> {
+        let pair = KeyPair::generate_for(&PKCS_ED25519).map_err(IdentityError::Generate)?;
+        let write = |source| IdentityError::Write {
+            path: path.to_owned(),
             source,
         };
         DirBuilder::new()
@@ -224,15 +260,7 @@ impl Identity {
         file.write_all(pair.serialize_pem().as_bytes())
             .map_err(write)?;
         file.as_file().sync_all().map_err(write)?;
-        match file.persist_noclobber(&path) {
-            Ok(_) => File::open(dir)
-                .and_then(|dir| dir.sync_all())
-                .map_err(write)?,
-            // Another process was first: its key is the site's.
-            Err(lost) if lost.error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(failed) => return Err(write(failed.error)),
-        }
-        Self::load(&path)
+        Ok(file)
     }
 
     fn load(path: &Path) -> Result<Self, IdentityError> {

@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::files::{self, FileLock};
 use crate::generation::{self, GenerationFiles, Manifest};
-use crate::identity::Identity;
+use crate::identity::{Identity, SiteKey};
 use crate::lease::Lease;
 use crate::peers::PeerStore;
 use crate::vm::{BaseFile, FileHash, Id, VmName, VmRecord};
@@ -89,6 +89,21 @@ impl Store {
     /// This site's key, made on first use.
     pub fn identity(&self) -> Result<Identity> {
         Ok(Identity::load_or_create(&self.root)?)
+    }
+
+    /// Gives the site a new key; the former and the new one.
+    ///
+    /// # Errors
+    /// While an agent serves, which would go on showing the old one.
+    pub fn rotate_identity(&self) -> Result<(SiteKey, SiteKey)> {
+        let _only = self.agent_lock()?.ok_or_else(|| {
+            Error::Refused(format!(
+                "an agent serves {} with the key that it has: stop `replay-migrate serve` first",
+                self.root.display()
+            ))
+        })?;
+        let former = self.identity()?.key();
+        Ok((former, Identity::rotate(&self.root)?.key()))
     }
 
     /// The sites it knows.

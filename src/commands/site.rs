@@ -9,7 +9,12 @@ use crate::output::{Output, table};
 
 pub(crate) fn run(store: &Store, command: SiteCommand, output: &Output) -> anyhow::Result<()> {
     match command {
-        SiteCommand::Id => {
+        SiteCommand::Id { rotate: true } => {
+            let (was, key) = store.rotate_identity()?;
+            let (was, key) = (was.to_string(), key.to_string());
+            output.result(&json!({ "key": key, "was": was }), |_| key.clone())
+        }
+        SiteCommand::Id { rotate: false } => {
             let key = store.identity()?.key().to_string();
             output.result(&json!({ "key": key }), |_| key.clone())
         }
@@ -30,10 +35,7 @@ pub(crate) fn run(store: &Store, command: SiteCommand, output: &Output) -> anyho
                     peer.name
                 )));
             }
-            let (peer, replaced) = store
-                .peers()
-                .trust(peer, may)
-                .map_err(site::Error::from)?;
+            let (peer, replaced) = store.peers().trust(peer, may).map_err(site::Error::from)?;
             output.result(&peer, |peer| {
                 let and = match replaced {
                     Some(old) if old.key != peer.key => ", with a new key",

@@ -18,5 +18,6 @@ mod generations;
 mod harmless;
 mod help;
 mod interrupt;
+mod permissions;
 mod roam;
 mod state;

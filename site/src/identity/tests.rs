@@ -29,6 +29,22 @@ fn the_key_lasts_and_is_private() {
 }
 
 #[test]
+fn a_new_key_takes_the_place_of_the_old_one() {
+    let site = tempfile::tempdir().unwrap();
+    let keys = site.path().join("keys");
+    let old = Identity::load_or_create(&keys).unwrap();
+    let before = fs::read(keys.join(KEY_FILE)).unwrap();
+    let new = Identity::rotate(&keys).unwrap();
+    assert_ne!(old.key(), new.key());
+    assert_eq!(Identity::load_or_create(&keys).unwrap().key(), new.key());
+    let files: Vec<_> = fs::read_dir(&keys).unwrap().map(Result::unwrap).collect();
+    assert_eq!(files.len(), 1, "the old key is kept nowhere");
+    let after = fs::read(files[0].path()).unwrap();
+    assert_ne!(before, after);
+    assert_eq!(files[0].metadata().unwrap().mode() & 0o7777, 0o600);
+}
+
+#[test]
 fn processes_that_start_at_once_agree() {
     let site = tempfile::tempdir().unwrap();
     let keys: Vec<SiteKey> = std::thread::scope(|scope| {

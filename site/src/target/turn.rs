@@ -35,14 +35,12 @@ impl Turn<'_> {
     /// Whether the message has a place here.
     pub(super) fn allows(&self, message: &ToTarget) -> bool {
         let migrates = *self.purpose == Purpose::Migrate;
-        let replays = migrates
-            && self.work
-            && !self.received
-            && self.strategy == Some(Strategy::Replay);
+        let replays =
+            migrates && self.work && !self.received && self.strategy == Some(Strategy::Replay);
         match message {
             ToTarget::Probe(_) => true,
             _ if !self.locked || self.committed => false,
-            ToTarget::Generation { .. } | ToTarget::Prepare => !self.fork,
+            ToTarget::Generation { .. } | ToTarget::Prepare | ToTarget::File(_) => !self.fork,
             ToTarget::Image(_) | ToTarget::Layout(_) | ToTarget::Rearrangement(_) => {
                 !self.fork && self.work && !self.received
             }
@@ -52,7 +50,6 @@ impl Turn<'_> {
             ToTarget::Plan(_) => migrates,
             ToTarget::CatchUp { .. } | ToTarget::Leave => self.following,
             ToTarget::Commit(_) => migrates && self.received,
-            ToTarget::File(_) => !self.fork,
             ToTarget::Publish => self.received,
             // Parts of what was announced before: they never begin anything.
             ToTarget::Hello(_)
@@ -220,14 +217,7 @@ mod tests {
     fn a_migration_takes_each_message_in_its_turn() {
         let purpose = Purpose::Migrate;
         let begun = begun(&purpose);
-        let base = [
-            "Probe",
-            "Plan",
-            "File",
-            "Generation",
-            "Prepare",
-            "Freeze",
-        ];
+        let base = ["Probe", "Plan", "File", "Generation", "Prepare", "Freeze"];
         assert_eq!(allowed(&begun), base);
         let planned = Turn {
             strategy: Some(Strategy::Replay),
@@ -264,7 +254,9 @@ mod tests {
         };
         assert_eq!(
             allowed(&following),
-            ["Probe", "Plan", "Log", "Follow", "CatchUp", "Leave", "Freeze"]
+            [
+                "Probe", "Plan", "Log", "Follow", "CatchUp", "Leave", "Freeze"
+            ]
         );
         let received = Turn {
             received: true,

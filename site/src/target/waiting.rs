@@ -34,9 +34,7 @@ impl Waiting {
     pub(super) fn push(&mut self, records: &[traces::Record], at: GuestTime) -> Result<()> {
         let took = traces::memory_of(records);
         let (bytes, all) = (self.bytes + took, self.records + records.len() as u64);
-        if self.pieces.len() >= MOST_PIECES
-            || bytes > MOST_BYTES
-            || all > LOG_LIMITS.records as u64
+        if self.pieces.len() >= MOST_PIECES || bytes > MOST_BYTES || all > LOG_LIMITS.records as u64
         {
             return Err(Error::Refused(
                 "more of a log came than can be followed; end `follow`, and migrate".into(),
