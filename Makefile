@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo capture bench-replay bench-stages bench-reconcile bench-viewer fmt lint clean
+.PHONY: help setup build test demo capture bench-replay bench-stages bench-reconcile bench-viewer faults fmt lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,11 @@ bench-reconcile: setup build ## ours beside QEMU, rsync, zstd, xdelta3 and xz, o
 
 bench-viewer: ## what the recording proxy adds to an event, beside a direct connection
 	$(CARGO) test --release --locked --package recorder --test proxy an_event_takes -- --nocapture
+
+# Most of an hour; what has been run and held is kept, so that it can be interrupted. Needs to mount, as root or in a
+# user namespace. FAULTS takes options: FAULTS="--only commit,fsync-error", FAULTS=--list.
+faults: setup build ## migrations struck by faults in each phase at each side; writes target/faults.json
+	$(CARGO) run --release --locked --package testkit --bin faults -- $(FAULTS)
 
 fmt: ## format the sources
 	$(CARGO) fmt --all

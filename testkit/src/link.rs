@@ -6,7 +6,7 @@
 //! with their arrival, so that a delay costs time once and never throughput; a **router's
 //! buffer** before the line, which fills and then holds the sender back; the three delays
 //! that opening a TCP connection takes before its first byte arrives. The line can be
-//! stalled, cut and mended.
+//! stalled, cut and mended, and damage a byte.
 //!
 //! Not modelled: loss and retransmission, TCP's slow start, header overhead (the rate is that
 //! of the payload), jitter. Two things differ for the client: its `connect` succeeds at once,
@@ -141,6 +141,16 @@ impl Link {
     /// Resets all connections, and every new one, until [`mend`](Self::mend).
     pub fn cut(&self) {
         self.shared.line.send_modify(Line::cut);
+    }
+
+    /// Changes a bit of what arrives at the target next.
+    pub fn damage_up(&self) {
+        self.shared.up.damage();
+    }
+
+    /// Changes a bit of what arrives at a client next.
+    pub fn damage_down(&self) {
+        self.shared.down.damage();
     }
 
     /// Lets nothing through, without a word to either end, until [`mend`](Self::mend). Time
@@ -336,7 +346,8 @@ async fn hand_out(
     while let Some(parcel) = parcels.recv().await {
         line::reach(&mut line, parcel.due).await;
         match parcel.what {
-            What::Bytes(bytes) => {
+            What::Bytes(mut bytes) => {
+                way.pass(&mut bytes);
                 // Before the receiver can have them: whoever compares after reading finds all.
                 way.delivered
                     .fetch_add(bytes.len() as u64, Ordering::SeqCst);

@@ -17,7 +17,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 pub use compare::{Difference, compare_disks, compare_files, newest_generation};
-pub use process::{Finished, Running};
+pub use process::{Finished, Qemu, Running, qemus_on};
 
 use crate::robot::VncAddr;
 
@@ -87,6 +87,8 @@ pub struct Site {
     program: PathBuf,
     env: Vec<(OsString, OsString)>,
     agent: Option<(Running, Agent)>,
+    /// Where its agent listens, once that is known.
+    listen: Option<SocketAddr>,
 }
 
 /// An agent that listens.
@@ -119,6 +121,7 @@ impl Site {
             program: program.into(),
             env: Vec::new(),
             agent: None,
+            listen: None,
         }
     }
 
@@ -196,16 +199,43 @@ impl Site {
 
     /// Starts the agent, on a port of its own, unless it runs.
     pub async fn serve(&mut self) -> Result<Agent, SiteError> {
+        self.serve_at(SocketAddr::from(([127, 0, 0, 1], 0))).await
+    }
+
+    /// Starts the agent where it listened before, unless it runs. Somebody else may have taken
+    /// the port meanwhile.
+    pub async fn serve_again(&mut self) -> Result<Agent, SiteError> {
+        match self.listen {
+            Some(before) => self.serve_at(before).await,
+            None => self.serve().await,
+        }
+    }
+
+    async fn serve_at(&mut self, listen: SocketAddr) -> Result<Agent, SiteError> {
         if let Some((_, agent)) = &self.agent {
             return Ok(agent.clone());
         }
-        let mut process = self.spawn(&["serve", "--listen", "127.0.0.1:0"])?;
+        let mut process = self.spawn(&["serve", "--listen", &listen.to_string()])?;
         let agent: Agent = process.next("listen", LISTEN_LIMIT).await?;
         let path = Self::pid_file(&self.dir);
         std::fs::write(&path, process.id().to_string())
             .map_err(|source| SiteError::File { path, source })?;
+        self.listen = Some(agent.addr);
         self.agent = Some((process, agent.clone()));
         Ok(agent)
+    }
+
+    /// Ends the agent at once, without a chance to clean up.
+    pub fn kill_agent(&mut self) {
+        if let Some((process, _)) = self.agent.take() {
+            process.kill();
+        }
+    }
+
+    /// What the agent has written to its log so far.
+    pub fn agent_log(&self) -> String {
+        let agent = self.agent.as_ref();
+        agent.map_or_else(String::new, |(process, _)| process.stderr())
     }
 
     /// Ends the agent, in order.

@@ -123,21 +123,9 @@ pub(crate) fn assert_same_images(one: &Site, other: &Site) {
     assert_eq!(difference, Difference::None, "disk");
 }
 
-/// QEMUs that have a file of this folder open, by their command lines.
+/// How many QEMUs have a file of this folder open.
 pub(crate) fn qemus_on(dir: &Path) -> usize {
-    let dir = dir.to_string_lossy().into_owned();
-    let processes = std::fs::read_dir("/proc").unwrap().flatten();
-    processes
-        .filter_map(|process| std::fs::read(process.path().join("cmdline")).ok())
-        .filter(|words| {
-            let words = String::from_utf8_lossy(words);
-            words
-                .split('\0')
-                .next()
-                .is_some_and(|program| program.contains("qemu-system"))
-                && words.contains(&dir)
-        })
-        .count()
+    testkit::site::qemus_on(dir).len()
 }
 
 /// Waits until a condition of the outside world holds.

@@ -1,6 +1,6 @@
 //! The line's own time, and the booking of it.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -98,6 +98,8 @@ pub(super) struct Direction {
     /// When the last byte booked so far will have left.
     busy_until: Mutex<LineTime>,
     pub(super) delivered: AtomicU64,
+    /// Whether the next chunk arrives damaged.
+    damages: AtomicBool,
 }
 
 impl Direction {
@@ -107,6 +109,22 @@ impl Direction {
             buffer: rate.time_for(buffer as u64),
             busy_until: Mutex::new(Duration::ZERO),
             delivered: AtomicU64::new(0),
+            damages: AtomicBool::new(false),
+        }
+    }
+
+    /// Has the next chunk arrive damaged.
+    pub(super) fn damage(&self) {
+        self.damages.store(true, Ordering::SeqCst);
+    }
+
+    /// What the line does to a chunk: one bit in its middle, if that was asked for.
+    pub(super) fn pass(&self, chunk: &mut [u8]) {
+        let middle = chunk.len() / 2;
+        if let Some(byte) = chunk.get_mut(middle)
+            && self.damages.swap(false, Ordering::SeqCst)
+        {
+            *byte ^= 0x10;
         }
     }
 

@@ -254,3 +254,26 @@ fn dropping_the_link_frees_the_port() {
     let error = TcpStream::connect(addr).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
 }
+
+#[test]
+fn damage_changes_one_bit_one_way_and_once() {
+    let (link, listener) = line(Rate::mbit(100), ms(1));
+    let (mut client, mut server) = open(&link, &listener);
+    let sent = vec![0x55; 3000];
+    let through = |from: &mut TcpStream, to: &mut TcpStream| {
+        from.write_all(&sent).unwrap();
+        let mut got = vec![0; sent.len()];
+        to.read_exact(&mut got).unwrap();
+        got.iter()
+            .zip(&sent)
+            .map(|(a, b)| (a ^ b).count_ones())
+            .sum::<u32>()
+    };
+    link.damage_up();
+    assert_eq!(through(&mut server, &mut client), 0);
+    assert_eq!(through(&mut client, &mut server), 1);
+    assert_eq!(through(&mut client, &mut server), 0);
+    link.damage_down();
+    assert_eq!(through(&mut client, &mut server), 0);
+    assert_eq!(through(&mut server, &mut client), 1);
+}

@@ -286,6 +286,42 @@ impl Drop for Running {
     }
 }
 
+/// A QEMU that runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Qemu {
+    /// Its number.
+    pub pid: u32,
+    /// What it was started with.
+    pub command_line: String,
+}
+
+impl Qemu {
+    /// Ends it at once, as a crash would.
+    pub fn kill(&self) {
+        if let Some(pid) = Pid::from_raw(self.pid.cast_signed()) {
+            // It may have ended just now.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
+/// The QEMUs that have a file of this folder open, by their command lines.
+pub fn qemus_on(dir: &Path) -> Vec<Qemu> {
+    let dir = dir.to_string_lossy().into_owned();
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|process| {
+            let pid = process.file_name().to_str()?.parse().ok()?;
+            // One that ended meanwhile has none.
+            let words = std::fs::read(process.path().join("cmdline")).ok()?;
+            let command_line = String::from_utf8_lossy(&words).replace('\0', " ");
+            let program = command_line.split(' ').next()?;
+            let ours = program.contains("qemu-system") && command_line.contains(&dir);
+            ours.then_some(Qemu { pid, command_line })
+        })
+        .collect()
+}
+
 /// Ends a process that is no child of ours.
 pub(super) fn end_stranger(pid: i32) {
     let Some(pid) = Pid::from_raw(pid) else {
