@@ -7,9 +7,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admission::{Admitted, MOST_CALLS};
 use crate::error::Result;
-use crate::files::{self, FileLock};
+use crate::files::FileLock;
 use crate::line::TargetLine;
 use crate::local;
+use crate::ownership;
 use crate::peers::PeerWatch;
 use crate::source;
 use crate::store::Store;
@@ -39,7 +40,7 @@ impl Agent {
         let watch = store.peers().watch()?;
         let listener = Listener::bind(listen, &identity, store.peers()).await?;
         // No conversation is open yet that could still commit what was given up.
-        files::remove_dir(&store.void_dir())?;
+        ownership::forget_voids(store)?;
         for vm in store.vm_dirs()? {
             // Somebody who works on a VM right now also clears it.
             if let Ok(_lock) = vm.lock() {

@@ -29,6 +29,7 @@ mod layout;
 pub mod lease;
 mod line;
 pub mod local;
+mod ownership;
 pub mod peers;
 pub mod phase;
 pub mod plan;

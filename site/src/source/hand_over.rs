@@ -10,6 +10,7 @@ use crate::generation::Manifest;
 use crate::lease::Lease;
 use crate::line::Line;
 use crate::local::{self, Live};
+use crate::ownership::{self, Offer, Settled};
 use crate::phase::Phase;
 use crate::protocol::{ImageKind, Purpose, ToSource, ToTarget};
 use crate::recording;
@@ -32,74 +33,53 @@ pub async fn settle(vm: &VmDir) -> Result<()> {
 /// Asks the target of an offered VM whether it took it, and notes the answer: whether the VM is
 /// here.
 pub(super) async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
-    let Lease::Offered {
-        fence,
-        transfer,
-        to,
-        to_name,
-        was_running,
-    } = vm.lease()?
-    else {
-        return Ok(true);
+    let ask = async |offer: &Offer| {
+        let Offer { to, to_name, .. } = offer;
+        let ask = async {
+            let peer = vm.store().peers().of_key(to)?.ok_or_else(|| {
+                Error::Refused(format!(
+                    "{to_name} is no longer a trusted site; `site trust` it again"
+                ))
+            })?;
+            let record = vm.record()?;
+            let (transfer, fence) = (offer.transfer, offer.fence);
+            let mut line = Line::connect(vm.store(), &peer).await?;
+            let purpose = Purpose::Settle(transfer);
+            let hello = hello(vm, &record, purpose, transfer, fence, 1, "")?;
+            line.send(ToTarget::Hello(Box::new(hello))).await?;
+            match line.recv(Phase::Commit).await? {
+                ToSource::Settled { taken } => Ok(taken),
+                _ => {
+                    Err(line.unexpected(Phase::Commit, "no answer to the question who owns the VM"))
+                }
+            }
+        };
+        ask.await.map_err(|source: Error| Error::InDoubt {
+            vm: vm.name().to_string(),
+            site: to_name.clone(),
+            source: Some(Box::new(source)),
+        })
     };
-    let in_doubt = |source: Error| Error::InDoubt {
-        vm: vm.name().to_string(),
-        site: to_name.clone(),
-        source: Some(Box::new(source)),
-    };
-    let ask = async {
-        let peer = vm.store().peers().of_key(&to)?.ok_or_else(|| {
-            Error::Refused(format!(
-                "{to_name} is no longer a trusted site; `site trust` it again"
-            ))
-        })?;
-        let record = vm.record()?;
-        let mut line = Line::connect(vm.store(), &peer).await?;
-        let hello = hello(
-            vm,
-            &record,
-            Purpose::Settle(transfer),
-            transfer,
-            fence,
-            1,
-            "",
-        )?;
-        line.send(ToTarget::Hello(Box::new(hello))).await?;
-        match line.recv(Phase::Commit).await? {
-            ToSource::Settled { taken } => Ok(taken),
-            _ => Err(line.unexpected(Phase::Commit, "no answer to the question who owns the VM")),
+    match ownership::settle(vm, ask).await? {
+        Settled::Known => Ok(true),
+        Settled::Here { was_running } => {
+            if was_running && let Some(qemu) = qemu {
+                local::resume_live(vm, qemu).await?;
+            }
+            Ok(true)
         }
-    };
-    let taken = ask.await.map_err(in_doubt)?;
-    if taken {
-        hand_over(
-            vm,
-            qemu,
-            Lease::Elsewhere {
-                fence: fence + 1,
-                owner: to,
-                owner_name: to_name,
-            },
-        )
-        .await?;
-        // No manifest came of it: it can't become a stale copy, and must not be taken for the VM.
-        local::drop_stale_live(vm).await?;
-    } else {
-        Lease::Held {
-            fence,
-            transfer: None,
-        }
-        .store(&vm.lease_path())?;
-        if was_running && let Some(qemu) = qemu {
-            local::resume_live(vm, qemu).await?;
+        Settled::Away => {
+            let_go(vm, qemu).await?;
+            // No manifest came of it: it can't become a stale copy, and must not be taken for
+            // the VM.
+            local::drop_stale_live(vm).await?;
+            Ok(false)
         }
     }
-    Ok(!taken)
 }
 
 /// Lets go of a VM that another site has: its QEMU ends, never to run this state again.
-async fn hand_over(vm: &VmDir, qemu: Option<&Vm>, lease: Lease) -> Result<()> {
-    lease.store(&vm.lease_path())?;
+async fn let_go(vm: &VmDir, qemu: Option<&Vm>) -> Result<()> {
     // A recorder that does not answer notices QEMU's end.
     if let Err(error) = recording::moved(vm).await {
         tracing::warn!(error = error.chain(), "the recorder was not told");
@@ -120,7 +100,7 @@ pub(super) async fn keep(
     state: Arc<State>,
     manifest: Manifest,
 ) -> Result<()> {
-    hand_over(vm, Some(qemu), vm.lease()?).await?;
+    let_go(vm, Some(qemu)).await?;
     let (vm, live) = (vm.clone(), live.clone());
     local::blocking(move || {
         let files = vm.generation(manifest.generation);

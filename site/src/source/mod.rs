@@ -28,6 +28,7 @@ use crate::generations::seen;
 use crate::lease::Lease;
 use crate::line::{Line, LinkHistory};
 use crate::local::{self, Live};
+use crate::ownership::{self, Offer};
 use crate::peers::{Peer, Permission};
 use crate::phase::Phase;
 use crate::plan::{self, Feasible, Lesson};
@@ -486,28 +487,25 @@ impl Migration<'_> {
     /// The step that decides. From the moment the lease is offered until the answer, this site
     /// does not run the VM.
     async fn commit(&mut self, line: &mut Line, manifest: &Manifest) -> Result<()> {
-        Lease::Offered {
+        let offer = Offer {
             fence: self.fence,
             transfer: self.transfer,
             to: self.peer.key,
             to_name: self.peer.name.to_string(),
             was_running: self.was_running,
-        }
-        .store(&self.vm.lease_path())?;
+        };
         let request = CommitRequest {
             manifest: manifest.clone(),
             fence: self.fence + 1,
         };
-        line.send(ToTarget::Commit(Box::new(request))).await?;
-        match line.recv(Phase::Commit).await? {
-            ToSource::Committed => Lease::Elsewhere {
-                fence: self.fence + 1,
-                owner: self.peer.key,
-                owner_name: self.peer.name.to_string(),
+        let asked = async {
+            line.send(ToTarget::Commit(Box::new(request))).await?;
+            match line.recv(Phase::Commit).await? {
+                ToSource::Committed => Ok(()),
+                _ => Err(line.unexpected(Phase::Commit, "no word that it took the VM")),
             }
-            .store(&self.vm.lease_path()),
-            _ => Err(line.unexpected(Phase::Commit, "no word that it took the VM")),
-        }
+        };
+        ownership::give(self.vm, offer, asked).await
     }
 }
 

@@ -107,7 +107,7 @@ fn free_space(dir: &std::path::Path) -> Result<u64> {
 ///
 /// Of two sites that name the same fencing number one has none to name: each hand-over has a
 /// number of its own. That a site with a higher one has the VM can't be known here.
-pub(super) fn check_known(vm: &VmDir, hello: &Hello, caller: &Peer) -> Result<()> {
+pub(crate) fn check_known(vm: &VmDir, hello: &Hello, caller: &Peer) -> Result<()> {
     let Some(known) = vm.try_record()? else {
         return Ok(());
     };

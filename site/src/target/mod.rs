@@ -27,12 +27,13 @@ use crate::protocol::{Hello, Plan, Purpose, ToSource, ToTarget, Welcome};
 use crate::store::{Store, VmDir};
 use crate::work::{Received, Work, Workplace};
 
-use check::{check_allowed, check_host, check_known};
+use check::{check_allowed, check_host};
 use cost::Meter;
 use receive::{receive_file, receive_layout, receive_log, receive_rearrangement};
 use turn::Turn;
 use waiting::Waiting;
 
+pub(crate) use check::check_known;
 pub(crate) use standby::Standbys;
 
 /// How long the source may take to say how the VM goes on, once it is here.

@@ -144,9 +144,11 @@ impl Case {
             (Fault::Full, Side::Source, Hello | Replay | Stop | Ram | Commit | Taken | Resume) => {
                 None
             }
-            (Fault::Full, Side::Source, Plan | Base | Log | Disk | Phase::Device | Phase::Verify) => {
-                Some("the source writes nothing between this phase and the next that is a case")
-            }
+            (
+                Fault::Full,
+                Side::Source,
+                Plan | Base | Log | Disk | Phase::Device | Phase::Verify,
+            ) => Some("the source writes nothing between this phase and the next that is a case"),
             _ => None,
         }
     }

@@ -31,10 +31,7 @@ pub(crate) struct Owner {
 ///
 /// # Errors
 /// If it can't be found out, or nobody has it: nothing more can be done with this VM.
-pub(crate) async fn one_owner(
-    world: &World,
-    violations: &mut Violations,
-) -> anyhow::Result<Owner> {
+pub(crate) async fn one_owner(world: &World, violations: &mut Violations) -> anyhow::Result<Owner> {
     if world.right(Side::Source)? == "offered" {
         // Whatever it answers: to ask is all that is wanted of it.
         world.site(Side::Source).run(&["vm", "resume", VM]).await?;
@@ -190,7 +187,9 @@ fn compare(left: &Path, right: &Path) -> anyhow::Result<Vec<String>> {
     let disk = "disk0.qcow2";
     let difference = compare_disks(&left.join(disk), &right.join(disk))?;
     if difference != Difference::None {
-        wrong.push(format!("the disk differs between the sites: {difference:?}"));
+        wrong.push(format!(
+            "the disk differs between the sites: {difference:?}"
+        ));
     }
     Ok(wrong)
 }

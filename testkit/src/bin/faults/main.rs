@@ -162,7 +162,10 @@ async fn run_cases(options: &Options, results: &mut Results) -> anyhow::Result<b
     let mut fine = true;
     let mut world: Option<World> = None;
     for case in cases {
-        if options.within.is_some_and(|within| begun.elapsed() > within) {
+        if options
+            .within
+            .is_some_and(|within| begun.elapsed() > within)
+        {
             println!("the time is over; the same command goes on");
             break;
         }
@@ -216,7 +219,11 @@ fn wanted(options: &Options, case: Case) -> bool {
 fn tell_agents(world: &World) {
     for &side in Side::ALL {
         let site = world.site(side);
-        eprintln!("-- agent of {}, the {side}:\n{}", site.name(), site.agent_log());
+        eprintln!(
+            "-- agent of {}, the {side}:\n{}",
+            site.name(),
+            site.agent_log()
+        );
     }
 }
 

@@ -123,7 +123,9 @@ impl Results {
         }
         let rows: BTreeMap<_, _> = self.rows.iter().map(|row| (row.case, row)).collect();
         let mut text = format!("Measured on: {}\n\n{}.\n\n", self.machine, self.summary());
-        let head = columns.iter().map(|(fault, side)| format!("{fault}, {side}"));
+        let head = columns
+            .iter()
+            .map(|(fault, side)| format!("{fault}, {side}"));
         line(&mut text, "phase", head);
         line(&mut text, "---", columns.iter().map(|_| "---".to_owned()));
         for &phase in Phase::ALL {

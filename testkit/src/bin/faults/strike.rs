@@ -59,9 +59,7 @@ pub(crate) async fn strike(
     };
     let to = world.site(Side::Target).name().to_owned();
     let qemu = world.qemu(Side::Source).map(|qemu| qemu.pid);
-    let mut migration = world
-        .site(Side::Source)
-        .spawn(&words(case, &to, &[]))?;
+    let mut migration = world.site(Side::Source).spawn(&words(case, &to, &[]))?;
     reach(world, case, &mut migration).await?;
     inflict(world, case).await?;
     if (case.fault, case.side) == (Fault::Process, Side::Source) {

@@ -67,9 +67,10 @@ impl World {
             volumes.push(volume);
             sites.push(site);
         }
-        let (Ok(mut sites), Ok(volumes)) =
-            (<[Site; 2]>::try_from(sites), <[Volume; 2]>::try_from(volumes))
-        else {
+        let (Ok(mut sites), Ok(volumes)) = (
+            <[Site; 2]>::try_from(sites),
+            <[Volume; 2]>::try_from(volumes),
+        ) else {
             bail!("two sites have two names");
         };
         let profile = LinkProfile::symmetric(Rate::mbit(RATE), DELAY);
