@@ -1,6 +1,6 @@
 //! What must hold after a fault, looked at from outside.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -224,7 +224,7 @@ pub(crate) async fn arrived(
 }
 
 /// The paused VM itself.
-fn same_run(kept: &Path, ram: &PathBuf, disk: &Path) -> anyhow::Result<Vec<String>> {
+fn same_run(kept: &Path, ram: &Path, disk: &Path) -> anyhow::Result<Vec<String>> {
     let mut wrong = Vec::new();
     let difference = compare_files(&kept.join("ram.img"), ram)?;
     if difference != Difference::None {

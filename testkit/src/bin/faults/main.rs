@@ -273,13 +273,13 @@ async fn judge(
     row.exit = struck.finished.code;
     row.said = last_words(&struck.finished.stderr);
     let owner = check::one_owner(world, &mut row.violations).await?;
-    row.owner = owner.side.name().to_owned();
+    row.owner = owner.side.name().into();
     row.found = owner.found;
-    row.outcome = match owner.side {
+    let outcome = match owner.side {
         Side::Source => "stayed",
         Side::Target => "moved",
-    }
-    .to_owned();
+    };
+    row.outcome = outcome.into();
     row.identical = check::generations(world, &mut row.violations).await?;
     let now = world.qemu(Side::Source).map(|qemu| qemu.pid);
     if owner.side == Side::Source && !case.loses_the_run() && now != struck.qemu {
