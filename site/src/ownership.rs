@@ -26,7 +26,7 @@ use crate::vm::Id;
 static DECIDING: Mutex<()> = Mutex::new(());
 
 /// A VM that is to be another site's.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Offer {
     /// The number that this site holds.
     pub fence: u64,
@@ -43,8 +43,8 @@ pub(crate) struct Offer {
 /// Gives a VM away: `asked` has the target take it, and succeeds when that says that it did.
 ///
 /// # Errors
-/// Whatever failed, the lease says what is known. Where that is [`Lease::Offered`], [`settle`] is
-/// next.
+/// Whatever failed, the lease says what is known. Where that is [`Lease::Offered`], the target is
+/// to be asked, and [`decide`] is next.
 pub(crate) async fn give(
     vm: &VmDir,
     offer: Offer,
@@ -71,10 +71,10 @@ fn given(vm: &VmDir, offer: Offer) -> Result<()> {
     .store(&vm.lease_path())
 }
 
-/// Whose a VM is, as far as it was in doubt.
+/// Whose a VM is that was in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Settled {
-    /// It was not in doubt.
+    /// It is not in doubt any more, or never was.
     Known,
     /// It is here.
     Here {
@@ -85,33 +85,40 @@ pub(crate) enum Settled {
     Away,
 }
 
-/// Clears up a hand-over of which it is not known whether it took place: `ask` asks the target
-/// whether it did.
-pub(crate) async fn settle(
-    vm: &VmDir,
-    ask: impl AsyncFnOnce(&Offer) -> Result<bool>,
-) -> Result<Settled> {
-    let Lease::Offered {
-        fence,
-        transfer,
-        to,
-        to_name,
-        was_running,
-    } = vm.lease()?
-    else {
+/// The hand-over of which it is not known here whether it took place, if there is one.
+pub(crate) fn offered(vm: &VmDir) -> Result<Option<Offer>> {
+    Ok(match vm.lease()? {
+        Lease::Offered {
+            fence,
+            transfer,
+            to,
+            to_name,
+            was_running,
+        } => Some(Offer {
+            fence,
+            transfer,
+            to,
+            to_name,
+            was_running,
+        }),
+        Lease::Held { .. } | Lease::Elsewhere { .. } => None,
+    })
+}
+
+/// Notes what the target answered: whether it took the VM. The VM's lock is held; while the
+/// target was asked it need not have been, as an answer stands for ever.
+pub(crate) fn decide(vm: &VmDir, offer: Offer, taken: bool) -> Result<Settled> {
+    if offered(vm)?.as_ref() != Some(&offer) {
+        // Somebody else has asked meanwhile.
         return Ok(Settled::Known);
-    };
-    let offer = Offer {
-        fence,
-        transfer,
-        to,
-        to_name,
-        was_running,
-    };
-    if ask(&offer).await? {
+    }
+    if taken {
         given(vm, offer)?;
         return Ok(Settled::Away);
     }
+    let Offer {
+        fence, was_running, ..
+    } = offer;
     Lease::Held {
         fence,
         transfer: None,

@@ -1,8 +1,8 @@
 //! Hand-overs among three sites, with crashes, restarts, lost lines and late messages at any
 //! point, seed by seed.
 //!
-//! Each site is a real state directory, and each step the code that sites run: [`give`] and
-//! [`settle`] at the giver, [`check_known`], [`take`] and [`was_taken`] at the taker, with the
+//! Each site is a real state directory, and each step the code that sites run: [`give`],
+//! [`offered`] and [`decide`] at the giver, [`check_known`], [`take`] and [`was_taken`] at the taker, with the
 //! VM's lock held as they hold it. Only the line is played: two queues of messages for each
 //! connection, whose ends learn of its loss at different times, so that what was said before is
 //! heard after the other side has long asked again. A seed picks who does the next step; a
@@ -195,11 +195,11 @@ impl World {
             follows: false,
         };
         let target = self.places[to].key;
+        let unattended = self.dice.roll(2) == 0;
         let task: Task = if offered.is_some() {
             Box::pin(async move {
-                let Ok(_lock) = vm.lock() else { return };
                 // What fails is asked again by whoever comes next.
-                let _ = resolve(&vm, &hello, &line, &runs).await;
+                let _ = resolve(&vm, &hello, &line, &runs, unattended).await;
             })
         } else {
             Box::pin(async move {
@@ -311,28 +311,27 @@ impl World {
         }
     }
 
-    fn held(&self) -> usize {
-        let held = |place: &&Place| {
-            let lease = Lease::load(&place.vm.lease_path()).unwrap();
-            matches!(lease, Some(Lease::Held { .. }))
-        };
-        self.places.iter().filter(held).count()
+    /// As they are written down.
+    fn leases(&self) -> Vec<Option<Lease>> {
+        let lease = |place: &Place| Lease::load(&place.vm.lease_path()).unwrap();
+        self.places.iter().map(lease).collect()
     }
 
-    fn in_doubt(&self) -> Vec<usize> {
-        let offered = |at: &usize| {
-            let lease = Lease::load(&self.places[*at].vm.lease_path()).unwrap();
-            matches!(lease, Some(Lease::Offered { .. }))
-        };
-        (0..SITES).filter(offered).collect()
-    }
-
-    fn assert_one(&self, seed: u64) {
+    /// What must hold at any moment; the site, if there is one, whose hand-over is in doubt.
+    fn assert_one(&self, seed: u64) -> Option<usize> {
+        let leases = self.leases();
+        let held = leases.iter().flatten().filter(|lease| is_held(lease));
         let running = self.places.iter().filter(|place| *place.runs.borrow());
-        let (held, running) = (self.held(), running.count());
+        let (held, running) = (held.count(), running.count());
         assert!(held <= 1, "seed {seed}: {held} sites hold the lease");
         assert!(running <= 1, "seed {seed}: it runs at {running} sites");
+        let offered = |lease: &Option<Lease>| matches!(lease, Some(Lease::Offered { .. }));
+        leases.iter().position(offered)
     }
+}
+
+fn is_held(lease: &Lease) -> bool {
+    matches!(lease, Lease::Held { .. })
 }
 
 /// The source of a migration, from hello on.
@@ -368,22 +367,40 @@ async fn migrate(
     give(vm, offer, asked).await
 }
 
-/// Whoever comes after a hand-over that was cut off.
-async fn resolve(vm: &VmDir, hello: &Hello, line: &End, runs: &RefCell<bool>) -> Result<()> {
-    let settled = settle(vm, async |offer| {
-        line.send(Said::Hello(Box::new(Hello {
-            purpose: Purpose::Settle(offer.transfer),
-            transfer: offer.transfer,
-            fence: offer.fence,
-            ..hello.clone()
-        })))
-        .await?;
-        match line.hear().await? {
-            Said::Settled { taken } => Ok(taken),
-            _ => Err(Lost.into()),
-        }
-    });
-    if let Settled::Here { was_running: true } = settled.await? {
+/// Whoever comes after a hand-over that was cut off. A command keeps others from the VM while it
+/// asks, an agent does not.
+async fn resolve(
+    vm: &VmDir,
+    hello: &Hello,
+    line: &End,
+    runs: &RefCell<bool>,
+    unattended: bool,
+) -> Result<()> {
+    let lock = vm.lock()?;
+    let Some(offer) = offered(vm)? else {
+        return Ok(());
+    };
+    let held = if unattended {
+        drop(lock);
+        None
+    } else {
+        Some(lock)
+    };
+    line.send(Said::Hello(Box::new(Hello {
+        purpose: Purpose::Settle(offer.transfer),
+        transfer: offer.transfer,
+        fence: offer.fence,
+        ..hello.clone()
+    })))
+    .await?;
+    let Said::Settled { taken } = line.hear().await? else {
+        return Ok(());
+    };
+    let _held = match held {
+        Some(lock) => lock,
+        None => vm.lock()?,
+    };
+    if let Settled::Here { was_running: true } = decide(vm, offer, taken)? {
         require_lease(vm)?;
         *runs.borrow_mut() = true;
     }
@@ -455,8 +472,7 @@ fn simulate(seed: u64) -> Seen {
             }
             _ => world.go_on(),
         }
-        world.assert_one(seed);
-        seen.doubts += u64::from(!world.in_doubt().is_empty());
+        seen.doubts += u64::from(world.assert_one(seed).is_some());
     }
     // All lines and processes of before end, and everybody can talk: it is clear soon whose it is.
     for at in 0..SITES {
@@ -465,23 +481,20 @@ fn simulate(seed: u64) -> Seen {
     for at in 0..SITES {
         world.serve(at);
     }
+    let mut doubt = world.assert_one(seed);
     for _ in 0..CALM_STEPS {
-        if let (Some(at), true) = (world.in_doubt().first(), world.doing.is_empty()) {
-            world.begin(*at);
+        match doubt {
+            Some(at) if world.doing.is_empty() => world.begin(at),
+            None if world.doing.is_empty() => break,
+            _ => world.go_on(),
         }
-        world.go_on();
-        world.assert_one(seed);
-        if world.doing.is_empty() && world.in_doubt().is_empty() {
-            break;
-        }
+        doubt = world.assert_one(seed);
     }
-    assert!(world.in_doubt().is_empty(), "seed {seed}: still in doubt");
-    assert_eq!(world.held(), 1, "seed {seed}: who has it?");
-    let highest = world.places.iter().filter_map(|place| {
-        let lease = Lease::load(&place.vm.lease_path()).unwrap();
-        lease.map(|lease| lease.fence())
-    });
-    seen.hand_overs = highest.max().unwrap() - 1;
+    assert_eq!(doubt, None, "seed {seed}: still in doubt");
+    let leases: Vec<_> = world.leases().into_iter().flatten().collect();
+    let held = leases.iter().filter(|lease| is_held(lease)).count();
+    assert_eq!(held, 1, "seed {seed}: who has it?");
+    seen.hand_overs = leases.iter().map(Lease::fence).max().unwrap() - 1;
     seen
 }
 

@@ -33,34 +33,11 @@ pub async fn settle(vm: &VmDir) -> Result<()> {
 /// Asks the target of an offered VM whether it took it, and notes the answer: whether the VM is
 /// here.
 pub(super) async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
-    let ask = async |offer: &Offer| {
-        let Offer { to, to_name, .. } = offer;
-        let ask = async {
-            let peer = vm.store().peers().of_key(to)?.ok_or_else(|| {
-                Error::Refused(format!(
-                    "{to_name} is no longer a trusted site; `site trust` it again"
-                ))
-            })?;
-            let record = vm.record()?;
-            let (transfer, fence) = (offer.transfer, offer.fence);
-            let mut line = Line::connect(vm.store(), &peer).await?;
-            let purpose = Purpose::Settle(transfer);
-            let hello = hello(vm, &record, purpose, transfer, fence, 1, "")?;
-            line.send(ToTarget::Hello(Box::new(hello))).await?;
-            match line.recv(Phase::Commit).await? {
-                ToSource::Settled { taken } => Ok(taken),
-                _ => {
-                    Err(line.unexpected(Phase::Commit, "no answer to the question who owns the VM"))
-                }
-            }
-        };
-        ask.await.map_err(|source: Error| Error::InDoubt {
-            vm: vm.name().to_string(),
-            site: to_name.clone(),
-            source: Some(Box::new(source)),
-        })
+    let Some(offer) = ownership::offered(vm)? else {
+        return Ok(true);
     };
-    match ownership::settle(vm, ask).await? {
+    let taken = ask(vm, &offer).await?;
+    match ownership::decide(vm, offer, taken)? {
         Settled::Known => Ok(true),
         Settled::Here { was_running } => {
             if was_running && let Some(qemu) = qemu {
@@ -76,6 +53,33 @@ pub(super) async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
             Ok(false)
         }
     }
+}
+
+/// Asks the target whether it took what was offered.
+async fn ask(vm: &VmDir, offer: &Offer) -> Result<bool> {
+    let Offer { to, to_name, .. } = offer;
+    let ask = async {
+        let peer = vm.store().peers().of_key(to)?.ok_or_else(|| {
+            Error::Refused(format!(
+                "{to_name} is no longer a trusted site; `site trust` it again"
+            ))
+        })?;
+        let record = vm.record()?;
+        let (transfer, fence) = (offer.transfer, offer.fence);
+        let mut line = Line::connect(vm.store(), &peer).await?;
+        let purpose = Purpose::Settle(transfer);
+        let hello = hello(vm, &record, purpose, transfer, fence, 1, "")?;
+        line.send(ToTarget::Hello(Box::new(hello))).await?;
+        match line.recv(Phase::Commit).await? {
+            ToSource::Settled { taken } => Ok(taken),
+            _ => Err(line.unexpected(Phase::Commit, "no answer to the question who owns the VM")),
+        }
+    };
+    ask.await.map_err(|source: Error| Error::InDoubt {
+        vm: vm.name().to_string(),
+        site: to_name.clone(),
+        source: Some(Box::new(source)),
+    })
 }
 
 /// Lets go of a VM that another site has: its QEMU ends, never to run this state again.
