@@ -391,6 +391,13 @@ pub(crate) struct MigrateArgs {
     /// for some more bytes. A site that follows has replayed already
     #[arg(long)]
     pub(crate) quick: bool,
+    /// With `live`: stop the VM once it is expected to stand still for no longer than this. Where
+    /// that can't be reached, it is stopped when another round gains nothing
+    #[arg(long, value_parser = duration, value_name = "TIME", default_value = "1s")]
+    pub(crate) downtime: Duration,
+    /// With `live`: no more rounds than these
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) rounds: u32,
     /// Say what each strategy would cost, and stop
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -409,6 +416,8 @@ pub(crate) enum StrategyArg {
     Base,
     /// Send everything but what is in the read-only base images
     Full,
+    /// Send while the VM runs, against the stale copy if there is one, and again what changes
+    Live,
 }
 
 #[derive(Debug, Subcommand)]

@@ -43,6 +43,7 @@ mod error;
 mod file;
 mod known;
 mod lines;
+mod live;
 mod memory;
 mod offer;
 mod page;
@@ -71,6 +72,7 @@ pub use error::Error;
 pub use file::FilePages;
 pub use known::Known;
 pub use lines::Unpatched;
+pub use live::{Captured, Incoming, Shadow};
 pub use memory::{MAX_REPAIRS, Message, Options, Source, Stats, Times, reconcile_in_memory};
 pub use offer::{Offer, OfferOptions};
 pub use page::{

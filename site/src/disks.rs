@@ -2,9 +2,9 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
-use reconciler::{FilePages, ImageTree, Page, PageIndex, PageSet, ReadPages, WritePages};
+use reconciler::{FilePages, ImageTree, Page, PageIndex, PageSet, ReadPages, Shadow, WritePages};
 use vm_host::disk::{Format, OverlayReader, OverlayWriter};
 
 use crate::error::{Error, Result};
@@ -51,6 +51,8 @@ pub(crate) enum DiskImage {
     Overlays(OverlayReader),
     /// A raw base image.
     Base(FilePages),
+    /// As it was copied while its guest ran, with its size in bytes.
+    Copied(Arc<Shadow>, u64),
 }
 
 impl DiskImage {
@@ -77,6 +79,7 @@ impl DiskImage {
             Self::Overlays(reader) => reader.size(),
             // Base images are kept in whole pages.
             Self::Base(file) => file.pages() * reconciler::PAGE_SIZE as u64,
+            Self::Copied(_, bytes) => *bytes,
         }
     }
 
@@ -97,6 +100,7 @@ impl ReadPages for DiskImage {
         match self {
             Self::Overlays(reader) => reader.pages(),
             Self::Base(file) => file.pages(),
+            Self::Copied(copy, _) => copy.pages(),
         }
     }
 
@@ -104,6 +108,7 @@ impl ReadPages for DiskImage {
         match self {
             Self::Overlays(reader) => reader.read_page(index.0, page).map_err(io::Error::other),
             Self::Base(file) => file.read(index, page),
+            Self::Copied(copy, _) => copy.read(index, page),
         }
     }
 
@@ -111,12 +116,17 @@ impl ReadPages for DiskImage {
         match self {
             Self::Overlays(reader) => reader.read_pages(first.0, into).map_err(io::Error::other),
             Self::Base(file) => file.read_many(first, into),
+            Self::Copied(copy, _) => {
+                let pages = into.as_chunks_mut::<{ reconciler::PAGE_SIZE }>().0;
+                let mut numbered = (first.0..).map(PageIndex).zip(pages);
+                numbered.try_for_each(|(index, page)| copy.read(index, page))
+            }
         }
     }
 
     fn known_zero(&self, first: PageIndex, count: u64) -> bool {
         match self {
-            Self::Overlays(_) => false,
+            Self::Overlays(_) | Self::Copied(..) => false,
             Self::Base(file) => file.known_zero(first, count),
         }
     }

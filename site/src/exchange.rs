@@ -163,6 +163,9 @@ pub(crate) fn shared<'a>(
 ) -> Vec<&'a ImageTree> {
     let generation = common.has_ram();
     let mut shared = Vec::new();
+    if common.is_ahead(kind) {
+        return shared;
+    }
     match kind {
         ImageKind::Device if generation => shared.push(base),
         ImageKind::Device => {}

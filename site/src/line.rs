@@ -283,8 +283,10 @@ impl LinkHistory {
 
     /// Keeps what the last transfer reached: lines change, so the newest counts.
     pub(crate) fn note(mut self, store: &Store, peer: &Peer, sent: &[Sent]) -> Result<()> {
-        let bytes: u64 = sent.iter().map(|image| image.payload).sum();
-        let seconds: f64 = sent.iter().map(|image| image.seconds).sum();
+        // What took no time was not timed.
+        let sent = || sent.iter().filter(|image| image.seconds > 0.0);
+        let bytes: u64 = sent().map(|image| image.payload).sum();
+        let seconds: f64 = sent().map(|image| image.seconds).sum();
         if bytes < Self::TELLING_BYTES || seconds <= 0.0 {
             return Ok(());
         }

@@ -18,6 +18,8 @@ pub enum Phase {
     Log,
     /// The target replays the log on a fork of its stale copy.
     Replay,
+    /// Pages go over while the VM runs, and again when they change.
+    Rounds,
     /// The source pauses: downtime starts.
     Stop,
     /// Reconciles the device state.
@@ -36,12 +38,13 @@ pub enum Phase {
 
 impl Phase {
     /// All phases, in order.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Hello,
         Self::Plan,
         Self::Base,
         Self::Log,
         Self::Replay,
+        Self::Rounds,
         Self::Stop,
         Self::Device,
         Self::Disk,
@@ -59,6 +62,7 @@ impl Phase {
             Self::Base => "base",
             Self::Log => "log",
             Self::Replay => "replay",
+            Self::Rounds => "rounds",
             Self::Stop => "stop",
             Self::Device => "device",
             Self::Disk => "disk",

@@ -74,6 +74,8 @@ impl Feasible {
         let name = vm.name();
         match strategy {
             Strategy::Full => Ok(None),
+            // From nothing, where there is nothing in common.
+            Strategy::Live => Ok(self.common),
             Strategy::Base => self.common.map(Some).ok_or_else(|| {
                 Error::Refused(format!(
                     "the target has no stale copy of {name}: `replay-migrate seed {name}` ships \
@@ -366,6 +368,11 @@ fn choose(strategies: &[Estimate]) -> Strategy {
                 .then(a.bytes.cmp(&b.bytes))
         })
         .map_or(Strategy::Full, |best| best.strategy)
+}
+
+/// Seconds that this VM stood still beyond those of sending, in earlier moves from here.
+pub(crate) fn besides(vm: &VmDir) -> Option<f64> {
+    past(vm).besides()
 }
 
 /// What earlier moves took. A file that can't be read hinders no move.

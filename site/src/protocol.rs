@@ -13,7 +13,13 @@
 //!   | -- Prepare ------------------------------------->  |  a working copy of the generation
 //!   | -- Log.. --------------------------------------->  |  Log: restores a fork, replays
 //!   | <----------------------- Replaying.., Replayed     |  Replay; again with the tail of the log
+//!   | -- <images> ------------------------------------>  |  Rounds, where they are asked for:
+//!   | -- Rounds --------------------------------------->  |  the images as copied while the VM
+//!   | -- Changed.., Pages.., PagesEnd ---------------->  |  runs, then what changed of them
+//!   | -- RoundEnd ------------------------------------>  |  since, again and again
+//!   | <---------------------------------------- Rounded  |  roots of what it has now
 //!   | -- Freeze -------------------------------------->  |  Stop: both sides stand still
+//!   | -- Changed.., Pages.., PagesEnd ---------------->  |  after rounds: what changed last
 //!   | -- Layout.., Rearrangement.. ------------------>  |  after a replay with a twin
 //!   | -- <images> ------------------------------------>  |  Device, Disk, Ram
 //!   | -- Commit (manifest) --------------------------->  |  durable, lease held there
@@ -131,6 +137,18 @@ pub enum ToTarget {
         /// Not yet: leave it paused.
         paused: bool,
     },
+    /// The images that were sent are what RAM and disks are brought on from: the VM still runs.
+    Rounds,
+    /// These pages of an image have changed, and follow as they are now or as the difference to
+    /// what the target has of them, in this order.
+    Changed {
+        /// Of which image.
+        kind: ImageKind,
+        /// Part of [`reconciler::PageSet::encode`].
+        part: BlobPart,
+    },
+    /// A round is over. Answered by `Rounded`.
+    RoundEnd,
 }
 
 /// From the target of a VM.
@@ -193,6 +211,13 @@ pub enum ToSource {
         phase: Phase,
         /// What.
         reason: String,
+    },
+    /// The round is applied.
+    Rounded {
+        /// The root of RAM, as it is now.
+        ram: Root,
+        /// Those of the disks.
+        disks: Vec<Root>,
     },
 }
 

@@ -20,6 +20,8 @@ pub enum Strategy {
     Base,
     /// Send everything but what is in the read-only base images.
     Full,
+    /// Send while the VM runs, and again what changes, before it stands still.
+    Live,
 }
 
 impl std::fmt::Display for Strategy {
@@ -28,6 +30,7 @@ impl std::fmt::Display for Strategy {
             Self::Replay => "replay",
             Self::Base => "base",
             Self::Full => "full",
+            Self::Live => "live",
         })
     }
 }
@@ -55,6 +58,58 @@ pub struct MigrationReport {
     pub refetched: u64,
     /// What the replay did, if there was one.
     pub replay: Option<ReplaySummary>,
+    /// How the rounds went, if there were some.
+    pub live: Option<LiveReport>,
+}
+
+/// How rounds of pre-copy went.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LiveReport {
+    /// Each round while the VM ran; the first one is against the base.
+    pub rounds: Vec<RoundReport>,
+    /// Why there was no other.
+    pub ended: RoundsEnd,
+    /// The seconds that the VM was expected to stand still, when it was stopped.
+    pub expected_downtime: f64,
+    /// Pages that were sent while it stood still, of RAM and disks.
+    pub last_pages: u64,
+    /// Bytes of pages that were sent while it stood still, the device state too.
+    pub last_bytes: u64,
+    /// Seconds of one processor that looking for changed pages took, while the VM ran.
+    pub scan_seconds: f64,
+    /// Bytes of RAM and disks that were looked at for it.
+    pub scanned_bytes: u64,
+    /// Bytes of a file that the versions sent took.
+    pub shadow_bytes: u64,
+}
+
+/// One round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// Pages that were found to be changed and were sent.
+    pub pages: u64,
+    /// Of them, those sent at the end of the round, for they changed in the rounds before.
+    pub hot: u64,
+    /// Of them, those sent as the difference to the version before.
+    pub deltas: u64,
+    /// Bytes of pages, as compressed.
+    pub bytes: u64,
+    /// How long it took, until the target had applied it.
+    pub seconds: f64,
+    /// The seconds that the VM would have stood still, had it been stopped then.
+    pub expected_downtime: f64,
+}
+
+/// Why rounds end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RoundsEnd {
+    /// The VM would stand still no longer than was asked for.
+    Short,
+    /// Another round would not have made that shorter.
+    NoGain,
+    /// As many as were asked for.
+    Rounds,
 }
 
 /// Bytes, by what they were for. Payloads are counted before TLS and framing.

@@ -1,8 +1,9 @@
 //! The images of a VM's state, as both sides of a migration handle them.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use reconciler::{ImageTree, ReadPages, SlicePages, no_progress, pages_for};
+use reconciler::{ImageTree, ReadPages, Shadow, SlicePages, no_progress, pages_for};
 use vm_host::RamMap;
 
 use crate::disks::{self, DiskImage};
@@ -15,14 +16,37 @@ use crate::vm::VmRecord;
 
 /// A whole state with the tree of each image: what a source sends.
 pub(crate) struct State {
-    ram: RamMap,
+    ram: Ram,
     ram_tree: ImageTree,
     disks: Vec<(DiskImage, ImageTree)>,
     device: Vec<u8>,
     device_tree: ImageTree,
 }
 
+/// Where a state's RAM is read.
+enum Ram {
+    /// Of a VM that stands still.
+    Mapped(RamMap),
+    /// As it was copied from one that runs.
+    Copied(Arc<Shadow>),
+}
+
 impl State {
+    /// What was copied of a VM that runs on: of no one moment, but not to change any more.
+    pub(crate) fn of_copies(
+        ram: &Arc<Shadow>,
+        disks: Vec<(DiskImage, ImageTree)>,
+        device: Vec<u8>,
+    ) -> Result<Self> {
+        Ok(Self {
+            ram_tree: ram.tree(),
+            ram: Ram::Copied(ram.clone()),
+            disks,
+            device_tree: tree_of(&SlicePages(&device), "the device state")?,
+            device,
+        })
+    }
+
     /// The state of a VM that stands still: its mapped RAM, the top overlays of its disks, and
     /// its device state. `since` is the generation that the overlays rest on.
     pub(crate) fn of_paused(
@@ -51,7 +75,7 @@ impl State {
         let device_tree = tree_of(&SlicePages(&device), "the device state")?;
         Ok(Self {
             ram_tree: ram_tree?,
-            ram,
+            ram: Ram::Mapped(ram),
             disks: disks?,
             device,
             device_tree,
@@ -71,7 +95,7 @@ impl State {
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
-            ram: map(&files.ram())?,
+            ram: Ram::Mapped(map(&files.ram())?),
             ram_tree: files.load_ram_tree(manifest)?,
             disks,
             device_tree: tree_of(&SlicePages(&device), "the device state")?,
@@ -90,13 +114,10 @@ impl State {
                 kind: ImageKind::Disk(index as u8),
                 bytes: image.bytes(),
             });
-        let head = |kind, bytes: usize| ImageHead {
-            kind,
-            bytes: bytes as u64,
-        };
-        std::iter::once(head(ImageKind::Device, self.device.len()))
+        let head = |kind, bytes: u64| ImageHead { kind, bytes };
+        std::iter::once(head(ImageKind::Device, self.device.len() as u64))
             .chain(disks)
-            .chain([head(ImageKind::Ram, self.ram.len())])
+            .chain([head(ImageKind::Ram, self.ram_bytes())])
             .collect()
     }
 
@@ -123,7 +144,10 @@ impl State {
         match kind {
             ImageKind::Device => look(&SlicePages(&self.device)),
             ImageKind::Disk(index) => look(&self.disks[usize::from(index)].0),
-            ImageKind::Ram => look(&SlicePages(&self.ram)),
+            ImageKind::Ram => match &self.ram {
+                Ram::Mapped(ram) => look(&SlicePages(ram)),
+                Ram::Copied(ram) => look(&**ram),
+            },
         }
     }
 
@@ -135,7 +159,7 @@ impl State {
         };
         (
             [
-                info(self.ram.len() as u64, &self.ram_tree),
+                info(self.ram_bytes(), &self.ram_tree),
                 info(self.device.len() as u64, &self.device_tree),
             ],
             self.disks
@@ -150,9 +174,20 @@ impl State {
         &self.device
     }
 
-    /// The guest's RAM.
+    /// The guest's RAM, where it is mapped; else nothing.
     pub(crate) fn ram(&self) -> &[u8] {
-        &self.ram
+        match &self.ram {
+            Ram::Mapped(ram) => ram,
+            Ram::Copied(_) => &[],
+        }
+    }
+
+    fn ram_bytes(&self) -> u64 {
+        match &self.ram {
+            Ram::Mapped(ram) => ram.len() as u64,
+            // Guests have whole pages of RAM.
+            Ram::Copied(ram) => ram.pages() * reconciler::PAGE_SIZE as u64,
+        }
     }
 }
 
@@ -162,6 +197,9 @@ pub(crate) struct Base {
     ram_tree: ImageTree,
     disks: Vec<(DiskImage, ImageTree)>,
     device: Vec<u8>,
+    /// RAM and disks were brought farther than any generation, by rounds of pre-copy: there is
+    /// nothing at hand to read them from.
+    ahead: bool,
 }
 
 impl Base {
@@ -182,6 +220,7 @@ impl Base {
                 ram_tree: zero(pages)?,
                 disks,
                 device: Vec::new(),
+                ahead: false,
             });
         };
         let files = vm.generation(number);
@@ -199,7 +238,23 @@ impl Base {
             ram_tree: files.load_ram_tree(&manifest)?,
             disks,
             device: files.load_device()?,
+            ahead: false,
         })
+    }
+
+    /// The same, after RAM and disks were brought to where these trees say.
+    pub(crate) fn ahead(mut self, ram: ImageTree, disks: Vec<ImageTree>) -> Self {
+        self.ram_tree = ram;
+        for ((_, tree), now) in self.disks.iter_mut().zip(disks) {
+            *tree = now;
+        }
+        self.ahead = true;
+        self
+    }
+
+    /// Whether this image was brought farther than any generation.
+    pub(crate) fn is_ahead(&self, kind: ImageKind) -> bool {
+        self.ahead && kind != ImageKind::Device
     }
 
     /// The tree of an image, as both sides compute it.
@@ -217,6 +272,9 @@ impl Base {
         kind: ImageKind,
         look: impl FnOnce(Option<&dyn ReadPages>) -> T,
     ) -> T {
+        if self.is_ahead(kind) {
+            return look(None);
+        }
         match kind {
             ImageKind::Device => look(Some(&SlicePages(&self.device))),
             ImageKind::Disk(index) => look(Some(&self.disks[usize::from(index)].0)),
@@ -267,7 +325,7 @@ pub(crate) fn zero(pages: u64) -> Result<ImageTree> {
 
 /// As [`local::blocking`], for work that lends a shared state.
 pub(crate) async fn with<S: Send + Sync + 'static, T: Send + 'static>(
-    shared: &std::sync::Arc<S>,
+    shared: &Arc<S>,
     work: impl FnOnce(&S) -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let shared = shared.clone();

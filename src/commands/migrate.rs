@@ -2,7 +2,7 @@
 
 use site::plan::Estimates;
 use site::report::{MigrationReport, Strategy};
-use site::source::{self, MigrateOptions, TwinTurn};
+use site::source::{self, LiveOptions, MigrateOptions, TwinTurn};
 use site::{Phase, Store};
 use tokio_util::sync::CancellationToken;
 
@@ -27,9 +27,14 @@ pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> a
             StrategyArg::Replay => Some(Strategy::Replay),
             StrategyArg::Base => Some(Strategy::Base),
             StrategyArg::Full => Some(Strategy::Full),
+            StrategyArg::Live => Some(Strategy::Live),
         },
         paused: args.paused,
         quick: args.quick,
+        live: LiveOptions {
+            downtime: args.downtime,
+            rounds: args.rounds,
+        },
         twin: match args.twin {
             TwinArg::Beside => TwinTurn::Beside,
             TwinArg::After => TwinTurn::After,
@@ -88,10 +93,22 @@ fn show_report(report: &MigrationReport, site: &str) -> String {
             replay.skipped
         ))
     });
+    let rounds = report.live.as_ref().map(|live| {
+        let while_running: u64 = live.rounds.iter().map(|round| round.bytes).sum();
+        format!(
+            "\n{} rounds with {} while it ran, {} while it stood still, which was expected to take \
+             {:.1} s; looking for changes took {:.1} s of a processor",
+            live.rounds.len(),
+            bytes(while_running),
+            bytes(live.last_bytes),
+            live.expected_downtime,
+            live.scan_seconds,
+        )
+    });
     format!(
         "{} is at {site}, generation {}, verified\n{}\
          downtime {:.1} s, {:.1} s in all\n\
-         {} sent, {} received: log {}, hashes {}, RAM {}, disk {}, devices {}{}",
+         {} sent, {} received: log {}, hashes {}, RAM {}, disk {}, devices {}{}{}",
         report.vm,
         report.generation_to,
         table(&rows),
@@ -105,5 +122,6 @@ fn show_report(report: &MigrationReport, site: &str) -> String {
         bytes(sent.disk),
         bytes(sent.device),
         astray.unwrap_or_default(),
+        rounds.unwrap_or_default(),
     )
 }

@@ -18,6 +18,7 @@ mod generations;
 mod harmless;
 mod help;
 mod interrupt;
+mod live;
 mod permissions;
 mod roam;
 mod state;

@@ -41,7 +41,10 @@ impl Outcome {
     /// Of a move over a line of `rate` bits per second.
     pub(super) fn of(report: &MigrationReport, base: Option<u64>, rate: f64) -> Self {
         let bytes = &report.bytes;
-        let sent = bytes.hashes + bytes.ram + bytes.disk + bytes.device;
+        let sent = match &report.live {
+            Some(live) => live.last_bytes,
+            None => bytes.hashes + bytes.ram + bytes.disk + bytes.device,
+        };
         let downtime = report.seconds.get("downtime").copied().unwrap_or_default();
         Self {
             strategy: report.strategy,

@@ -89,7 +89,7 @@ pub async fn follow(
         clock: None,
         behind: None,
     };
-    let followed = follower.run().await;
+    let followed = Box::pin(follower.run()).await;
     if let Some(twin) = follower.twin.take() {
         twin.kill().await;
     }
@@ -458,6 +458,7 @@ impl Follower<'_> {
             paused,
             twin: TwinTurn::Beside,
             quick: false,
+            ..MigrateOptions::default()
         };
         caller.note(&match self.behind {
             Some(behind) => format!(

@@ -8,6 +8,7 @@ mod account;
 mod control;
 mod follow;
 mod hand_over;
+mod live;
 mod opening;
 mod replay;
 mod seed;
@@ -34,7 +35,9 @@ use crate::phase::Phase;
 use crate::plan::{self, Feasible, Lesson};
 use crate::progress::Progress;
 use crate::protocol::{CommitRequest, Plan, Purpose, ToSource, ToTarget, Welcome};
-use crate::report::{ByteReport, MigrationReport, PhaseClock, ReplaySummary, Roots, Strategy};
+use crate::report::{
+    ByteReport, LiveReport, MigrationReport, PhaseClock, ReplaySummary, Roots, Strategy,
+};
 use crate::state::{Base, State};
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
@@ -52,6 +55,7 @@ use twin::Twin;
 pub use follow::follow;
 pub(crate) use follow::{clear_following, following_lock};
 pub use hand_over::settle;
+pub use live::LiveOptions;
 pub use seed::{SeedReport, dry_run, seed};
 pub use standing::{FollowOptions, Followed, Standing};
 
@@ -79,6 +83,8 @@ pub struct MigrateOptions {
     pub twin: TwinTurn,
     /// Replay without waiting out the time in which the user thought.
     pub quick: bool,
+    /// When rounds of [`Strategy::Live`] are enough.
+    pub live: LiveOptions,
 }
 
 /// Moves a VM to another site.
@@ -256,6 +262,7 @@ struct Prepared {
     bytes: ByteReport,
     verified: Roots,
     replay: Option<ReplaySummary>,
+    rounds: Option<LiveReport>,
 }
 
 impl Migration<'_> {
@@ -350,6 +357,12 @@ impl Migration<'_> {
             bytes.log += log;
         }
         let base_images = Arc::new(local::joined(base_images).await?);
+        let mut ahead = if strategy == Strategy::Live {
+            let rounds = self.rounds(&mut line, &live, &base_images, rate, false);
+            Some(Box::pin(rounds).await?)
+        } else {
+            None
+        };
 
         let still = if let Some(behind) = behind {
             self.stop_followed(&mut line, &live, base, records, behind)
@@ -369,17 +382,23 @@ impl Migration<'_> {
             bytes.hashes += tell(&mut line, lie).await?;
         }
 
+        let number = base.map(|base| base.number);
+        let against = match &mut ahead {
+            Some(ahead) => Box::pin(self.last_round(&mut line, ahead, &state, number)).await?,
+            None => base_images.clone(),
+        };
         let clock = &mut self.clock;
         let out = Outgoing {
             state: &state,
-            base: &base_images,
+            base: &against,
             replayed: replay.is_some(),
             twin: twin.as_ref(),
             rate,
             progress: self.progress,
         };
         let mut enter = |phase| clock.enter(phase);
-        let sent = exchange::send_images(&mut line, &out, &mut enter).await?;
+        let mut sent = exchange::send_images(&mut line, &out, &mut enter).await?;
+        let rounds = ahead.map(|ahead| ahead.close(&mut sent));
         account(&mut bytes, &sent);
 
         self.clock.enter(Phase::Verify);
@@ -412,6 +431,7 @@ impl Migration<'_> {
             bytes,
             verified,
             replay,
+            rounds,
         })
     }
 
@@ -430,6 +450,7 @@ impl Migration<'_> {
             mut bytes,
             verified,
             replay,
+            rounds,
         } = prepared;
         self.clock.enter(Phase::Commit);
         self.commit(&mut line, &manifest).await?;
@@ -462,6 +483,7 @@ impl Migration<'_> {
             verified,
             refetched: sent.iter().map(|sent| sent.outcome.refetched).sum(),
             replay,
+            live: rounds,
         };
         let noted = LinkHistory::load(self.vm.store())
             .and_then(|history| history.note(self.vm.store(), self.peer, &sent));

@@ -364,6 +364,33 @@ impl Session {
                     };
                     state.set_rearrangement(receive_rearrangement(line, part).await?);
                 }
+                ToTarget::Rounds => {
+                    let (Some(work), Some(received)) = (self.work.as_mut(), self.received.take())
+                    else {
+                        return Err(self.out_of_place("rounds"));
+                    };
+                    self.phase = Phase::Rounds;
+                    work.begin_rounds(received)?;
+                }
+                ToTarget::Changed { kind, part } => {
+                    let (Some(work), Some(line)) = (self.work.take(), slot.take()) else {
+                        return Err(self.out_of_place("pages"));
+                    };
+                    let (work, line) = work.receive_changed(line, kind, part).await?;
+                    *slot = Some(line);
+                    self.work = Some(work);
+                }
+                ToTarget::RoundEnd => {
+                    let ended = match self.work.as_mut() {
+                        Some(work) => work.end_round().await?,
+                        None => None,
+                    };
+                    let Some((ram, disks)) = ended else {
+                        return Err(self.out_of_place("the end of a round"));
+                    };
+                    line.send(ToSource::Rounded { ram, disks }).await?;
+                    line.flush().await?;
+                }
                 ToTarget::Commit(request) => {
                     let (Some(state), Some(trees)) = (self.work.take(), self.received.take())
                     else {
@@ -410,6 +437,7 @@ impl Session {
             strategy: self.plan.map(|plan| plan.strategy),
             work: self.work.is_some(),
             received: self.received.is_some(),
+            rounds: self.work.as_ref().is_some_and(Work::in_rounds),
             fork: self.fork.is_some(),
             following: self.following.is_some(),
             committed: self.committed,

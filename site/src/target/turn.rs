@@ -23,6 +23,8 @@ pub(super) struct Turn<'a> {
     pub work: bool,
     /// All images were received and verified.
     pub received: bool,
+    /// What was received is being brought on, by rounds.
+    pub rounds: bool,
     /// There is a fork that replays.
     pub fork: bool,
     /// That fork follows the source.
@@ -46,6 +48,13 @@ impl Turn<'_> {
             }
             ToTarget::Log(_) => replays,
             ToTarget::Follow { .. } => replays && self.follows,
+            ToTarget::Rounds => {
+                let live = self.strategy == Some(Strategy::Live);
+                migrates && live && self.received && !self.rounds
+            }
+            ToTarget::Changed { .. } | ToTarget::RoundEnd => {
+                migrates && self.rounds && !self.received && !self.fork
+            }
             ToTarget::Freeze => migrates && !self.received,
             ToTarget::Plan(_) => migrates,
             ToTarget::CatchUp { .. } | ToTarget::Leave => self.following,
@@ -190,6 +199,15 @@ mod tests {
                 })),
             ),
             ("Resume", ToTarget::Resume { paused: false }),
+            ("Rounds", ToTarget::Rounds),
+            (
+                "Changed",
+                ToTarget::Changed {
+                    kind: ImageKind::Ram,
+                    part: part(),
+                },
+            ),
+            ("RoundEnd", ToTarget::RoundEnd),
         ]
     }
 
@@ -207,6 +225,7 @@ mod tests {
             strategy: None,
             work: false,
             received: false,
+            rounds: false,
             fork: false,
             following: false,
             committed: false,
@@ -277,6 +296,35 @@ mod tests {
     }
 
     #[test]
+    fn rounds_bring_on_what_was_received_once() {
+        let purpose = Purpose::Migrate;
+        let received = Turn {
+            strategy: Some(Strategy::Live),
+            work: true,
+            received: true,
+            ..begun(&purpose)
+        };
+        assert!(allowed(&received).contains(&"Rounds"));
+        let rounds = Turn {
+            received: false,
+            rounds: true,
+            ..received
+        };
+        let now = allowed(&rounds);
+        for name in ["Changed", "RoundEnd", "Image", "Freeze"] {
+            assert!(now.contains(&name), "{name}");
+        }
+        assert!(!now.contains(&"Rounds") && !now.contains(&"Commit"));
+        let verified = Turn {
+            received: true,
+            ..rounds
+        };
+        let now = allowed(&verified);
+        assert!(now.contains(&"Commit"));
+        assert!(!now.contains(&"Rounds") && !now.contains(&"Changed"));
+    }
+
+    #[test]
     fn a_vm_is_followed_only_if_that_was_said_at_first() {
         let purpose = Purpose::Migrate;
         let unsaid = Turn {
@@ -327,9 +375,9 @@ mod tests {
         /// Whatever came before: an image is never touched while a fork runs on it or once it is
         /// verified, and nothing is committed or published that was not verified.
         #[test]
-        fn nothing_is_taken_that_was_not_verified(flags in any::<[bool; 6]>(), seed in any::<bool>()) {
+        fn nothing_is_taken_that_was_not_verified(flags in any::<[bool; 7]>(), seed in any::<bool>()) {
             let purpose = if seed { Purpose::Seed } else { Purpose::Migrate };
-            let [locked, work, received, fork, following, committed] = flags;
+            let [locked, work, received, rounds, fork, following, committed] = flags;
             let turn = Turn {
                 purpose: &purpose,
                 follows: true,
@@ -337,6 +385,7 @@ mod tests {
                 strategy: Some(Strategy::Replay),
                 work,
                 received,
+                rounds,
                 fork,
                 following,
                 committed,
@@ -347,6 +396,9 @@ mod tests {
                     _ if !locked || committed => prop_assert!(false, "{name}"),
                     "Commit" | "Publish" => prop_assert!(received, "{name}"),
                     "Image" => prop_assert!(work && !received && !fork, "{name}"),
+                    "Changed" | "RoundEnd" => {
+                        prop_assert!(rounds && !received && !fork && !seed, "{name}");
+                    }
                     "Log" | "Follow" => prop_assert!(work && !received && !seed, "{name}"),
                     _ => {}
                 }

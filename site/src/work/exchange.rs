@@ -51,15 +51,19 @@ impl Talk<'_> {
         })
     }
 
-    fn receive(&mut self) -> Result<ToTarget> {
+    pub(super) fn receive(&mut self) -> Result<ToTarget> {
         if let Some(next) = self.next.take() {
             return Ok(next);
         }
         self.runtime.block_on(self.line.receive(self.phase))
     }
 
+    pub(super) fn unexpected(&self, what: &str) -> Error {
+        self.line.unexpected(self.phase, what)
+    }
+
     /// Hands pages to `take` until there are no more.
-    fn pages(
+    pub(super) fn pages(
         &mut self,
         mut take: impl FnMut(&reconciler::PageChunk) -> Result<(), reconciler::Error>,
     ) -> Result<()> {

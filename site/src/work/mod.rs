@@ -4,6 +4,7 @@
 mod device;
 mod exchange;
 mod place;
+mod rounds;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -33,6 +34,7 @@ use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
 
 pub(crate) use place::Workplace;
+use rounds::Rounds;
 
 use device::{device_head, resized};
 use exchange::{Talk, exchange, receive_offer};
@@ -54,6 +56,8 @@ pub(crate) struct Work {
     rearrangement: Option<Rearrangement>,
     /// Lays the base's RAM down on the disk meanwhile.
     laying: Option<JoinHandle<Result<()>>>,
+    /// What rounds of pre-copy have made of RAM and disks, if there were some.
+    rounds: Option<Rounds>,
 }
 
 /// The trees of a state that was received and verified.
@@ -108,6 +112,7 @@ impl Work {
                 layout: None,
                 rearrangement: None,
                 laying: None,
+                rounds: None,
             };
             if let Some(number) = base_number {
                 files::copy_sparse(&work.vm.generation(number).ram(), &work.ram_path())?;
@@ -269,6 +274,9 @@ impl Work {
         done: &[ImageTree],
     ) -> Result<ImageTree> {
         let base = self.base.clone();
+        if let Some(tree) = self.brought_to(head.kind) {
+            return self.receive_ahead(talk, head.kind, offer, &tree);
+        }
         let base_tree = base.tree(head.kind)?;
         base.with_pages(head.kind, |base_pages| match head.kind {
             ImageKind::Device => {
@@ -493,7 +501,10 @@ impl Work {
     /// Brings the RAM laid down by [`Self::lay_ram`] to what was received.
     fn write_changed_ram(&self, tree: &ImageTree) -> Result<()> {
         let kept = self.kept_ram();
-        let changed = tree.differing(&self.base.tree(ImageKind::Ram)?);
+        let changed = match &self.rounds {
+            Some(rounds) => rounds.unlaid(tree),
+            None => tree.differing(&self.base.tree(ImageKind::Ram)?),
+        };
         let ram = vm_host::RamMap::open(&self.ram_path())
             .map_err(Error::host("cannot read the guest's RAM"))?;
         let file = File::options()

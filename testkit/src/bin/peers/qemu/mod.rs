@@ -4,7 +4,6 @@
 //! a VM itself, travels. Both ends and the line are on this machine, and every byte over every
 //! connection is counted on its way. Disks are not sent: both have the source's.
 
-mod qmp;
 mod stream;
 
 use std::net::SocketAddr;
@@ -14,13 +13,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use testkit::link::{Link, LinkProfile, Rate};
+use testkit::qmp::{Qmp, port_of};
 use vm_host::disk::{Format, create_overlay};
 use vm_host::{Accelerator, Hardware, Launch, Network, Vm};
 
 use crate::Interrupt;
 use crate::capture::{Capture, copy_part, gives};
 use crate::rows::{RAM_AND_DEVICE, Row, Way};
-use qmp::Qmp;
 use stream::machine_of;
 
 const LIMIT: Duration = Duration::from_secs(900);
@@ -191,23 +190,9 @@ async fn migrate(source: &Vm, target: &Vm, state: &[u8], way: Way) -> anyhow::Re
     Ok((link.bytes_up() + link.bytes_down(), seconds))
 }
 
-/// Where an incoming QEMU listens, from its `query-migrate`.
-fn port_of(info: &Value) -> Option<u16> {
-    info["socket-address"][0]["port"].as_str()?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_port_is_read() {
-        let info = json!({ "status": "setup", "socket-address": [
-            { "port": "40961", "ipv6": false, "host": "127.0.0.1", "type": "inet" },
-        ] });
-        assert_eq!(port_of(&info), Some(40961));
-        assert_eq!(port_of(&json!({})), None);
-    }
 
     #[test]
     fn the_line_is_faster_than_its_ends() {

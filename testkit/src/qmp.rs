@@ -11,7 +11,8 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
 /// A connection.
-pub(super) struct Qmp {
+#[derive(Debug)]
+pub struct Qmp {
     lines: Lines<BufReader<OwnedReadHalf>>,
     write: OwnedWriteHalf,
     /// Those that came before an answer.
@@ -19,7 +20,8 @@ pub(super) struct Qmp {
 }
 
 impl Qmp {
-    pub(super) async fn connect(socket: &Path) -> anyhow::Result<Self> {
+    /// Connects, and agrees on the protocol.
+    pub async fn connect(socket: &Path) -> anyhow::Result<Self> {
         let stream = UnixStream::connect(socket)
             .await
             .with_context(|| format!("cannot connect to {}", socket.display()))?;
@@ -35,7 +37,7 @@ impl Qmp {
     }
 
     /// Executes a command.
-    pub(super) async fn ask(&mut self, command: &str, arguments: Value) -> anyhow::Result<Value> {
+    pub async fn ask(&mut self, command: &str, arguments: Value) -> anyhow::Result<Value> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
         self.write
@@ -54,13 +56,18 @@ impl Qmp {
         }
     }
 
+    /// The next event, of those that came before an answer too.
+    pub async fn event(&mut self) -> anyhow::Result<Value> {
+        match self.events.pop_front() {
+            Some(event) => Ok(event),
+            None => self.next().await,
+        }
+    }
+
     /// Waits until the migration is over; `events` must be among its capabilities.
-    pub(super) async fn migrated(&mut self) -> anyhow::Result<()> {
+    pub async fn migrated(&mut self) -> anyhow::Result<()> {
         loop {
-            let event = match self.events.pop_front() {
-                Some(event) => event,
-                None => self.next().await?,
-            };
+            let event = self.event().await?;
             if event["event"] != "MIGRATION" {
                 continue;
             }
@@ -83,5 +90,24 @@ impl Qmp {
             .context("cannot read from QEMU")?;
         let line = line.context("QEMU is gone")?;
         serde_json::from_str(&line).context("QEMU says what is no JSON")
+    }
+}
+
+/// Where an incoming QEMU listens, from its `query-migrate`.
+pub fn port_of(info: &Value) -> Option<u16> {
+    info["socket-address"][0]["port"].as_str()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_is_read() {
+        let info = json!({ "status": "setup", "socket-address": [
+            { "port": "40961", "ipv6": false, "host": "127.0.0.1", "type": "inet" },
+        ] });
+        assert_eq!(port_of(&info), Some(40961));
+        assert_eq!(port_of(&json!({})), None);
     }
 }
