@@ -40,6 +40,10 @@ pub(crate) enum Command {
         /// Where to listen; a port of 0 takes a free one
         #[arg(long, value_name = "ADDR", default_value = site::transport::DEFAULT_LISTEN)]
         listen: String,
+        /// Delete logs of any VM that began longer ago than this, now and each hour, as `log
+        /// prune` does: 12h, 30d, 8w [default: all are kept]
+        #[arg(long, value_parser = duration, value_name = "TIME")]
+        keep_logs: Option<Duration>,
     },
     /// This site's identity, and the sites it trusts
     #[command(subcommand)]
@@ -437,6 +441,18 @@ pub(crate) enum LogCommand {
         #[arg(long)]
         unmask: bool,
     },
+    /// Delete logs that began longer ago than this; the one that is being recorded stays. A VM
+    /// whose newest log is gone moves without a replay
+    Prune {
+        /// The VM
+        name: String,
+        /// 12h, 30d, 8w
+        #[arg(long, value_parser = duration, value_name = "TIME")]
+        older_than: Duration,
+        /// Say what would go, and stop
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Take a stretch out of a log for good
     Redact {
         #[command(flatten)]
@@ -502,7 +518,13 @@ fn duration(text: &str) -> Result<Duration, String> {
         "ms" => 1e-3,
         "m" | "min" => 60.0,
         "h" => 3600.0,
-        _ => return Err(format!("{unit:?} is no unit of time; use ms, s, m or h")),
+        "d" => 86_400.0,
+        "w" => 604_800.0,
+        _ => {
+            return Err(format!(
+                "{unit:?} is no unit of time; use ms, s, m, h, d or w"
+            ));
+        }
     };
     Duration::try_from_secs_f64(number * scale).map_err(|_| format!("{text:?} is out of range"))
 }
@@ -523,6 +545,8 @@ mod tests {
         assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
         assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        assert_eq!(duration("30d"), Ok(Duration::from_secs(2_592_000)));
+        assert_eq!(duration("8w"), Ok(Duration::from_secs(4_838_400)));
         for bad in ["", "s", "-1s", "1y", "1e400s"] {
             assert!(duration(bad).is_err(), "{bad}");
         }

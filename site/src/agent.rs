@@ -1,8 +1,10 @@
 //! A site's agent: listens for peers, and talks with each in a task of its own.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use tokio::task::{Id as TaskId, JoinError, JoinSet};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::{Admitted, MOST_CALLS};
@@ -12,6 +14,7 @@ use crate::line::TargetLine;
 use crate::local;
 use crate::ownership;
 use crate::peers::PeerWatch;
+use crate::retention;
 use crate::source;
 use crate::store::Store;
 use crate::target::{self, Standbys};
@@ -19,11 +22,15 @@ use crate::transport::Listener;
 use crate::work::Workplace;
 use crate::{Error, transport};
 
+/// How often logs are looked for that are too old.
+const TIDY: Duration = Duration::from_secs(3600);
+
 /// An agent that listens.
 pub struct Agent {
     store: Store,
     listener: Listener,
     watch: PeerWatch,
+    keep_logs: Option<Duration>,
     _only: FileLock,
 }
 
@@ -53,8 +60,18 @@ impl Agent {
             store: store.clone(),
             listener,
             watch,
+            keep_logs: None,
             _only: only,
         })
+    }
+
+    /// Has it delete logs that began longer ago than this; all are kept without a limit.
+    #[must_use]
+    pub fn keep_logs(self, limit: Option<Duration>) -> Self {
+        Self {
+            keep_logs: limit,
+            ..self
+        }
     }
 
     /// Where it listens.
@@ -68,6 +85,8 @@ impl Agent {
         let mut conversations = JoinSet::new();
         let mut admitted = Admitted::default();
         let standbys = Standbys::default();
+        let mut tidy = tokio::time::interval(TIDY);
+        tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
         tokio::pin!(stop);
         let outcome = loop {
             tokio::select! {
@@ -79,6 +98,15 @@ impl Agent {
                         break Err(Error::file("watch", &list)(error));
                     }
                 },
+                _ = tidy.tick(), if self.keep_logs.is_some() => {
+                    let (store, limit) = (self.store.clone(), self.keep_logs);
+                    // Of no interest to anybody here when it is done, and soon done.
+                    tokio::task::spawn_blocking(move || {
+                        if let Some(limit) = limit {
+                            retention::prune_all(&store, limit);
+                        }
+                    });
+                }
                 accepted = self.listener.accept() => {
                     let transport::Accepted { connection, peer } = accepted;
                     let revoked = CancellationToken::new();

@@ -39,6 +39,7 @@ pub mod recording;
 pub mod redaction;
 pub mod replaying;
 pub mod report;
+pub mod retention;
 pub mod source;
 mod state;
 mod store;

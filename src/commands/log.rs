@@ -1,11 +1,11 @@
 //! `replay-migrate log`
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use serde_json::json;
-use site::{Store, VmDir};
+use site::{Store, VmDir, retention};
 use traces::{GuestTime, Header, Log, Masking, Summary};
 
 use super::vm_of;
@@ -28,6 +28,11 @@ pub(crate) fn run(store: &Store, command: LogCommand, output: &Output) -> anyhow
             traces::export_json_lines(&mut out, Some(&read.header), &read.records, masking)?;
             Ok(())
         }
+        LogCommand::Prune {
+            name,
+            older_than,
+            dry_run,
+        } => prune(&vm_of(store, &name)?, older_than, dry_run, output),
         LogCommand::Redact { log, from, to } => {
             redact(&vm_of(store, &log.name)?, &log, from, to, output)
         }
@@ -74,6 +79,24 @@ fn show(vm: &VmDir, file: &LogFile, output: &Output) -> anyhow::Result<()> {
             count("redacted", summary.counts.redacted),
             vec!["size".into(), bytes(summary.bytes)],
         ])
+    })
+}
+
+fn prune(vm: &VmDir, older_than: Duration, dry_run: bool, output: &Output) -> anyhow::Result<()> {
+    let gone = retention::prune_logs(vm, older_than, SystemTime::now(), dry_run)?;
+    output.result(&gone, |gone| {
+        let verb = if dry_run { "would go" } else { "gone" };
+        if gone.is_empty() {
+            return "no log is that old".to_owned();
+        }
+        let rows: Vec<_> = gone
+            .iter()
+            .map(|old| {
+                let what = format!("{verb}: log of generation {}", old.generation);
+                vec![what, bytes(old.bytes)]
+            })
+            .collect();
+        table(&rows)
     })
 }
 

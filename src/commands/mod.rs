@@ -36,7 +36,9 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
     match args.command {
         Command::Doctor => doctor::run(&dir, output),
         Command::Guest(command) => guest::run(command, output).await,
-        Command::Serve { listen } => serve::run(&store()?, &listen, output).await,
+        Command::Serve { listen, keep_logs } => {
+            serve::run(&store()?, &listen, keep_logs, output).await
+        }
         Command::Site(command) => site::run(&store()?, command, output),
         Command::Vm(command) => vm::run(&store()?, command, output).await,
         Command::Checkpoint { name } => checkpoint::run(&vm_of(&store()?, &name)?, output).await,

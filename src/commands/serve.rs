@@ -1,12 +1,21 @@
 //! `replay-migrate serve`
 
+use std::time::Duration;
+
 use serde_json::json;
 use site::{Store, agent};
 
 use crate::output::Output;
 
-pub(crate) async fn run(store: &Store, listen: &str, output: &Output) -> anyhow::Result<()> {
-    let agent = agent::Agent::bind(store, listen).await?;
+pub(crate) async fn run(
+    store: &Store,
+    listen: &str,
+    keep_logs: Option<Duration>,
+    output: &Output,
+) -> anyhow::Result<()> {
+    let agent = agent::Agent::bind(store, listen)
+        .await?
+        .keep_logs(keep_logs);
     let (address, key) = (
         agent.local_addr().to_string(),
         store.identity()?.key().to_string(),

@@ -57,7 +57,7 @@ fn the_commands_are_those_of_the_design() {
             ],
         ),
         ("generations", &["list", "prune"]),
-        ("log", &["list", "show", "export", "redact"]),
+        ("log", &["list", "show", "export", "prune", "redact"]),
         ("bench", &["reconcile"]),
     ] {
         assert_eq!(commands(&help(&[command])), parts, "{command}");

@@ -1,6 +1,7 @@
 //! What the file promises: whole, private, small; a crash costs the last block, and whoever
 //! changes it is found out.
 
+use std::collections::HashSet;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
+use crate::coding::{self, Context};
 use crate::format::{HEAD_BYTES, HEADER_BYTES};
 use crate::testing::{any_records, busy_minute};
 use crate::{
@@ -288,6 +290,77 @@ fn the_file_is_private_and_shows_nothing() {
     );
     let record = &typed(1)[0];
     assert!(!format!("{record:?}").contains("30"), "{record:?}");
+}
+
+/// The stretches of so many bytes of `inside` that are also in `file`.
+fn shared(file: &[u8], inside: &[u8]) -> usize {
+    const STRETCH: usize = 8;
+    let here: HashSet<_> = file.windows(STRETCH).collect();
+    inside
+        .windows(STRETCH)
+        .filter(|stretch| here.contains(stretch))
+        .count()
+}
+
+#[test]
+fn the_bytes_on_disk_hold_no_plain_text() {
+    let (dir, path) = place();
+    // What a person types: no two keys in a row alike, so that it does not pack away.
+    let records: Vec<Record> = (0..600_u64)
+        .map(|n| Record {
+            at: GuestTime {
+                micros: n * 90_000 + n * n * 7919 % 40_000,
+            },
+            event: match n % 20 {
+                19 => Event::Anchor(Anchor {
+                    region: Region {
+                        x: 0,
+                        y: 0,
+                        width: 64,
+                        height: 64,
+                    },
+                    tiles: (0..16)
+                        .map(|tile| u32::wrapping_mul(tile + n as u32, 0x9e37_79b9))
+                        .collect(),
+                }),
+                _ => Event::Key {
+                    code: (n * 31 % 97) as u16 + 2,
+                    down: n % 2 == 0,
+                },
+            },
+        })
+        .collect();
+    write(&path, std::slice::from_ref(&records));
+    let file = fs::read(&path).unwrap();
+    let content = &file[HEADER_BYTES..];
+    let coded = coding::encode(&records, &mut Context::default()).unwrap();
+    let codes: Vec<u8> = records
+        .iter()
+        .filter_map(|record| match record.event {
+            Event::Key { code, .. } => Some(code as u8),
+            _ => None,
+        })
+        .collect();
+    let tiles: Vec<u8> = records
+        .iter()
+        .filter_map(|record| match &record.event {
+            Event::Anchor(anchor) => Some(anchor.tiles.iter().flat_map(|tile| tile.to_le_bytes())),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    // As it is before it is sealed it would be found: it is this that the file must not hold.
+    assert!(shared(&coded, &coded) > 500 && coded.len() <= content.len());
+    for plain in [&coded, &codes, &tiles] {
+        assert_eq!(shared(&file, plain), 0);
+    }
+    // Nor does the same, typed again, look the same.
+    let again = dir.path().join("again.log");
+    write(&again, &[records]);
+    assert_eq!(
+        shared(content, &fs::read(&again).unwrap()[HEADER_BYTES..]),
+        0
+    );
 }
 
 #[test]

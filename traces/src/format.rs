@@ -90,11 +90,11 @@ pub struct Header {
 }
 
 impl Header {
-    pub(crate) fn new(id: LogId, key: &LogKey) -> Result<Self, Error> {
+    pub(crate) fn new(id: LogId, key: &LogKey, created: SystemTime) -> Result<Self, Error> {
         Ok(Self {
             id,
             key: key.id(),
-            created: SystemTime::now(),
+            created,
             salt: random()?,
         })
     }

@@ -38,7 +38,9 @@ pub fn redact(
         .iter()
         .filter(|record| stretch.contains(&record.at))
         .count();
-    let mut writer = LogWriter::create(to, key, log.header.id)?;
+    // It is as old as before: what is left of it was not typed just now.
+    let created = log.header.created;
+    let mut writer = LogWriter::create_as_of(to, key, log.header.id, created)?;
     for record in &kept {
         writer.append(record.clone())?;
     }
@@ -122,6 +124,8 @@ fn release(event: Event) -> Event {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, SystemTime};
+
     use proptest::prelude::*;
 
     use super::*;
@@ -180,7 +184,13 @@ mod tests {
             writer.append(key(millis, 30, millis % 2 == 0)).unwrap();
         }
         writer.close().unwrap();
+        // The clock of a file goes in milliseconds: the redacted one is written in another.
+        let created = crate::Header::read(&from).unwrap().created;
+        while SystemTime::now().duration_since(created).unwrap() < Duration::from_millis(2) {
+            std::thread::yield_now();
+        }
         let done = redact(&from, &to, &log_key, time(10)..time(20)).unwrap();
+        assert_eq!(crate::Header::read(&to).unwrap().created, created);
         assert_eq!(
             done,
             Redaction {

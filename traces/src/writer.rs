@@ -7,6 +7,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use crate::coding::{self, Context};
 use crate::format::{CLOSED, Cipher, Header, LogId, MAX_TILES, Place, RECORDS};
@@ -49,7 +50,17 @@ pub struct Resumed {
 impl LogWriter {
     /// Starts a new log, mode 0600; there must be no file of that name yet.
     pub fn create(path: &Path, key: &LogKey, id: LogId) -> Result<Self, Error> {
-        let header = Header::new(id, key)?;
+        Self::create_as_of(path, key, id, SystemTime::now())
+    }
+
+    /// The same for a log of what was recorded from `created` on, however late it is written.
+    pub(crate) fn create_as_of(
+        path: &Path,
+        key: &LogKey,
+        id: LogId,
+        created: SystemTime,
+    ) -> Result<Self, Error> {
+        let header = Header::new(id, key, created)?;
         let cipher = Cipher::new(path, &header, key)?;
         let bytes = header.encode();
         let file = files::create("create the log", path, &bytes)?;
