@@ -13,6 +13,8 @@ use crate::Error;
 use crate::guest::Guest;
 
 const EDGE: u16 = 64;
+/// A frame around copied cells moves on after this time.
+const MARCH: Duration = Duration::from_millis(200);
 /// A caret is on for this long, and off for as long.
 const BLINK: Duration = Duration::from_millis(530);
 /// Where the caret is, and the clock: column, row, width, height.
@@ -40,6 +42,8 @@ pub(crate) struct Fake {
     reaction: Option<Reaction>,
     /// Whether there are a caret and a clock on the screen.
     restless: bool,
+    /// Whether there is a frame on it that moves.
+    framed: bool,
     pub(crate) given: Mutex<Vec<Given>>,
     pub(crate) calls: Mutex<usize>,
 }
@@ -52,6 +56,7 @@ impl Fake {
             busy: Mutex::new(vec![(Duration::ZERO, busy_until)]),
             reaction: None,
             restless: false,
+            framed: false,
             given: Mutex::default(),
             calls: Mutex::default(),
         }
@@ -79,6 +84,21 @@ impl Fake {
         }
     }
 
+    /// With a frame on its screen that moves.
+    pub(crate) fn framed(self) -> Self {
+        Self {
+            framed: true,
+            ..self
+        }
+    }
+
+    /// An anchor with such a frame, of which the recorder did not know that it moves.
+    pub(crate) fn framed_anchor(colour: u8) -> Event {
+        let mut rgb = picture(colour, None);
+        frame(&mut rgb, 200);
+        Event::Anchor(Anchor::capture(&pixels(&rgb), whole()))
+    }
+
     /// An anchor on a screen of this colour.
     pub(crate) fn anchor(colour: u8) -> Event {
         let rgb = picture(colour, None);
@@ -99,13 +119,19 @@ impl Fake {
         Event::Anchor(Anchor::capture_except(&pixels(&rgb), whole(), restless))
     }
 
-    /// How many colours have been shown, and how often the caret has blinked.
+    /// How many colours have been shown, and how often the caret has blinked or the frame moved.
     fn current(&self) -> (usize, u64) {
         let now = self.begun.elapsed();
         let colours = self.colours.lock().unwrap();
         let shown = colours.iter().rposition(|(from, _)| *from <= now).unwrap();
         let blinks = now.as_millis() / BLINK.as_millis();
-        (shown, if self.restless { blinks as u64 } else { 0 })
+        let steps = now.as_millis() / MARCH.as_millis();
+        let moved = match (self.restless, self.framed) {
+            (true, _) => blinks as u64,
+            (false, true) => steps as u64,
+            (false, false) => 0,
+        };
+        (shown, moved)
     }
 
     fn react(&self, reaction: Reaction) {
@@ -135,6 +161,17 @@ fn pixels(rgb: &[u8]) -> Pixels<'_> {
         width: EDGE,
         height: EDGE,
         rgb,
+    }
+}
+
+/// Draws a frame along the upper and the left edge, as it is after so many steps.
+fn frame(rgb: &mut [u8], step: u64) {
+    let row = usize::from(EDGE) * 3;
+    let shade = 100 + (step % 100) as u8;
+    for (at, pixel) in rgb.iter_mut().enumerate() {
+        if at < row || at % row < 3 {
+            *pixel = shade;
+        }
     }
 }
 
@@ -178,7 +215,10 @@ impl Guest for &Fake {
     fn look<T>(&self, look: impl FnOnce(&Pixels<'_>) -> T) -> (Self::Version, Option<T>) {
         let current = self.current();
         let colour = self.colours.lock().unwrap()[current.0].1;
-        let rgb = picture(colour, self.restless.then_some(current.1));
+        let mut rgb = picture(colour, self.restless.then_some(current.1));
+        if self.framed {
+            frame(&mut rgb, current.1);
+        }
         (current, Some(look(&pixels(&rgb))))
     }
 
@@ -188,9 +228,12 @@ impl Guest for &Fake {
 
     async fn changed(&self, since: Self::Version) -> Result<(), Error> {
         let colour = self.colours.lock().unwrap().get(since.0 + 1).copied();
-        let blink = self
-            .restless
-            .then(|| BLINK * u32::try_from(since.1 + 1).unwrap());
+        let next = u32::try_from(since.1 + 1).unwrap();
+        let blink = match (self.restless, self.framed) {
+            (true, _) => Some(BLINK * next),
+            (false, true) => Some(MARCH * next),
+            (false, false) => None,
+        };
         match colour.map(|(at, _)| at).into_iter().chain(blink).min() {
             Some(at) => sleep_until(self.begun + at).await,
             None => std::future::pending().await,

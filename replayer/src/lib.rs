@@ -25,6 +25,7 @@
 
 mod course;
 mod guest;
+mod moving;
 mod options;
 mod picture;
 mod play;

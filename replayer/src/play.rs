@@ -13,6 +13,7 @@ use traces::{Anchor, Event, GuestTime, Interaction, Match, Record, interactions}
 
 use crate::course::Course;
 use crate::guest::Guest;
+use crate::moving::Moving;
 use crate::rest::{SAMPLE, Stillness};
 use crate::{
     Divergence, Error, Miss, MissPictures, Options, Pace, Progress, QuickOptions, ReplayReport,
@@ -369,9 +370,21 @@ impl<G: Guest> Player<G> {
     async fn wait(&self, anchor: &Anchor, from: Instant) -> Result<(Match, usize), Error> {
         let limit = from + self.options.anchor_limit;
         let mut rest = Stillness::new(self.options.anchor_rest, self.options.rest.busy);
+        let mut moving = Moving::new(anchor);
         let mut looks = 0;
         loop {
-            let (version, seen) = self.guest.look(|pixels| anchor.matches(pixels));
+            let now = Instant::now();
+            let (version, seen) = self.guest.look(|pixels| {
+                let found = anchor.matches(pixels);
+                if found.is_match() {
+                    return found;
+                }
+                moving.watch(pixels, now);
+                // Not while a program may still be at it.
+                let settled = now >= from + self.options.anchor_rest;
+                let still = settled.then(|| moving.compare(pixels)).flatten();
+                still.filter(Match::is_match).unwrap_or(found)
+            });
             looks += 1;
             // No whole picture is no picture of the anchor's region.
             let tiles = anchor.compared();
@@ -380,7 +393,6 @@ impl<G: Guest> Player<G> {
                 differing: tiles.max(1),
                 spread: (9, 9),
             });
-            let now = Instant::now();
             if found.is_match() || now >= limit || (rest.sample(&self.guest)? && now >= from) {
                 return Ok((found, looks));
             }

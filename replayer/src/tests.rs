@@ -115,6 +115,25 @@ async fn it_waits_for_the_screen_and_puts_off_what_follows() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_moves_by_itself_is_not_waited_for_though_the_recorder_did_not_know() {
+    let records = [&[at(1000, Fake::framed_anchor(2))][..], &stroke(1000, 30)].concat();
+    // Under it is what was expected: two seconds are enough to tell.
+    let guest = Fake::new(&[(ms(0), 2)], RESTLESS).framed();
+    let report = play(&guest, &records, &Options::default()).await;
+    assert_eq!((report.matched, report.missed.len()), (1, 0));
+    assert!((ms(2000)..ms(2300)).contains(&report.waited), "{report:?}");
+    // It comes later.
+    let guest = Fake::new(&[(ms(0), 1), (ms(6000), 2)], RESTLESS).framed();
+    let report = play(&guest, &records, &Options::default()).await;
+    assert_eq!((report.matched, report.missed.len()), (1, 0));
+    assert!((ms(5000)..ms(5300)).contains(&report.waited), "{report:?}");
+    // It never comes: that something moves does not make it match.
+    let guest = Fake::new(&[(ms(0), 1)], RESTLESS).framed();
+    let report = play(&guest, &records, &Options::default()).await;
+    assert_eq!((report.matched, report.missed.len()), (0, 1));
+}
+
+#[tokio::test(start_paused = true)]
 async fn after_the_limit_it_goes_on_and_counts_a_miss() {
     let guest = Fake::new(&[(ms(0), 1)], RESTLESS);
     let records = [

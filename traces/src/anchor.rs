@@ -47,6 +47,24 @@ pub enum TileMatch {
     Uncompared,
 }
 
+impl Pixels<'_> {
+    /// The pixels of a region, row by row, if all of it is on the screen.
+    pub fn part(&self, region: Region) -> Option<Vec<u8>> {
+        let stride = usize::from(self.width) * 3;
+        let row = usize::from(region.width) * 3;
+        let left = usize::from(region.x) * 3;
+        if left + row > stride {
+            return None;
+        }
+        let mut part = Vec::with_capacity(row * usize::from(region.height));
+        for y in 0..usize::from(region.height) {
+            let start = (usize::from(region.y) + y) * stride + left;
+            part.extend_from_slice(self.rgb.get(start..start + row)?);
+        }
+        Some(part)
+    }
+}
+
 impl Match {
     /// Whether the frame shows what the anchor saw, but for a blinking caret.
     ///
@@ -103,6 +121,23 @@ impl Anchor {
     pub fn compared(&self) -> usize {
         let compared = |tile: &&u32| **tile != Self::UNCOMPARED;
         self.tiles.iter().filter(compared).count()
+    }
+
+    /// The same, with more tiles left out.
+    #[must_use]
+    pub fn except(&self, restless: impl Fn(Region) -> bool) -> Self {
+        let tiles = grid(self.region).zip(&self.tiles);
+        let left = tiles.map(|((_, _, tile), wanted)| {
+            if restless(tile.region()) {
+                Self::UNCOMPARED
+            } else {
+                *wanted
+            }
+        });
+        Self {
+            region: self.region,
+            tiles: left.collect(),
+        }
     }
 
     /// Where each tile lies, and how it compares with what `frame` shows now. Nothing for an
