@@ -39,12 +39,13 @@ static SCENE: LazyLock<Scene> = LazyLock::new(|| {
     }
 });
 
-const STREAMS: [StreamId; 5] = [
+const STREAMS: [StreamId; 6] = [
     StreamId::Kinds,
     StreamId::Literal,
     StreamId::Delta,
     StreamId::Masks,
     StreamId::Words,
+    StreamId::Mappings,
 ];
 
 fuzz_target!(|bytes: &[u8]| {
@@ -65,7 +66,7 @@ fuzz_target!(|bytes: &[u8]| {
     let options = ApplyOptions::default();
     let mut applier = Applier::new(&scene.offer, resolution, &holdings, &mut built, options)
         .expect("an image of the right size");
-    // Chunks: which stream (5 ends a round), a length, so many bytes.
+    // Chunks: which stream (6 ends a round), a length, so many bytes.
     let mut rest = bytes;
     let mut rounds = 0;
     while let Some((&[stream, len], after)) = rest.split_first_chunk() {

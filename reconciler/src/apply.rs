@@ -19,6 +19,7 @@ use crate::offer::Offer;
 use crate::page::{Image, Page, PageHash, PageIndex, ReadPages, ZERO_PAGE};
 use crate::page_set::PageSet;
 use crate::patch::{Mask, xor};
+use crate::relative::Mappings;
 use crate::resolve::{Holdings, Origin, PlaceKind, Resolution};
 use crate::short::{Salt, short};
 use crate::spool::Spool;
@@ -236,23 +237,24 @@ impl<'a> Applier<'a> {
             counts,
             ..
         } = self;
-        decoder.push(chunk, &mut |position, coded| {
+        decoder.push(chunk, &mut |position, coded, mappings| {
             // The decoder announces no position that was not asked for.
             let slot = round[position as usize];
             let Wanted { first, short, bits } = wanted[slot as usize];
             let mut patched = ZERO_PAGE;
             let page = match coded {
                 Coded::Literal(page) => {
+                    mappings.undo(first, page);
                     counts.literal += 1;
-                    page
+                    &*page
                 }
                 Coded::Delta(page) => {
-                    undelta(*base, first, page)?;
+                    undelta(*base, first, mappings, page)?;
                     counts.delta += 1;
                     &*page
                 }
                 Coded::Patch(mask, words) => {
-                    patch(image.reader(), first, &mask, words, &mut patched)?;
+                    patch(image.reader(), first, &mask, words, mappings, &mut patched)?;
                     let fits = bits > 0 && short_of(salt, bits, &patched) == short;
                     let count = match (*retries, fits) {
                         (0, true) => &mut counts.patched,
@@ -379,7 +381,12 @@ pub(crate) fn write(image: &mut dyn Image, index: PageIndex, page: &Page) -> Res
     })
 }
 
-fn undelta(base: Option<&dyn ReadPages>, index: PageIndex, page: &mut Page) -> Result<(), Error> {
+fn undelta(
+    base: Option<&dyn ReadPages>,
+    index: PageIndex,
+    mappings: Mappings,
+    page: &mut Page,
+) -> Result<(), Error> {
     let base = base.ok_or(Error::NoBase { pages: 1 })?;
     let mut old = ZERO_PAGE;
     base.read(index, &mut old).map_err(|source| Error::Read {
@@ -387,7 +394,9 @@ fn undelta(base: Option<&dyn ReadPages>, index: PageIndex, page: &mut Page) -> R
         page: index,
         source,
     })?;
+    mappings.apply(index, &mut old);
     xor(page, &old);
+    mappings.undo(index, page);
     Ok(())
 }
 
@@ -397,6 +406,7 @@ fn patch(
     index: PageIndex,
     mask: &Mask,
     words: &[u8],
+    mappings: Mappings,
     page: &mut Page,
 ) -> Result<(), Error> {
     image.read(index, page).map_err(|source| Error::Read {
@@ -404,6 +414,8 @@ fn patch(
         page: index,
         source,
     })?;
+    mappings.apply(index, page);
     mask.overlay(words, page);
+    mappings.undo(index, page);
     Ok(())
 }

@@ -15,6 +15,7 @@ use crate::error::Error;
 use crate::lines::Unpatched;
 use crate::page::{PAGE_SIZE, Page, PageIndex, ReadPages, ZERO_PAGE};
 use crate::patch::{Choice, MASK_BYTES, choose, xor};
+use crate::relative::Mappings;
 use crate::stream::{PageChunk, PageKind, StreamId, encode_kinds};
 
 /// Pages read before they are handed to the compressors: 1 MiB.
@@ -141,6 +142,7 @@ pub fn encode_pages(
             let stage = ReadStage {
                 image,
                 references,
+                mappings: Mappings::default(),
                 masks: StreamWriter::new(StreamId::Masks, &chunks_in, alone, most_masks),
                 to_wire: &chunks_in,
                 literals,
@@ -154,7 +156,7 @@ pub fn encode_pages(
         let mut closed = false;
         for chunk in &chunks {
             let counter = match chunk.stream {
-                StreamId::Kinds => &mut bytes.kinds_bytes,
+                StreamId::Mappings | StreamId::Kinds => &mut bytes.kinds_bytes,
                 StreamId::Literal => &mut bytes.literal_bytes,
                 StreamId::Delta => &mut bytes.delta_bytes,
                 StreamId::Masks | StreamId::Words => &mut bytes.patch_bytes,
@@ -192,6 +194,7 @@ pub fn encode_pages(
 struct ReadStage<'a> {
     image: &'a dyn ReadPages,
     references: References<'a>,
+    mappings: Mappings,
     masks: StreamWriter<'a>,
     to_wire: &'a Sender<PageChunk>,
     literals: Sender<Vec<u8>>,
@@ -213,6 +216,14 @@ struct Batch {
 
 impl ReadStage<'_> {
     fn run(mut self, pages: &[PageIndex]) -> Result<EncodeStats, Error> {
+        self.mappings = Mappings::find(self.image, pages)?;
+        if !self.mappings.is_empty() {
+            let mappings = PageChunk {
+                stream: StreamId::Mappings,
+                bytes: self.mappings.encode(),
+            };
+            self.to_wire.send(mappings).map_err(|_| Error::SinkClosed)?;
+        }
         for pages in pages.chunks(BATCH) {
             let mut batch = Batch::default();
             for &index in pages {
@@ -243,6 +254,7 @@ impl ReadStage<'_> {
             self.references.twin.map(|_| &twin),
             lines,
         );
+        self.mappings.apply(index, &mut page);
         batch.kinds.push(match choice {
             Choice::Literal => {
                 batch.literal.extend_from_slice(&page);
@@ -250,6 +262,7 @@ impl ReadStage<'_> {
                 PageKind::Literal
             }
             Choice::Delta => {
+                self.mappings.apply(index, &mut base);
                 xor(&mut page, &base);
                 batch.delta.extend_from_slice(&page);
                 self.stats.delta_pages += 1;
@@ -291,7 +304,7 @@ impl ReadStage<'_> {
     }
 }
 
-fn read(
+pub(crate) fn read(
     from: &dyn ReadPages,
     image: &'static str,
     page: PageIndex,

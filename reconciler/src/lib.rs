@@ -52,6 +52,7 @@ mod patch;
 mod realign;
 mod realign_landmarks;
 mod rearrange;
+mod relative;
 mod resolve;
 mod seek;
 mod short;

@@ -246,12 +246,12 @@ impl Incoming {
         tree: &mut ImageTree,
     ) -> Result<(), Error> {
         let indices = &self.indices;
-        self.decoder.push(chunk, &mut |position, coded| {
+        self.decoder.push(chunk, &mut |position, coded, mappings| {
             // The decoder hands out no more positions than it was told of pages.
             let Some(&index) = indices.get(position as usize) else {
                 return Err(Error::malformed("pages", "more than were announced"));
             };
-            let page = match coded {
+            let mut page = match coded {
                 Coded::Literal(page) => *page,
                 Coded::Delta(delta) => {
                     let mut page = ZERO_PAGE;
@@ -260,6 +260,7 @@ impl Incoming {
                         page: index,
                         source,
                     })?;
+                    mappings.apply(index, &mut page);
                     xor(&mut page, delta);
                     page
                 }
@@ -270,6 +271,7 @@ impl Incoming {
                     ));
                 }
             };
+            mappings.undo(index, &mut page);
             let written = image.write(index, &page);
             written.map_err(|source| Error::Write {
                 page: index,

@@ -1,5 +1,8 @@
 //! The pages that the source sends, as streams side by side.
 //!
+//! - `Mappings`, if any, before all others: where the image lies in its guest's address space. All
+//!   that follows is told of pages whose pointers into their own neighbourhood are distances
+//!   ([`crate::relative`]), and so is the base's page of a delta.
 //! - `Kinds`: for each page in the order of the request, how it is coded, as runs.
 //! - `Literal`: the pages as they are, one after another, compressed as one stream.
 //! - `Delta`: pages XORed with the base's page at the same address, in a stream of their
@@ -8,7 +11,7 @@
 //!   words it tells, lowest first, and those words.
 //!
 //! The kinds of a batch come before its pages, and its masks before its words. Streams are cut
-//! into chunks anywhere. Each but `Kinds` begins with the byte that names its codec. Held at a time are a page for each stream and the masks whose words
+//! into chunks anywhere. Each but `Mappings` and `Kinds` begins with the byte that names its codec. Held at a time are a page for each stream and the masks whose words
 //! have not come, of which there are no more than pages asked for.
 
 use std::collections::VecDeque;
@@ -20,6 +23,7 @@ use crate::codec::Unpacker;
 use crate::error::{Error, within};
 use crate::page::{PAGE_SIZE, Page, ZERO_PAGE};
 use crate::patch::{MASK_BYTES, Mask, WORD};
+use crate::relative::Mappings;
 use crate::wire::{Cursor, MAX_CHUNK, put_varint};
 
 /// One of the streams that pages travel in.
@@ -35,6 +39,8 @@ pub enum StreamId {
     Masks,
     /// Those words.
     Words,
+    /// Where the image lies in its guest's address space.
+    Mappings,
 }
 
 impl StreamId {
@@ -45,6 +51,7 @@ impl StreamId {
             Self::Delta => "delta stream",
             Self::Masks => "masks stream",
             Self::Words => "words stream",
+            Self::Mappings => "mappings stream",
         }
     }
 }
@@ -81,16 +88,16 @@ pub(crate) fn encode_kinds(kinds: &[PageKind]) -> Vec<u8> {
     out
 }
 
-/// A page as it was sent.
+/// A page as it was sent, with relative pointers.
 pub(crate) enum Coded<'a> {
-    Literal(&'a Page),
+    Literal(&'a mut Page),
     Delta(&'a mut Page),
     /// The words of the mask, as many as it has.
     Patch(Mask, &'a [u8]),
 }
 
-/// Gets a decoded page and its position in the request.
-pub(crate) type OnPage<'a> = &'a mut dyn FnMut(u64, Coded<'_>) -> Result<(), Error>;
+/// Gets a decoded page, its position in the request, and what its pointers are relative to.
+pub(crate) type OnPage<'a> = &'a mut dyn FnMut(u64, Coded<'_>, Mappings) -> Result<(), Error>;
 
 /// Turns chunks back into pages, each as soon as it is complete.
 pub(crate) struct PageDecoder {
@@ -98,6 +105,7 @@ pub(crate) struct PageDecoder {
     expected: u64,
     /// How many the kinds seen so far stand for.
     announced: u64,
+    mappings: Mappings,
     literal: (Frame, Lane<PAGE_SIZE>),
     delta: (Frame, Lane<PAGE_SIZE>),
     masks: (Frame, Lane<MASK_BYTES>),
@@ -247,7 +255,11 @@ impl Words {
         Ok(())
     }
 
-    fn take(&mut self, mut bytes: &[u8], on_page: OnPage<'_>) -> Result<(), Error> {
+    fn take(
+        &mut self,
+        mut bytes: &[u8],
+        mut on_page: impl FnMut(u64, Coded<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         while !bytes.is_empty() {
             let Some(&(position, mask)) = self.due.front() else {
                 let why = "words before it is known where they belong";
@@ -283,6 +295,7 @@ impl PageDecoder {
         Self {
             expected,
             announced: 0,
+            mappings: Mappings::default(),
             literal: Lane::new(StreamId::Literal),
             delta: Lane::new(StreamId::Delta),
             masks: Lane::new(StreamId::Masks),
@@ -295,7 +308,17 @@ impl PageDecoder {
     pub(crate) fn push(&mut self, chunk: &PageChunk, on_page: OnPage<'_>) -> Result<(), Error> {
         let (bytes, buffer) = (&chunk.bytes[..], &mut self.buffer[..]);
         within("a chunk of pages", bytes.len() as u64, MAX_CHUNK as u64)?;
+        let mappings = self.mappings;
+        let mut on_page = |at, coded: Coded<'_>| on_page(at, coded, mappings);
         match chunk.stream {
+            StreamId::Mappings => {
+                if self.announced > 0 || !self.mappings.is_empty() {
+                    let why = "it comes after other streams";
+                    return Err(Error::malformed(StreamId::Mappings.name(), why));
+                }
+                self.mappings = Mappings::decode(bytes)?;
+                Ok(())
+            }
             StreamId::Kinds => self.announce(bytes),
             StreamId::Literal => {
                 let (frame, lane) = &mut self.literal;
@@ -314,7 +337,7 @@ impl PageDecoder {
             }
             StreamId::Words => {
                 let (frame, words) = &mut self.words;
-                frame.push(bytes, buffer, |raw| words.take(raw, on_page))
+                frame.push(bytes, buffer, |raw| words.take(raw, &mut on_page))
             }
         }
     }
@@ -402,7 +425,7 @@ mod tests {
         let mut decoder = PageDecoder::new(expected);
         let mut pages = 0;
         for chunk in chunks {
-            decoder.push(chunk, &mut |position, _| {
+            decoder.push(chunk, &mut |position, _, _| {
                 assert!(position < expected);
                 pages += 1;
                 Ok(())
@@ -416,7 +439,7 @@ mod tests {
         #[test]
         fn any_chunks_end_well_or_in_an_error(
             chunks in prop::collection::vec(
-                (0usize..5, prop::collection::vec(any::<u8>(), 0..60)), 0..6),
+                (0usize..6, prop::collection::vec(any::<u8>(), 0..60)), 0..6),
             expected in 0u64..20,
         ) {
             let streams = [
@@ -425,6 +448,7 @@ mod tests {
                 StreamId::Delta,
                 StreamId::Masks,
                 StreamId::Words,
+                StreamId::Mappings,
             ];
             let chunks: Vec<_> =
                 chunks.iter().map(|(stream, bytes)| chunk(streams[*stream], bytes)).collect();
@@ -498,6 +522,30 @@ mod tests {
         assert!(decode(2, &[two.clone(), chunk(StreamId::Delta, &frame(2))]).is_err());
         assert!(decode(2, &[two, pages(2), pages(1)]).is_err());
         assert!(decode(0, &[chunk(StreamId::Kinds, &vec![0; MAX_CHUNK + 1])]).is_err());
+    }
+
+    #[test]
+    fn mappings_come_once_and_before_all_else() {
+        let one = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Literal]));
+        let page = chunk(StreamId::Literal, &frame(1));
+        let mappings = chunk(StreamId::Mappings, &[0; 8]);
+        let ways: [(&[PageChunk], bool); 4] = [
+            (&[one.clone(), page.clone()], true),
+            (&[mappings.clone(), one.clone(), page.clone()], true),
+            (
+                &[
+                    mappings.clone(),
+                    mappings.clone(),
+                    one.clone(),
+                    page.clone(),
+                ],
+                false,
+            ),
+            (&[one, mappings, page], false),
+        ];
+        for (chunks, good) in ways {
+            assert_eq!(decode(1, chunks).is_ok(), good);
+        }
     }
 
     #[test]

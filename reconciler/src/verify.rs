@@ -149,8 +149,12 @@ impl Repairer<'_> {
             pages,
             ..
         } = self;
-        decoder.push(chunk, &mut |position, coded| match coded {
-            Coded::Literal(page) => write(*image, pages[position as usize], page),
+        decoder.push(chunk, &mut |position, coded, mappings| match coded {
+            Coded::Literal(page) => {
+                let index = pages[position as usize];
+                mappings.undo(index, page);
+                write(*image, index, page)
+            }
             Coded::Delta(_) | Coded::Patch(..) => Err(Error::malformed(
                 "repair",
                 "a page that is not told in full",

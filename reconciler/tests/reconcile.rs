@@ -382,3 +382,60 @@ fn a_page_that_does_not_fit_comes_by_lines_then_whole_then_not_at_all() {
         "{verified:?}"
     );
 }
+
+/// Pages of objects, each with a pointer to itself and numbers that `noise` makes, as a kernel whose
+/// memory lies at `mapping` has them.
+fn objects(mapping: u64, noise: impl Fn(u64) -> u64) -> Vec<u8> {
+    let words = (0..64 * PAGE_SIZE as u64 / 8).map(|word| match word % 16 {
+        0..8 => mapping + word * 8,
+        8 => noise(word),
+        _ => 0,
+    });
+    words.flat_map(u64::to_le_bytes).collect()
+}
+
+#[test]
+fn objects_that_point_at_themselves_are_sent_once_in_every_way() {
+    const MAPPING: u64 = 0xffff_88f1_0000_0000;
+    let number = |word| 77 + word / 5000;
+    let source = objects(MAPPING, number);
+    let elsewhere = objects(0x7f00_0000_0000_1003, number);
+    let case = |source: &[u8], twin: Option<Vec<u8>>| Case {
+        base: objects(MAPPING, |word| (word % 1024 == 8).into()),
+        source: source.to_vec(),
+        // Wrong where the twin tells, and in the second half elsewhere as well.
+        replayed: objects(MAPPING, |word| {
+            let object = word / 16;
+            let told = object.is_multiple_of(6);
+            let not_told = object > 1024 && object % 29 == 1;
+            number(word) + u64::from(told || not_told)
+        }),
+        disk: Vec::new(),
+        salt: 3,
+        force_bits: None,
+        deltas: false,
+        twin,
+        known: 0,
+        spool_memory: 0,
+    };
+    let whole = |source: &[u8], deltas| {
+        let case = Case {
+            deltas,
+            ..case(source, None)
+        };
+        let (image, stats) = run(&case, &mut |_| {});
+        assert!(image == source);
+        stats.unwrap().encoded
+    };
+    let (near, far) = (whole(&source, false), whole(&elsewhere, false));
+    assert_eq!(near.literal_pages, 64);
+    assert!(near.bytes() * 4 < far.bytes(), "{near:?} {far:?}");
+    assert!(whole(&source, true).delta_pages > 0);
+    let twin = objects(MAPPING, |word| {
+        number(word) + u64::from((word / 16).is_multiple_of(3))
+    });
+    let (image, stats) = run(&case(&source, Some(twin)), &mut |_| {});
+    assert!(image == source);
+    let pages = stats.unwrap().pages;
+    assert!(pages.patched > 0 && pages.lines > 0, "{pages:?}");
+}
