@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo capture bench-replay bench-stages bench-reconcile bench-viewer faults fmt lint clean
+.PHONY: help setup build test demo capture bench-replay bench-stages bench-reconcile bench-live bench-viewer faults fmt lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,11 @@ bench-stages: ## the reconciler's stages on synthetic guests: hashing, resolving
 bench-reconcile: setup build ## ours beside QEMU, rsync, zstd, xdelta3 and xz, on captures: CAPTURES="dir dir"
 	$(CARGO) run --release --locked --package testkit --bin peers -- $(PEERS) \
 		$(or $(CAPTURES),$(CAPTURE),target/capture)
+
+# Three quarters of an hour for all of it, most of it QEMU's own ways; rows that were measured before stay. LIVE takes
+# options: LIVE="--workloads counters --only live,qemu-xbzrle --trips 0".
+bench-live: setup build ## moving a VM that runs on, ours beside QEMU's own migration on the same guest and line
+	$(CARGO) run --release --locked --package testkit --bin live -- $(LIVE)
 
 bench-viewer: ## what the recording proxy adds to an event, beside a direct connection
 	$(CARGO) test --release --locked --package recorder --test proxy an_event_takes -- --nocapture

@@ -402,6 +402,9 @@ pub(crate) struct MigrateArgs {
     /// With `live`: no more rounds than these
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) rounds: u32,
+    /// With `live`: first replay the log on the stale copy at the target, while the VM runs
+    #[arg(long)]
+    pub(crate) replay_first: bool,
     /// Say what each strategy would cost, and stop
     #[arg(long)]
     pub(crate) dry_run: bool,

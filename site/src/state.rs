@@ -82,6 +82,15 @@ impl State {
         })
     }
 
+    /// The same, with this device state.
+    pub(crate) fn with_device(self, device: Vec<u8>) -> Result<Self> {
+        Ok(Self {
+            device_tree: tree_of(&SlicePages(&device), "the device state")?,
+            device,
+            ..self
+        })
+    }
+
     /// The state of a generation.
     pub(crate) fn of_generation(vm: &VmDir, manifest: &Manifest) -> Result<Self> {
         let files = vm.generation(manifest.generation);

@@ -34,6 +34,7 @@ pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> a
         live: LiveOptions {
             downtime: args.downtime,
             rounds: args.rounds,
+            replay: args.replay_first,
         },
         twin: match args.twin {
             TwinArg::Beside => TwinTurn::Beside,

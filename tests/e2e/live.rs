@@ -5,7 +5,7 @@ use testkit::robot::Robot;
 use testkit::site::Site;
 use testkit::workload::Workload;
 
-use crate::common::{VM, World, assert_hardly_refetched, assert_same_images, qemus_on};
+use crate::common::{VM, World, assert_hardly_refetched, assert_same_images, qemus_on, work};
 
 /// Pages that the guest's program goes through, in two seconds or more.
 const PAGES: u32 = 4096;
@@ -78,4 +78,24 @@ async fn a_guest_that_writes_all_the_time_moves_live_there_and_back() {
     assert_same_images(a, b);
     assert_eq!(a.state(VM).await.unwrap(), "running");
     assert_eq!(qemus_on(b.dir()), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rounds_begin_with_what_a_replay_made_of_the_stale_copy() {
+    let world = World::with_vm().await;
+    let (a, b) = (&world.a, &world.b);
+    let recorder = a.record(VM).await.unwrap();
+    let generation = recorder.begun["generation"].as_u64().unwrap();
+    a.json(&["seed", VM, "--to", "b"]).await.unwrap();
+    work(&recorder).await;
+    let live = ["migrate", VM, "--to", "b", "--strategy", "live"];
+    let there = a.json(&[&live[..], &["--replay-first"]].concat()).await;
+    let there = there.unwrap();
+    println!("{there:#}");
+    assert_eq!(there["generation_from"].as_u64(), Some(generation));
+    assert!(there["replay"]["events"].as_u64().unwrap() > 100, "{there}");
+    let rounds = there["live"]["rounds"].as_array().unwrap();
+    assert!(rounds.len() >= 2, "{there}");
+    assert_same_images(a, b);
+    assert_eq!(b.state(VM).await.unwrap(), "running");
 }

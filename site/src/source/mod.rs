@@ -109,6 +109,14 @@ pub async fn migrate(
     } else {
         control::stop_following(vm).await?;
     }
+    let options = match options.strategy {
+        // The twin tells what is volatile in a state that stands still.
+        Some(Strategy::Live) => MigrateOptions {
+            twin: TwinTurn::Never,
+            ..options
+        },
+        _ => options,
+    };
     let transfer = Id::random()?;
     migrate_from(vm, peer, transfer, options, None, progress, cancel).await
 }
@@ -291,7 +299,13 @@ impl Migration<'_> {
             self.progress.note(&estimates.why());
             estimates.choice
         };
-        let base = feasible.base_for(self.vm, strategy)?;
+        let base = match strategy {
+            // A replay begins where the log does.
+            Strategy::Live if self.options.live.replay => {
+                feasible.base_for(self.vm, Strategy::Replay)?
+            }
+            _ => feasible.base_for(self.vm, strategy)?,
+        };
         line.send(ToTarget::Plan(Plan {
             strategy,
             base,
@@ -345,7 +359,8 @@ impl Migration<'_> {
         };
 
         let mut replay = None;
-        if strategy == Strategy::Replay
+        let live_replay = strategy == Strategy::Live && self.options.live.replay;
+        if (strategy == Strategy::Replay || live_replay)
             && let Some(base) = base
             && behind.is_none()
         {
@@ -358,7 +373,7 @@ impl Migration<'_> {
         }
         let base_images = Arc::new(local::joined(base_images).await?);
         let mut ahead = if strategy == Strategy::Live {
-            let rounds = self.rounds(&mut line, &live, &base_images, rate, false);
+            let rounds = self.rounds(&mut line, &live, &base_images, rate, live_replay);
             Some(Box::pin(rounds).await?)
         } else {
             None
@@ -391,7 +406,8 @@ impl Migration<'_> {
         let out = Outgoing {
             state: &state,
             base: &against,
-            replayed: replay.is_some(),
+            // What rounds have brought on is known exactly.
+            replayed: replay.is_some() && ahead.is_none(),
             twin: twin.as_ref(),
             rate,
             progress: self.progress,

@@ -137,19 +137,20 @@ impl Migration<'_> {
 
     /// The state of the VM, which stands still.
     async fn hashed(&self, live: &Live) -> Result<Arc<State>> {
-        let what = || format!("cannot save the devices of {}", self.vm.name());
-        let device = self
-            .qemu
-            .save_device_state()
-            .await
-            .map_err(Error::host(what()))?;
+        let what = format!("cannot save the devices of {}", self.vm.name());
         let (vm, record, live) = (self.vm.clone(), self.record.clone(), live.clone());
         let ram = self.vm.runtime_dir("live")?.join("ram.img");
         let work = move || {
             let overlays = live.overlay_paths(&vm);
-            State::of_paused(&vm, &record, live.generation, &ram, &overlays, device)
+            State::of_paused(&vm, &record, live.generation, &ram, &overlays, Vec::new())
         };
-        let state = Arc::new(local::blocking(work).await?);
+        // RAM and disks are hashed while the devices are saved, which changes neither.
+        let device = async {
+            let saved = self.qemu.save_device_state().await;
+            saved.map_err(Error::host(what))
+        };
+        let (device, state) = tokio::try_join!(device, local::blocking(work))?;
+        let state = Arc::new(state.with_device(device)?);
         tracing::info!("the VM's state is hashed");
         Ok(state)
     }

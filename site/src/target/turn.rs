@@ -37,8 +37,8 @@ impl Turn<'_> {
     /// Whether the message has a place here.
     pub(super) fn allows(&self, message: &ToTarget) -> bool {
         let migrates = *self.purpose == Purpose::Migrate;
-        let replays =
-            migrates && self.work && !self.received && self.strategy == Some(Strategy::Replay);
+        let after_replay = matches!(self.strategy, Some(Strategy::Replay | Strategy::Live));
+        let replays = migrates && self.work && !self.received && !self.rounds && after_replay;
         match message {
             ToTarget::Probe(_) => true,
             _ if !self.locked || self.committed => false,
@@ -314,7 +314,9 @@ mod tests {
         for name in ["Changed", "RoundEnd", "Image", "Freeze"] {
             assert!(now.contains(&name), "{name}");
         }
-        assert!(!now.contains(&"Rounds") && !now.contains(&"Commit"));
+        for name in ["Rounds", "Commit", "Log", "Follow"] {
+            assert!(!now.contains(&name), "{name}");
+        }
         let verified = Turn {
             received: true,
             ..rounds
@@ -399,7 +401,9 @@ mod tests {
                     "Changed" | "RoundEnd" => {
                         prop_assert!(rounds && !received && !fork && !seed, "{name}");
                     }
-                    "Log" | "Follow" => prop_assert!(work && !received && !seed, "{name}"),
+                    "Log" | "Follow" => {
+                        prop_assert!(work && !received && !rounds && !seed, "{name}");
+                    }
                     _ => {}
                 }
             }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  copy      RAM and disks are copied while they change; the copy is reconciled like any state,
-//!            against the stale copy at the target or against nothing
+//!            against the stale copy at the target, what a replay made of it, or nothing
 //!  rounds    what has changed since goes over as differences to what the target has by now
 //!            ([`reconciler::Shadow`]), pages that change all the time last
 //!  stop      the VM stands still; what still differs goes over in the same way
@@ -60,6 +60,8 @@ pub struct LiveOptions {
     pub downtime: Duration,
     /// No more rounds than these.
     pub rounds: u32,
+    /// First the target replays the log on its stale copy, and rounds begin with that.
+    pub replay: bool,
 }
 
 impl Default for LiveOptions {
@@ -67,6 +69,7 @@ impl Default for LiveOptions {
         Self {
             downtime: Duration::from_secs(1),
             rounds: 30,
+            replay: false,
         }
     }
 }
@@ -107,9 +110,16 @@ impl Migration<'_> {
         replayed: bool,
     ) -> Result<Ahead> {
         self.clock.enter(Phase::Rounds);
-        let LiveOptions { downtime, rounds } = self.options.live;
+        let LiveOptions {
+            downtime, rounds, ..
+        } = self.options.live;
         let mut judge = Judge::new(downtime, rounds);
         let mut last = Instant::now();
+        if replayed {
+            // The replay ends where it is; the copy is told against what it made of the base.
+            line.send(ToTarget::Freeze).await?;
+            line.flush().await?;
+        }
         let images = self.images(live, base)?;
         let mut looked = self.copy(&images).await?;
         // Standing still, both sites look at all of RAM once.

@@ -169,6 +169,9 @@ async fn migrate(
         forced.elapsed().as_secs_f64()
     } else {
         let resumed = async {
+            // Like any QEMU here it was started to wait for that word.
+            there.migrated().await?;
+            there.ask("cont", json!({})).await?;
             loop {
                 let event = there.event().await?;
                 if event["event"] == "RESUME" {
