@@ -286,6 +286,19 @@ pub(crate) enum VmCommand {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
+    /// Go on with the stale copy here, because the site that has the VM is gone for good. What was
+    /// done there since is lost; should it come back, its copy is stale for ever
+    Takeover {
+        /// The VM
+        name: String,
+        /// The fencing number under which it goes on: at least 1000 beyond the one known here,
+        /// which `vm status` shows, so that the lost site can have none as high
+        #[arg(long, value_name = "N")]
+        fence: u64,
+        /// Do it: without this, it is only said what it would mean
+        #[arg(long)]
+        yes: bool,
+    },
     /// Remove a VM with its generations and logs
     Delete {
         /// The VM
@@ -411,6 +424,11 @@ pub(crate) struct MigrateArgs {
     /// Leave the VM paused at the target
     #[arg(long)]
     pub(crate) paused: bool,
+    /// Call the target again for so long when the line is lost. After that it is exit code 4: the
+    /// VM goes on here, the target keeps what it has for some minutes, and the same command goes
+    /// on with that
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub(crate) give_up_after: u32,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -1,4 +1,5 @@
-//! A site's agent: listens for peers, and talks with each in a task of its own.
+//! A site's agent: listens for peers, and talks with each in a task of its own. Meanwhile it looks
+//! after what lies here, see [`crate::keeper`].
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admission::{Admitted, MOST_CALLS};
 use crate::error::Result;
 use crate::files::FileLock;
+use crate::keeper;
 use crate::line::TargetLine;
 use crate::local;
 use crate::ownership;
@@ -18,8 +20,7 @@ use crate::retention;
 use crate::source;
 use crate::store::Store;
 use crate::target::{self, Standbys};
-use crate::transport::Listener;
-use crate::work::Workplace;
+use crate::transport::{Conversations, Listener};
 use crate::{Error, transport};
 
 /// How often logs are looked for that are too old.
@@ -30,6 +31,7 @@ pub struct Agent {
     store: Store,
     listener: Listener,
     watch: PeerWatch,
+    standbys: Standbys,
     keep_logs: Option<Duration>,
     _only: FileLock,
 }
@@ -46,20 +48,23 @@ impl Agent {
         let identity = store.identity()?;
         let watch = store.peers().watch()?;
         let listener = Listener::bind(listen, &identity, store.peers()).await?;
-        // No conversation is open yet that could still commit what was given up.
-        ownership::forget_voids(store)?;
+        let standbys = Standbys::default();
         for vm in store.vm_dirs()? {
             // Somebody who works on a VM right now also clears it.
             if let Ok(_lock) = vm.lock() {
-                Workplace::Incoming.clear(&vm).await?;
                 source::clear_following(&vm).await?;
                 local::drop_stale_live(&vm).await?;
             }
+            target::revive(&vm, &standbys).await?;
         }
+        target::clear_half_files(store)?;
+        // No conversation is open yet, nor kept, that could still commit what was given up.
+        ownership::forget_voids(store)?;
         Ok(Self {
             store: store.clone(),
             listener,
             watch,
+            standbys,
             keep_logs: None,
             _only: only,
         })
@@ -84,7 +89,9 @@ impl Agent {
         let token = CancellationToken::new();
         let mut conversations = JoinSet::new();
         let mut admitted = Admitted::default();
-        let standbys = Standbys::default();
+        let known = Conversations::default();
+        let standbys = self.standbys.clone();
+        let keeper = tokio::spawn(keeper::keep(self.store.clone()));
         let mut tidy = tokio::time::interval(TIDY);
         tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
         tokio::pin!(stop);
@@ -110,15 +117,16 @@ impl Agent {
                 accepted = self.listener.accept() => {
                     let transport::Accepted { connection, peer } = accepted;
                     let revoked = CancellationToken::new();
-                    let line = TargetLine::over(
-                        connection,
-                        peer.clone(),
-                        token.child_token(),
-                        revoked.clone(),
-                    );
                     let room = admitted.has_room_for(peer.key);
-                    let (store, standbys) = (self.store.clone(), standbys.clone());
+                    let (store, stop) = (self.store.clone(), token.child_token());
+                    let (known, standbys) = (known.clone(), standbys.clone());
+                    let (who, ends) = (peer.clone(), revoked.clone());
                     let task = conversations.spawn(async move {
+                        // Nothing, where it carries on a conversation that has its task.
+                        let Some(lasting) = known.admit(connection).await else {
+                            return;
+                        };
+                        let line = TargetLine::over(lasting, who, stop, ends);
                         if room {
                             Box::pin(target::converse(&store, &standbys, line)).await;
                         } else {
@@ -133,6 +141,7 @@ impl Agent {
             }
         };
         token.cancel();
+        keeper.abort();
         while let Some(ended) = conversations.join_next_with_id().await {
             over(&mut admitted, ended);
         }

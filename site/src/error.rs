@@ -43,6 +43,17 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
+    /// The VM was taken over by the other site.
+    #[error(
+        "the VM was taken over by {site}, under number {fence}: what is here is of the past, and \
+         does not run any more"
+    )]
+    Superseded {
+        /// Its name here.
+        site: String,
+        /// Its fencing number.
+        fence: u64,
+    },
     /// The other site gave up during a phase.
     #[error("{site} failed in phase {phase}: {reason}")]
     PeerFailed {
@@ -84,6 +95,36 @@ pub enum Error {
     /// Interrupted by the user; the source VM is as it was.
     #[error("interrupted in phase {0}; the VM goes on here, and the same command starts again")]
     Interrupted(Phase),
+    /// The line was lost while the guest stood still, and did not come back soon.
+    #[error(
+        "the line to {site} was lost, and {vm} stood still for {} s without it",
+        waited.as_secs()
+    )]
+    StoodStill {
+        /// The VM.
+        vm: String,
+        /// The target.
+        site: String,
+        /// How long the line was waited for.
+        waited: std::time::Duration,
+    },
+    /// The line was lost for too long; the source VM is as it was, and the target keeps what it
+    /// has for a while.
+    #[error(
+        "the line to {site} was lost and did not come back within {seconds} s; {vm} goes on here. \
+         {site} keeps what it has for some minutes: the same command goes on with that"
+    )]
+    GaveUp {
+        /// The VM.
+        vm: String,
+        /// The target.
+        site: String,
+        /// How long it was tried.
+        seconds: u64,
+        /// What happened last.
+        #[source]
+        source: Box<Error>,
+    },
     /// The VM was handed over, but it is not known to run at the target.
     #[error(
         "{vm} belongs to {site} now, but did not go on there or could not say so; look there with \
@@ -204,6 +245,7 @@ impl Error {
         match self {
             Self::Refused(_)
             | Self::PeerRefused { .. }
+            | Self::Superseded { .. }
             | Self::Identity(_)
             | Self::Key(_)
             | Self::Connect(_)
@@ -218,7 +260,9 @@ impl Error {
                 phase: Phase::Hello | Phase::Plan,
                 ..
             } => Class::Refused,
-            Self::Interrupted(_) | Self::InDoubt { .. } => Class::Interrupted,
+            Self::Interrupted(_) | Self::InDoubt { .. } | Self::GaveUp { .. } => {
+                Class::Interrupted
+            }
             Self::Follower { class, .. } => *class,
             Self::Phase { source, .. } => source.class(),
             _ => Class::Failed,
@@ -230,6 +274,50 @@ impl Error {
         match self {
             Self::Line { source, .. } => source.is_disconnect(),
             Self::Phase { source, .. } => source.is_disconnect(),
+            _ => false,
+        }
+    }
+
+    /// The number under which another site has taken the VM over, if that is what went wrong.
+    pub(crate) fn superseded(&self) -> Option<u64> {
+        match self {
+            Self::Superseded { fence, .. } => Some(*fence),
+            Self::Phase { source, .. } => source.superseded(),
+            _ => None,
+        }
+    }
+
+    /// Whether another attempt may succeed where this one has not: the line was lost, or the other
+    /// site has lost its part.
+    pub(crate) fn may_go_better(&self) -> bool {
+        match self {
+            Self::Line { .. } => self.is_disconnect() && !self.is_called_off(),
+            Self::Connect(error) => error.may_pass(),
+            Self::StoodStill { .. } => true,
+            Self::Phase { source, .. } => source.may_go_better(),
+            _ => false,
+        }
+    }
+
+    /// How long the line had been waited for when this error was made.
+    pub(crate) fn waited(&self) -> std::time::Duration {
+        match self {
+            Self::Line {
+                source: crate::transport::WireError::Lost { after, .. },
+                ..
+            } => *after,
+            Self::StoodStill { waited, .. } => *waited,
+            Self::Phase { source, .. } => source.waited(),
+            _ => std::time::Duration::ZERO,
+        }
+    }
+
+    /// Whether the other side ended it on purpose.
+    pub(crate) fn is_called_off(&self) -> bool {
+        use crate::transport::WireError::{Closed, HungUp};
+        match self {
+            Self::Line { source, .. } => matches!(source, Closed | HungUp),
+            Self::Phase { source, .. } => source.is_called_off(),
             _ => false,
         }
     }

@@ -34,6 +34,26 @@ pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     result.map_err(Error::file("write", path))
 }
 
+/// Replaces a file's content in one step, for as long as this host runs; mode 0600. Nothing is
+/// waited for.
+pub(crate) fn replace_for_now(path: &Path, content: &[u8]) -> Result<()> {
+    let partial = partial_name(path);
+    let written = (|| {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&partial)?;
+        file.write_all(content)?;
+        fs::rename(&partial, path)
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&partial);
+    }
+    written.map_err(Error::file("write", path))
+}
+
 /// A name beside `path` that no other process uses at the same time.
 fn partial_name(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
@@ -77,11 +97,23 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
         })
 }
 
-/// Makes a folder that only this user can enter, with its parents.
+/// Makes what is in a file durable; not its name.
+pub(crate) fn sync_file(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(Error::file("sync", path))
+}
+
+/// Makes a folder that only this user can enter, with its parents; durable, where there was none.
 pub(crate) fn make_dir(dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir)
-        .and_then(|()| fs::set_permissions(dir, fs::Permissions::from_mode(0o700)))
-        .map_err(Error::file("create the folder", dir))
+    let lacking: Vec<_> = dir.ancestors().take_while(|dir| !dir.exists()).collect();
+    let make = || {
+        fs::create_dir_all(dir)?;
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
+        // What is made durable in it later is of no use if it is not there itself.
+        lacking.iter().rev().try_for_each(|made| sync_parent(made))
+    };
+    make().map_err(Error::file("create the folder", dir))
 }
 
 /// Removes a folder and all in it; it is no error if it is not there.
@@ -91,6 +123,28 @@ pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
             Err(Error::file("remove the folder", dir)(error))
         }
         _ => Ok(()),
+    }
+}
+
+/// Renames, durable in the folder that it goes to, and in the one it leaves.
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
+    let renamed = fs::rename(from, to).and_then(|()| sync_parent(to));
+    let both = renamed.and_then(|()| {
+        if from.parent() == to.parent() {
+            Ok(())
+        } else {
+            sync_parent(from)
+        }
+    });
+    both.map_err(Error::file("move into place", to))
+}
+
+/// Removes a file, durable; it is no error if it is not there.
+pub(crate) fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => sync_parent(path).map_err(Error::file("remove", path)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::file("remove", path)(error)),
     }
 }
 

@@ -208,9 +208,7 @@ impl GenerationFiles {
             paths.extend([self.disk(index), self.disk_tree(index)]);
         }
         for path in &paths {
-            File::open(path)
-                .and_then(|file| file.sync_all())
-                .map_err(Error::file("sync", path))?;
+            files::sync_file(path)?;
         }
         files::write_json(&self.manifest(), manifest)?;
         let line = self.dir.parent().unwrap_or(&self.dir);

@@ -3,6 +3,7 @@
 //! - [`Store`] and [`VmDir`]: the state directory. [`generation`], [`lease`] and [`vm`] are what
 //!   lies in it; [`generations`] says what of it may go.
 //! - [`local`]: VMs made, started, stopped and checkpointed here. [`recording`]: what is typed.
+//!   [`moving`]: what a move that was killed has left, put right.
 //! - [`identity`], [`peers`], [`transport`]: who the sites are, and how they talk safely.
 //! - [`protocol`]: what they say. [`source`] and [`agent`] are the two ends of a migration, in
 //!   the phases of [`Phase`].
@@ -25,10 +26,12 @@ mod fork;
 pub mod generation;
 pub mod generations;
 pub mod identity;
+mod keeper;
 mod layout;
 pub mod lease;
 mod line;
 pub mod local;
+pub mod moving;
 mod ownership;
 pub mod peers;
 pub mod phase;

@@ -1,5 +1,5 @@
-//! The conversation with a peer: typed messages over a connection, its failures told in words,
-//! and how fast the line to each peer was found to be.
+//! The conversation with a peer: typed messages over a line, its failures told in words, and how
+//! fast the line to each peer was found to be.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,14 +16,18 @@ use crate::peers::Peer;
 use crate::phase::Phase;
 use crate::protocol::{ToSource, ToTarget};
 use crate::store::Store;
-use crate::transport::{self, Connection, Traffic};
+use crate::transport::{self, CallError, Dial, Lasting, LineHandle, Traffic};
+use crate::vm::Id;
 
 /// How long a call to a peer may take until both sides know each other.
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);
 
+/// How long a line that was cut is called again, where nobody says otherwise.
+pub(crate) const CALL_AGAIN: Duration = Duration::from_secs(120);
+
 /// A conversation, from either side of it.
 pub(crate) struct Conversation<In, Out> {
-    connection: Connection,
+    connection: Lasting,
     peer: Peer,
     stop: CancellationToken,
     revoked: CancellationToken,
@@ -39,12 +43,14 @@ pub(crate) type Line = Conversation<ToSource, ToTarget>;
 pub(crate) type TargetLine = Conversation<ToTarget, ToSource>;
 
 impl Line {
-    /// Calls a peer.
+    /// Calls a peer. A line that is cut later is called again by itself, for [`CALL_AGAIN`].
     pub(crate) async fn connect(store: &Store, peer: &Peer) -> Result<Self> {
-        let identity = store.identity()?;
         let guarded = Guarded::begin(&store.peers(), peer)?;
-        let connection =
-            transport::connect(&peer.addr, &identity, &peer.key, CONNECT_LIMIT).await?;
+        let called = Lasting::call(dial(store, peer), Id::random()?.0, CALL_AGAIN).await;
+        let connection = called.map_err(|error| match error {
+            CallError::Connect(error) => Error::Connect(error),
+            CallError::Here(error) => *error,
+        })?;
         Ok(Self {
             connection,
             peer: peer.clone(),
@@ -101,6 +107,10 @@ impl Line {
                 phase,
                 reason: readable(&reason),
             }),
+            ToSource::Superseded { fence } => Err(Error::Superseded {
+                site: site(),
+                fence,
+            }),
             ToSource::Replayed(mut summary) => {
                 summary.diverged = summary.diverged.map(|why| readable(&why));
                 Ok(ToSource::Replayed(summary))
@@ -139,10 +149,10 @@ impl TargetLine {
 }
 
 impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
-    /// A conversation over an open connection; it ends when `stop` is cancelled, because this
-    /// site ends, or `revoked`, because the peer is to be talked with no longer.
+    /// A conversation that has begun; it ends when `stop` is cancelled, because this site ends, or
+    /// `revoked`, because the peer is to be talked with no longer.
     pub(crate) fn over(
-        connection: Connection,
+        connection: Lasting,
         peer: Peer,
         stop: CancellationToken,
         revoked: CancellationToken,
@@ -162,9 +172,24 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
         &self.peer
     }
 
-    /// The counters of the socket.
+    /// The counters of its sockets.
     pub(crate) fn traffic(&self) -> Traffic {
         self.connection.traffic()
+    }
+
+    /// Shows how the line is, and can end it.
+    pub(crate) fn handle(&self) -> LineHandle {
+        self.connection.handle()
+    }
+
+    /// How long another line is waited for when this one is cut; with zero that is its end.
+    pub(crate) fn set_patience(&mut self, patience: Duration) {
+        self.connection.set_patience(patience);
+    }
+
+    /// Ends the conversation as a cut does: the other end keeps what it keeps then.
+    pub(crate) fn abandon(self) {
+        self.connection.abandon();
     }
 
     async fn put(&mut self, message: Out) -> Result<()> {
@@ -214,6 +239,28 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
             tracing::debug!(%error, "the connection did not end in order");
         }
     }
+}
+
+/// How a peer is called: where the list of sites has it by then.
+fn dial(store: &Store, peer: &Peer) -> Dial {
+    let (store, peer) = (store.clone(), peer.clone());
+    Box::new(move |traffic| {
+        let (store, peer) = (store.clone(), peer.clone());
+        Box::pin(async move {
+            let here = |error: Error| CallError::Here(Box::new(error));
+            let identity = store.identity().map_err(here)?;
+            let known = store.peers().by_key(&peer.key);
+            let known = known.map_err(|error| here(error.into()))?.unwrap_or(peer);
+            let called = transport::connect_counted(
+                &known.addr,
+                &identity,
+                &known.key,
+                CONNECT_LIMIT,
+                traffic,
+            );
+            Ok(called.await?)
+        })
+    })
 }
 
 /// A peer's words, for a terminal: nothing that drives it or turns the order of what it shows

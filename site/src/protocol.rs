@@ -219,6 +219,12 @@ pub enum ToSource {
         /// Those of the disks.
         disks: Vec<Root>,
     },
+    /// The answer to `Hello` where the VM belongs to the target, under a higher number than the
+    /// one that was said: the caller's copy is of the past.
+    Superseded {
+        /// The target's fencing number.
+        fence: u64,
+    },
 }
 
 /// Who wants what.
@@ -275,12 +281,39 @@ pub struct Welcome {
     pub lacks: Vec<FileHash>,
     /// Its QEMU.
     pub qemu: String,
-    /// Records that its replay of this transfer has; none, where there is no such replay.
+    /// Records that its replay of this transfer has; none, where there is no such replay that
+    /// follows.
     pub standby: Option<u64>,
+    /// What it has of an earlier attempt at this transfer.
+    pub kept: Option<Kept>,
+}
+
+/// What a target has of an attempt to move a VM whose line was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// How it was to be done.
+    pub plan: Plan,
+    /// How far it came.
+    pub stage: Stage,
+}
+
+/// How far an attempt came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stage {
+    /// There is a working copy of the base.
+    Prepared,
+    /// A replay goes on from it.
+    Replaying {
+        /// Records of the log that it has.
+        records: u64,
+    },
+    /// The replay is over, or images have begun to come: what is there is nobody's base any more,
+    /// but like the source's state in most pages.
+    Frozen,
 }
 
 /// How it will be done.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// The strategy.
     pub strategy: Strategy,

@@ -131,6 +131,9 @@ pub struct ByteReport {
     pub device: u64,
     /// Base generation and base files, where the target lacked them.
     pub base: u64,
+    /// What was on its way when a line was cut, and was sent again: part of `sent`, before TLS.
+    #[serde(default)]
+    pub resent: u64,
 }
 
 /// Pages by recipe, for each kind of image.

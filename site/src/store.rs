@@ -8,6 +8,7 @@
 //! vms/NAME/vm.json         what the VM is
 //! vms/NAME/lease.json      whether this site may run it
 //! vms/NAME/lock            held while one process changes the VM
+//! vms/NAME/moving.json     a move from here that is under way, or was cut off
 //! vms/NAME/generations/N/  immutable states, and what is left of pruned ones
 //! vms/NAME/seen/KEY.json   the newest generations that a peer is known to have
 //! vms/NAME/live/run/       the overlays of the running VM, and what it rests on
@@ -309,6 +310,10 @@ impl VmDir {
 
     pub(crate) fn lease_path(&self) -> PathBuf {
         self.dir.join("lease.json")
+    }
+
+    pub(crate) fn moving_path(&self) -> PathBuf {
+        self.dir.join("moving.json")
     }
 
     /// What the VM is; `None` if there is none of this name.

@@ -19,7 +19,7 @@ pub(crate) async fn run(
     twin: bool,
     output: &Output,
 ) -> anyhow::Result<()> {
-    let vm = vm_of(store, name)?;
+    let vm = vm_of(store, name).await?;
     vm.record()?;
     let peer = peer_of(store, to)?;
     let stop = CancellationToken::new();

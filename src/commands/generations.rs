@@ -17,7 +17,7 @@ pub(crate) async fn run(
 ) -> anyhow::Result<()> {
     match command {
         GenerationsCommand::List { name } => {
-            let listed = list(&vm_of(store, &name)?).await?;
+            let listed = list(&vm_of(store, &name).await?).await?;
             output.result(&listed, |listed| as_table(listed))
         }
         GenerationsCommand::Prune {
@@ -30,7 +30,7 @@ pub(crate) async fn run(
                 keep: keep as usize,
                 max_bytes,
             };
-            let pruned = prune(&vm_of(store, &name)?, limits, dry_run).await?;
+            let pruned = prune(&vm_of(store, &name).await?, limits, dry_run).await?;
             output.result(&pruned, |pruned| as_text(pruned, max_bytes))
         }
     }

@@ -12,12 +12,12 @@ use super::vm_of;
 use crate::args::{LogCommand, LogFile};
 use crate::output::{Output, bytes, table};
 
-pub(crate) fn run(store: &Store, command: LogCommand, output: &Output) -> anyhow::Result<()> {
+pub(crate) async fn run(store: &Store, command: LogCommand, output: &Output) -> anyhow::Result<()> {
     match command {
-        LogCommand::List { name } => list(&vm_of(store, &name)?, output),
-        LogCommand::Show(file) => show(&vm_of(store, &file.name)?, &file, output),
+        LogCommand::List { name } => list(&vm_of(store, &name).await?, output),
+        LogCommand::Show(file) => show(&vm_of(store, &file.name).await?, &file, output),
         LogCommand::Export { log, unmask } => {
-            let vm = vm_of(store, &log.name)?;
+            let vm = vm_of(store, &log.name).await?;
             let read = Log::read(&path_of(&vm, &log)?, &store.log_key()?)?;
             let masking = if unmask {
                 Masking::Plain
@@ -32,9 +32,9 @@ pub(crate) fn run(store: &Store, command: LogCommand, output: &Output) -> anyhow
             name,
             older_than,
             dry_run,
-        } => prune(&vm_of(store, &name)?, older_than, dry_run, output),
+        } => prune(&vm_of(store, &name).await?, older_than, dry_run, output),
         LogCommand::Redact { log, from, to } => {
-            redact(&vm_of(store, &log.name)?, &log, from, to, output)
+            redact(&vm_of(store, &log.name).await?, &log, from, to, output)
         }
     }
 }

@@ -1,5 +1,7 @@
 //! `replay-migrate migrate`
 
+use std::time::Duration;
+
 use site::plan::Estimates;
 use site::report::{MigrationReport, Strategy};
 use site::source::{self, LiveOptions, MigrateOptions, TwinTurn};
@@ -12,7 +14,7 @@ use crate::args::{MigrateArgs, StrategyArg, TwinArg};
 use crate::output::{Output, bytes, table};
 
 pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> anyhow::Result<()> {
-    let vm = vm_of(store, &args.name)?;
+    let vm = vm_of(store, &args.name).await?;
     vm.record()?;
     let peer = peer_of(store, &args.to)?;
     let progress = output.progress();
@@ -41,6 +43,7 @@ pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> a
             TwinArg::After => TwinTurn::After,
             TwinArg::Never => TwinTurn::Never,
         },
+        give_up_after: Duration::from_secs(args.give_up_after.into()),
     };
     let cancel = CancellationToken::new();
     let on_signal = cancel.clone();

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 
 use ::site::peers::Peer;
 use ::site::recording::RecordOptions;
-use ::site::{Store, VmDir};
+use ::site::{Store, VmDir, moving};
 use anyhow::Context;
 
 use crate::args::{Args, Command};
@@ -41,7 +41,9 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
         }
         Command::Site(command) => site::run(&store()?, command, output),
         Command::Vm(command) => vm::run(&store()?, command, output).await,
-        Command::Checkpoint { name } => checkpoint::run(&vm_of(&store()?, &name)?, output).await,
+        Command::Checkpoint { name } => {
+            checkpoint::run(&vm_of(&store()?, &name).await?, output).await
+        }
         Command::Generations(command) => generations::run(&store()?, command, output).await,
         Command::Record {
             name,
@@ -54,7 +56,7 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
                 evdev,
                 long_turns,
             };
-            record::run(&vm_of(&store()?, &name)?, &options, output).await
+            record::run(&vm_of(&store()?, &name).await?, &options, output).await
         }
         Command::Seed { name, to } => seed::run(&store()?, &name, &to, output).await,
         Command::Follow { name, to, no_twin } => {
@@ -62,17 +64,27 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
         }
         Command::Migrate(args) => migrate::run(&store()?, &args, output).await,
         Command::Replay { name, log, options } => {
-            replay::run(&vm_of(&store()?, &name)?, &log, options, output).await
+            replay::run(&vm_of(&store()?, &name).await?, &log, options, output).await
         }
-        Command::Capture(args) => capture::run(&vm_of(&store()?, &args.name)?, args, output).await,
+        Command::Capture(args) => {
+            capture::run(&vm_of(&store()?, &args.name).await?, args, output).await
+        }
         Command::Bench(command) => bench::run(command, output).await,
-        Command::Log(command) => log::run(&store()?, command, output),
+        Command::Log(command) => log::run(&store()?, command, output).await,
     }
 }
 
-/// The VM of this name; it need not exist.
-fn vm_of(store: &Store, name: &str) -> anyhow::Result<VmDir> {
-    Ok(store.vm(&name.parse()?))
+/// The VM of this name; it need not exist. What a move of it that was killed has left is put
+/// right.
+async fn vm_of(store: &Store, name: &str) -> anyhow::Result<VmDir> {
+    let vm = store.vm(&name.parse()?);
+    if let Err(error) = moving::recover(&vm).await {
+        tracing::warn!(
+            error = error.chain(),
+            "a move that was killed is not put right yet"
+        );
+    }
+    Ok(vm)
 }
 
 /// The trusted site of this name.

@@ -11,7 +11,7 @@ pub(crate) async fn run(
     to: &str,
     output: &Output,
 ) -> anyhow::Result<()> {
-    let vm = vm_of(store, name)?;
+    let vm = vm_of(store, name).await?;
     vm.record()?;
     let peer = super::peer_of(store, to)?;
     let progress = output.progress();

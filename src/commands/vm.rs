@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use indicatif::HumanDuration;
 use serde_json::json;
-use site::local::{self, NewVm, VmState, VmStatus};
+use site::local::{self, NewVm, Takeover, VmState, VmStatus};
 use site::{Lease, Store, VmDir};
 use vm_host::{Accelerator, Hardware, programs};
 
@@ -16,16 +17,16 @@ use crate::output::{Output, table};
 const READY_LIMIT: Duration = Duration::from_secs(600);
 
 pub(crate) async fn run(store: &Store, command: VmCommand, output: &Output) -> anyhow::Result<()> {
-    let name = |name: &str| vm_of(store, name);
+    let name = async |name: &str| vm_of(store, name).await;
     match command {
-        VmCommand::Create(args) => create(&name(&args.name)?, &args, output).await,
+        VmCommand::Create(args) => create(&name(&args.name).await?, &args, output).await,
         VmCommand::Start {
             name: vm,
             paused,
             wait,
             accel,
         } => {
-            let vm = name(&vm)?;
+            let vm = name(&vm).await?;
             // One that is restored does not say again what it said when it booted.
             let boots = local::will_boot(&vm)?;
             let qemu = local::start(&vm, accelerator(accel), paused).await?;
@@ -38,7 +39,7 @@ pub(crate) async fn run(store: &Store, command: VmCommand, output: &Output) -> a
             show(&vm, output).await
         }
         VmCommand::Stop { name: vm, discard } => {
-            let vm = name(&vm)?;
+            let vm = name(&vm).await?;
             vm.record()?;
             if discard {
                 local::discard(&vm).await?;
@@ -48,12 +49,12 @@ pub(crate) async fn run(store: &Store, command: VmCommand, output: &Output) -> a
             show(&vm, output).await
         }
         VmCommand::Pause { name: vm } => {
-            let vm = name(&vm)?;
+            let vm = name(&vm).await?;
             local::pause(&vm).await?;
             show(&vm, output).await
         }
         VmCommand::Resume { name: vm } => {
-            let vm = name(&vm)?;
+            let vm = name(&vm).await?;
             site::source::settle(&vm).await?;
             local::resume(&vm).await?;
             show(&vm, output).await
@@ -61,13 +62,14 @@ pub(crate) async fn run(store: &Store, command: VmCommand, output: &Output) -> a
         VmCommand::List => {
             let mut all = Vec::new();
             for vm in store.vms()? {
+                let vm = vm_of(store, vm.name().as_str()).await?;
                 all.push(local::status(&vm).await?);
             }
             output.result(&all, |all| table(&all.iter().map(row).collect::<Vec<_>>()))
         }
-        VmCommand::Status { name: vm } => show(&name(&vm)?, output).await,
+        VmCommand::Status { name: vm } => show(&name(&vm).await?, output).await,
         VmCommand::Screenshot { name: vm, out } => {
-            let vm = name(&vm)?;
+            let vm = name(&vm).await?;
             let qemu = local::attach_running(&vm).await?;
             let image = qemu.screenshot().await?;
             image
@@ -79,8 +81,32 @@ pub(crate) async fn run(store: &Store, command: VmCommand, output: &Output) -> a
                 |_| format!("{width} x {height} pixels in {}", out.display()),
             )
         }
+        VmCommand::Takeover {
+            name: vm,
+            fence,
+            yes,
+        } => {
+            let vm = name(&vm).await?;
+            if !yes {
+                let meant = describe(&local::takeover_of(&vm, fence)?);
+                bail!(site::Error::Refused(format!("{meant}. Say --yes to do it")));
+            }
+            let taken = local::takeover(&vm, fence).await?;
+            output.result(&taken, |taken| {
+                let go_on = if taken.generation.is_some() {
+                    "start"
+                } else {
+                    "resume"
+                };
+                format!(
+                    "{}\n{1} is this site's now: `replay-migrate vm {go_on} {1}`",
+                    describe(taken),
+                    taken.vm,
+                )
+            })
+        }
         VmCommand::Delete { name: vm, yes } => {
-            let vm = name(&vm)?;
+            let vm = name(&vm).await?;
             let record = vm.record()?;
             if !yes && !confirmed(&format!("Remove {} with all its generations?", record.name))? {
                 bail!(site::Error::Refused(format!(
@@ -156,6 +182,25 @@ fn row(status: &VmStatus) -> Vec<String> {
         format!("{} MiB", status.record.hardware.memory_mib),
         format!("generation {generation}"),
     ]
+}
+
+/// What taking a VM over means, for the person who decides.
+fn describe(taken: &Takeover) -> String {
+    let from = match (taken.generation, taken.age) {
+        (Some(generation), Some(age)) => format!(
+            "generation {generation}, which is {} old",
+            HumanDuration(age)
+        ),
+        (Some(generation), None) => {
+            format!("generation {generation}, which this host's clock says is yet to come")
+        }
+        (None, _) => "where it has stood still here since its hand-over was cut off".to_owned(),
+    };
+    format!(
+        "{} goes on here from {from}, under number {} ({} is known here); what was done at {} \
+         since then is lost, and the copy there is stale for ever",
+        taken.vm, taken.fence, taken.fence_known, taken.from
+    )
 }
 
 fn accelerator(arg: AccelArg) -> Accelerator {

@@ -20,5 +20,6 @@ mod help;
 mod interrupt;
 mod live;
 mod permissions;
+mod resume;
 mod roam;
 mod state;

@@ -1,5 +1,6 @@
 //! An agent and those who call it, on real sockets.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -9,7 +10,7 @@ use super::*;
 use crate::identity::Identity;
 use crate::peers::{Peer, PeerAddr, Permissions};
 use crate::protocol::{Hello, Purpose, ToSource, ToTarget};
-use crate::transport::{Connection, WireError, connect};
+use crate::transport::{CallError, Dial, Lasting, WireError, connect_counted};
 use crate::vm::{BaseFile, FileHash, Id, VmRecord};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -18,7 +19,7 @@ struct Running {
     _dir: TempDir,
     store: Store,
     addr: PeerAddr,
-    caller: Identity,
+    caller: Arc<Identity>,
     agent: JoinHandle<Result<()>>,
 }
 
@@ -32,7 +33,7 @@ impl Drop for Running {
 async fn running(may: &str) -> Running {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let caller = Identity::ephemeral().unwrap();
+    let caller = Arc::new(Identity::ephemeral().unwrap());
     trust(&store, &caller, may);
     let agent = Agent::bind(&store, "127.0.0.1:0").await.unwrap();
     let addr = agent.local_addr().to_string().parse().unwrap();
@@ -54,9 +55,22 @@ fn trust(store: &Store, caller: &Identity, may: &str) {
 }
 
 impl Running {
-    async fn call(&self) -> Connection {
+    async fn call(&self) -> Lasting {
+        self.call_as(&self.caller).await
+    }
+
+    async fn call_as(&self, caller: &Arc<Identity>) -> Lasting {
         let key = self.store.identity().unwrap().key();
-        connect(&self.addr, &self.caller, &key, SOON).await.unwrap()
+        let (addr, caller) = (self.addr.clone(), caller.clone());
+        let dial: Dial = Box::new(move |traffic| {
+            let (addr, caller) = (addr.clone(), caller.clone());
+            Box::pin(async move {
+                let called = connect_counted(&addr, &caller, &key, SOON, traffic).await;
+                called.map_err(CallError::from)
+            })
+        });
+        let name = Id::random().unwrap().0;
+        Lasting::call(dial, name, Duration::ZERO).await.unwrap()
     }
 
     /// What is answered to a first word.
@@ -92,7 +106,7 @@ fn hello(purpose: Purpose) -> Hello {
     }
 }
 
-async fn ended(mut line: Connection) {
+async fn ended(mut line: Lasting) {
     let end = tokio::time::timeout(SOON, line.recv::<ToSource>()).await;
     let end = end.expect("it is ended at once");
     assert!(matches!(end, Err(ref e) if e.is_disconnect()), "{end:?}");
@@ -119,12 +133,11 @@ async fn open_connections_of_who_is_trusted_no_longer_end_at_once() {
 #[tokio::test]
 async fn open_connections_of_who_may_do_less_end_at_once_and_others_live_on() {
     let running = running("send,follow").await;
-    let other = Identity::ephemeral().unwrap();
+    let other = Arc::new(Identity::ephemeral().unwrap());
     let addr = "127.0.0.1:1".parse().unwrap();
     let peer = Peer::new("home".parse().unwrap(), addr, other.key());
     running.store.peers().trust(peer, None).unwrap();
-    let key = running.store.identity().unwrap().key();
-    let mut lives = connect(&running.addr, &other, &key, SOON).await.unwrap();
+    let mut lives = running.call_as(&other).await;
     let less = running.call().await;
     trust(&running.store, &running.caller, "send");
     ended(less).await;
@@ -185,6 +198,6 @@ async fn a_peer_has_no_more_conversations_than_are_bounded() {
     .expect("there is room again");
 }
 
-async fn ended_orderly(line: Option<Connection>) {
+async fn ended_orderly(line: Option<Lasting>) {
     line.expect("it was opened").close().await.unwrap();
 }

@@ -62,6 +62,17 @@ fn path(vm: &VmDir, peer: &SiteKey) -> PathBuf {
     vm.dir().join("seen").join(format!("{peer}.json"))
 }
 
+/// The trusted sites that are known to have a generation of a VM.
+pub(crate) fn sites(vm: &VmDir) -> Result<Vec<Peer>> {
+    let mut sites = Vec::new();
+    for peer in vm.store().peers().list()? {
+        if Seen::load(vm, &peer.key)?.generations().next().is_some() {
+            sites.push(peer);
+        }
+    }
+    Ok(sites)
+}
+
 /// A peer said, at the beginning of a conversation, what it has in common with this site.
 pub(crate) fn met(vm: &VmDir, peer: &Peer, common: &[GenerationId]) -> Result<()> {
     let has = common.iter().copied().max_by_key(|id| id.number);

@@ -456,6 +456,7 @@ async fn a_replay_goes_through_what_was_pruned_and_never_past_a_gap() {
         lacks: Vec::new(),
         qemu: String::new(),
         standby: None,
+        kept: None,
     };
     let replayed_from = || {
         let feasible = Feasible::of(&vm, &live, &welcome).unwrap();

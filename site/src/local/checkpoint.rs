@@ -1,6 +1,6 @@
 //! Making a generation of a VM while the guest stands still for a moment.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use reconciler::{ImageTree, SlicePages, no_progress};
 use vm_host::{RamMap, Status, Vm};
@@ -100,7 +100,9 @@ async fn take_state(vm: &VmDir, qemu: &Vm, record: &VmRecord, live: &Live) -> Re
         ran: true,
     };
     // The old names go below: the new ones must outlive a power cut by then.
-    sync_files(&now_live.overlay_paths(vm))?;
+    for overlay in now_live.overlay_paths(vm) {
+        files::sync_file(&overlay)?;
+    }
     for dir in [generation.dir(), &vm.dir().join("generations")] {
         files::sync_dir(dir).map_err(Error::file("sync", dir))?;
     }
@@ -127,15 +129,6 @@ async fn take_state(vm: &VmDir, qemu: &Vm, record: &VmRecord, live: &Live) -> Re
         overlays: now_live.overlays,
         device,
     })
-}
-
-fn sync_files(paths: &[PathBuf]) -> Result<()> {
-    for path in paths {
-        std::fs::File::open(path)
-            .and_then(|file| file.sync_all())
-            .map_err(Error::file("sync", path))?;
-    }
-    Ok(())
 }
 
 async fn finish_generation(

@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod create;
+mod takeover;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -26,6 +27,8 @@ pub use checkpoint::{checkpoint, suspend};
 pub(crate) use checkpoint::{checkpoint_locked, next_generation};
 pub(crate) use create::create;
 pub use create::{NewVm, REPLAY_FRIENDLY, create_from};
+pub(crate) use takeover::give_way;
+pub use takeover::{Takeover, takeover, takeover_of};
 
 /// What the overlays of a VM's last run rest on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,8 +202,8 @@ pub(crate) fn require_lease(vm: &VmDir) -> Result<u64> {
     match vm.lease()? {
         Lease::Held { fence, .. } => Ok(fence),
         Lease::Elsewhere { owner_name, .. } => Err(Error::Refused(format!(
-            "{} runs at {owner_name}; what is here is a stale copy. Bring it back from there with \
-             `replay-migrate migrate`",
+            "{0} runs at {owner_name}; what is here is a stale copy. Bring it back from there with \
+             `replay-migrate migrate`; if that site is gone for good, `vm takeover {0}` here",
             vm.name()
         ))),
         Lease::Offered { to_name, .. } => Err(Error::InDoubt {
@@ -374,6 +377,10 @@ pub(crate) fn lay_overlays(vm: &VmDir, record: &VmRecord, on: Option<&Manifest>)
         )?;
         live.overlays.push(name);
     }
+    // A note of overlays that a power cut has taken would keep the VM from its generation.
+    for overlay in live.overlay_paths(vm) {
+        files::sync_file(&overlay)?;
+    }
     live.store(vm)?;
     Ok(live)
 }
@@ -477,7 +484,7 @@ pub(crate) async fn joined<T>(work: tokio::task::JoinHandle<Result<T>>) -> Resul
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     #[tokio::test]
@@ -513,7 +520,7 @@ mod tests {
         }
     }
 
-    fn vm_with_generation(root: &Path, number: u64) -> VmDir {
+    pub(crate) fn vm_with_generation(root: &Path, number: u64) -> VmDir {
         use crate::generation::ImageInfo;
         let store = crate::store::Store::open(root).unwrap();
         let vm = store.vm(&"desk".parse().unwrap());

@@ -3,7 +3,7 @@
 use crate::exchange::Sent;
 use crate::protocol::ImageKind;
 use crate::report::{ByteReport, PageReports};
-use crate::transport::Traffic;
+use crate::transport::LineHandle;
 
 /// Adds what sending images took, by what the bytes were for.
 pub(super) fn account(bytes: &mut ByteReport, sent: &[Sent]) {
@@ -18,9 +18,10 @@ pub(super) fn account(bytes: &mut ByteReport, sent: &[Sent]) {
 }
 
 /// Adds what crossed a line that is done with.
-pub(super) fn finish_traffic(bytes: &mut ByteReport, traffic: &Traffic) {
-    bytes.sent += traffic.sent();
-    bytes.received += traffic.received();
+pub(super) fn finish_traffic(bytes: &mut ByteReport, line: &LineHandle) {
+    bytes.sent += line.traffic().sent();
+    bytes.received += line.traffic().received();
+    bytes.resent += line.resent();
 }
 
 /// How the pages of all images came about.

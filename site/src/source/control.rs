@@ -15,6 +15,7 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::MigrateOptions;
 use crate::control_socket::{self, ControlSocket};
 use crate::error::{Class, Error, Result};
 use crate::identity::SiteKey;
@@ -47,6 +48,8 @@ pub(super) enum Request {
         to: SiteKey,
         /// Leave it paused there.
         paused: bool,
+        /// How long a line that is lost is called again, in seconds.
+        give_up_after: u64,
     },
     /// Say how far it is; nothing changes.
     Tell,
@@ -195,7 +198,7 @@ impl Progress for Caller {
 pub(super) async fn move_followed(
     vm: &VmDir,
     peer: &Peer,
-    paused: bool,
+    options: &MigrateOptions,
     progress: &dyn Progress,
     cancel: &CancellationToken,
 ) -> Result<Option<MigrationReport>> {
@@ -204,7 +207,8 @@ pub(super) async fn move_followed(
     };
     let request = Request::Move {
         to: peer.key,
-        paused,
+        paused: options.paused,
+        give_up_after: options.give_up_after.as_secs(),
     };
     match talk(vm, stream, &request, progress, cancel).await? {
         Word::Moved(report) => Ok(Some(*report)),

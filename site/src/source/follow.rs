@@ -15,11 +15,13 @@ use tokio_util::sync::CancellationToken;
 use traces::Record;
 
 use super::control::{self, Caller, Control, Request};
+use super::hand_over::give_way_if_so;
 use super::opening::{begin, hello, live};
+use super::persist::persist;
 use super::replay::without_twin;
 use super::standing::{FollowOptions, Followed, Standing};
 use super::twin::Twin;
-use super::{MigrateOptions, Opened, TwinTurn, migrate_from, settle, ship_base};
+use super::{MigrateOptions, Opened, TwinTurn, settle, ship_base};
 use crate::error::{Error, Result};
 use crate::files::FileLock;
 use crate::fork::following_from;
@@ -27,6 +29,7 @@ use crate::generation::GenerationId;
 use crate::lease::Lease;
 use crate::line::Line;
 use crate::local;
+use crate::moving::Moving;
 use crate::peers::{Peer, Permission};
 use crate::phase::Phase;
 use crate::plan::{Feasible, Following};
@@ -94,7 +97,7 @@ pub async fn follow(
         twin.kill().await;
     }
     Workplace::Following.clear(vm).await?;
-    followed
+    give_way_if_so(vm, peer, followed).await
 }
 
 /// The lock of who has a VM followed, if nobody does.
@@ -236,6 +239,8 @@ impl Follower<'_> {
             self.transfer = Id::random()?;
         }
         let mut line = Line::connect(self.vm.store(), self.peer).await?;
+        // What was recorded meanwhile comes with the next call, which is made here.
+        line.set_patience(Duration::ZERO);
         let (vm, record) = (self.vm, self.record);
         let version = local::qemu_version().await?;
         let purpose = Purpose::Migrate;
@@ -420,7 +425,12 @@ impl Follower<'_> {
         mut line: Line,
         mut rate: f64,
     ) -> Result<Option<Followed>> {
-        let Request::Move { to, paused } = request else {
+        let Request::Move {
+            to,
+            paused,
+            give_up_after,
+        } = request
+        else {
             leave(line).await;
             caller.end(&Ok(None)).await;
             return Ok(Some(Followed::Left));
@@ -429,12 +439,12 @@ impl Follower<'_> {
             let refused = control::elsewhere(self.vm, self.peer.name.as_str());
             caller.end(&Err(refused)).await;
             // The standby waits for the next call.
-            drop(line);
+            line.abandon();
             return Ok(None);
         }
         if local::next_generation(self.vm)? != self.next {
             // A checkpoint was made: the target is to know of it.
-            drop(line);
+            line.abandon();
             (line, rate) = match self.connect().await {
                 Ok(connected) => connected,
                 Err(error) => {
@@ -452,12 +462,14 @@ impl Follower<'_> {
             bytes: self.bytes,
             twin: self.twin.take(),
             behind: Some(self.behind.unwrap_or(Duration::MAX)),
+            kept: None,
         };
         let options = MigrateOptions {
             strategy: Some(Strategy::Replay),
             paused,
             twin: TwinTurn::Beside,
             quick: false,
+            give_up_after: Duration::from_secs(give_up_after),
             ..MigrateOptions::default()
         };
         caller.note(&match self.behind {
@@ -472,9 +484,10 @@ impl Follower<'_> {
                 self.peer.name
             ),
         });
-        let (vm, peer, transfer) = (self.vm, self.peer, self.transfer);
+        let (vm, peer) = (self.vm, self.peer);
+        let moving = Moving::of(self.transfer, peer, local::require_lease(vm)?);
         let gone = caller.gone.clone();
-        let moved = migrate_from(vm, peer, transfer, options, Some(opened), &caller, &gone);
+        let moved = persist(vm, peer, &moving, options, Some(opened), &caller, &gone);
         let outcome = moved.await.map(Some);
         Workplace::Following.clear(vm).await?;
         let here = matches!(vm.lease()?, Lease::Held { .. });

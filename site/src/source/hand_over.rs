@@ -1,6 +1,7 @@
 //! Who owns the VM: settling a hand-over that was cut off, and letting go after one that was not.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_host::Vm;
 
@@ -10,12 +11,15 @@ use crate::generation::Manifest;
 use crate::lease::Lease;
 use crate::line::Line;
 use crate::local::{self, Live};
+use crate::moving::Moving;
 use crate::ownership::{self, Offer, Settled};
+use crate::peers::Peer;
 use crate::phase::Phase;
 use crate::protocol::{ImageKind, Purpose, ToSource, ToTarget};
 use crate::recording;
 use crate::state::State;
 use crate::store::VmDir;
+use crate::vm::Id;
 
 /// Finds out who owns a VM whose hand-over was cut off, if that is not known.
 ///
@@ -30,6 +34,66 @@ pub async fn settle(vm: &VmDir) -> Result<()> {
     Ok(())
 }
 
+/// As [`settle`], for an agent: nobody is kept from working on the VM while the target is asked.
+///
+/// # Errors
+/// [`Error::InDoubt`] if the target can't be asked now.
+pub(crate) async fn settle_unattended(vm: &VmDir) -> Result<()> {
+    if vm.lock().is_err() {
+        // Whoever is at work asks by themselves.
+        return Ok(());
+    }
+    let Some(offer) = ownership::offered(vm)? else {
+        return Ok(());
+    };
+    let taken = ask(vm, &offer).await?;
+    let _lock = vm.lock_soon().await?;
+    let qemu = local::attach(vm).await?;
+    note(vm, qemu.as_ref(), offer, taken).await?;
+    tracing::info!(vm = %vm.name(), taken, "the hand-over that was cut off is settled");
+    Ok(())
+}
+
+/// Asks a site that had the VM whether it has it, under a higher number than this one's, and gives
+/// way if so.
+///
+/// # Errors
+/// When it can't be asked now.
+pub(crate) async fn ask_whether_superseded(vm: &VmDir, peer: &Peer) -> Result<()> {
+    let record = vm.record()?;
+    let fence = vm.lease()?.fence();
+    let transfer = Id::random()?;
+    let purpose = Purpose::Estimate;
+    let mut line = Line::connect(vm.store(), peer).await?;
+    line.set_patience(Duration::ZERO);
+    let hello = hello(vm, &record, purpose, transfer, fence, 1, "")?;
+    line.send(ToTarget::Hello(Box::new(hello))).await?;
+    let answer = line.recv(Phase::Hello).await;
+    line.close().await;
+    give_way_if_so(vm, peer, answer.map(drop))
+        .await
+        .or_else(|error| {
+            // It has said what it has to say.
+            error.superseded().map_or(Err(error), |_| Ok(()))
+        })
+}
+
+/// Notes that the VM was taken over by the other site, if that is why something failed.
+pub(super) async fn give_way_if_so<T>(vm: &VmDir, peer: &Peer, outcome: Result<T>) -> Result<T> {
+    if let Err(error) = &outcome
+        && let Some(fence) = error.superseded()
+        && !local::give_way(vm, peer, fence).await?
+    {
+        tracing::warn!(
+            vm = %vm.name(),
+            peer = %peer.name,
+            fence,
+            "it says that it has the VM; it never had it, and is not believed"
+        );
+    }
+    outcome
+}
+
 /// Asks the target of an offered VM whether it took it, and notes the answer: whether the VM is
 /// here.
 pub(super) async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
@@ -37,7 +101,18 @@ pub(super) async fn ask_target(vm: &VmDir, qemu: Option<&Vm>) -> Result<bool> {
         return Ok(true);
     };
     let taken = ask(vm, &offer).await?;
-    match ownership::decide(vm, offer, taken)? {
+    note(vm, qemu, offer, taken).await
+}
+
+/// Notes what the target answered, and does what follows from it: whether the VM is here. The
+/// lock is held.
+async fn note(vm: &VmDir, qemu: Option<&Vm>, offer: Offer, taken: bool) -> Result<bool> {
+    let settled = ownership::decide(vm, offer, taken)?;
+    if settled != Settled::Known {
+        // Neither way does that transfer go on.
+        Moving::forget(vm)?;
+    }
+    match settled {
         Settled::Known => Ok(true),
         Settled::Here { was_running } => {
             if was_running && let Some(qemu) = qemu {
@@ -67,11 +142,16 @@ async fn ask(vm: &VmDir, offer: &Offer) -> Result<bool> {
         let record = vm.record()?;
         let (transfer, fence) = (offer.transfer, offer.fence);
         let mut line = Line::connect(vm.store(), &peer).await?;
+        // Whoever asks calls again.
+        line.set_patience(Duration::ZERO);
         let purpose = Purpose::Settle(transfer);
         let hello = hello(vm, &record, purpose, transfer, fence, 1, "")?;
         line.send(ToTarget::Hello(Box::new(hello))).await?;
         match line.recv(Phase::Commit).await? {
-            ToSource::Settled { taken } => Ok(taken),
+            ToSource::Settled { taken } => {
+                line.close().await;
+                Ok(taken)
+            }
             _ => Err(line.unexpected(Phase::Commit, "no answer to the question who owns the VM")),
         }
     };

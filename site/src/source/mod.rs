@@ -2,7 +2,8 @@
 //!
 //! Whatever goes wrong before the lease has moved, [`migrate`] leaves the VM here, running if it
 //! ran. The one moment at which that can't be known is between asking for the commit and hearing
-//! that it was done; [`settle`] clears that up.
+//! that it was done; [`settle`] clears that up. A line that is lost is called again, see
+//! [`persist`]; what a process leaves that is killed is put right by [`crate::moving::recover`].
 
 mod account;
 mod control;
@@ -10,6 +11,7 @@ mod follow;
 mod hand_over;
 mod live;
 mod opening;
+mod persist;
 mod replay;
 mod seed;
 mod standing;
@@ -27,25 +29,27 @@ use crate::exchange::{self, Outgoing, Sent};
 use crate::generation::{GenerationId, Manifest};
 use crate::generations::seen;
 use crate::lease::Lease;
-use crate::line::{Line, LinkHistory};
+use crate::line::{CALL_AGAIN, Line, LinkHistory};
 use crate::local::{self, Live};
+use crate::moving::Moving;
 use crate::ownership::{self, Offer};
 use crate::peers::{Peer, Permission};
 use crate::phase::Phase;
 use crate::plan::{self, Feasible, Lesson};
 use crate::progress::Progress;
-use crate::protocol::{CommitRequest, Plan, Purpose, ToSource, ToTarget, Welcome};
+use crate::protocol::{CommitRequest, Kept, Plan, Purpose, Stage, ToSource, ToTarget, Welcome};
 use crate::report::{
     ByteReport, LiveReport, MigrationReport, PhaseClock, ReplaySummary, Roots, Strategy,
 };
 use crate::state::{Base, State};
 use crate::store::VmDir;
-use crate::vm::{Id, VmRecord};
+use crate::vm::VmRecord;
 use crate::work::Workplace;
 
 use account::{account, finish_traffic, pages};
-use hand_over::{ask_target, keep};
+use hand_over::{ask_target, give_way_if_so, keep};
 use opening::{begin, hello};
+use persist::{Attempt, Guest, View, persist};
 use replay::{realign, tell, without_twin};
 use seed::{ship_files, ship_generation};
 pub(crate) use stop::CLOSE;
@@ -55,6 +59,7 @@ use twin::Twin;
 pub use follow::follow;
 pub(crate) use follow::{clear_following, following_lock};
 pub use hand_over::settle;
+pub(crate) use hand_over::{ask_whether_superseded, settle_unattended};
 pub use live::LiveOptions;
 pub use seed::{SeedReport, dry_run, seed};
 pub use standing::{FollowOptions, Followed, Standing};
@@ -73,7 +78,7 @@ pub enum TwinTurn {
 }
 
 /// How to migrate.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct MigrateOptions {
     /// Which way; `None` for what is predicted to be best.
     pub strategy: Option<Strategy>,
@@ -85,12 +90,28 @@ pub struct MigrateOptions {
     pub quick: bool,
     /// When rounds of [`Strategy::Live`] are enough.
     pub live: LiveOptions,
+    /// How long a line that is lost is called again.
+    pub give_up_after: Duration,
+}
+
+impl Default for MigrateOptions {
+    fn default() -> Self {
+        Self {
+            strategy: None,
+            paused: false,
+            twin: TwinTurn::default(),
+            quick: false,
+            live: LiveOptions::default(),
+            give_up_after: CALL_AGAIN,
+        }
+    }
 }
 
 /// Moves a VM to another site.
 ///
 /// # Errors
 /// In all cases but [`Error::InDoubt`] and [`Error::NotResumed`] the VM is here and as it was.
+/// After [`Error::GaveUp`] the same call goes on with what the target has kept.
 pub async fn migrate(
     vm: &VmDir,
     peer: &Peer,
@@ -102,7 +123,7 @@ pub async fn migrate(
     peer.require(Permission::Receive)?;
     vm.record()?;
     if matches!(options.strategy, None | Some(Strategy::Replay)) {
-        let moved = control::move_followed(vm, peer, options.paused, progress, cancel).await?;
+        let moved = control::move_followed(vm, peer, &options, progress, cancel).await?;
         if let Some(report) = moved {
             return Ok(report);
         }
@@ -117,8 +138,9 @@ pub async fn migrate(
         },
         _ => options,
     };
-    let transfer = Id::random()?;
-    migrate_from(vm, peer, transfer, options, None, progress, cancel).await
+    let moving = Moving::begin(vm, peer, local::require_lease(vm)?)?;
+    let moved = persist(vm, peer, &moving, options, None, progress, cancel).await;
+    give_way_if_so(vm, peer, moved).await
 }
 
 /// A line whose other end has all that it needs to begin; perhaps it has begun to follow.
@@ -136,20 +158,23 @@ struct Opened {
     twin: Option<Twin>,
     /// How far behind the target follows; nothing, where it does not.
     behind: Option<Duration>,
+    /// What the target has kept of an earlier attempt.
+    kept: Option<Stage>,
 }
 
 /// Migrates over a new line, or over one on which the target follows.
-async fn migrate_from(
-    vm: &VmDir,
-    peer: &Peer,
-    transfer: Id,
-    options: MigrateOptions,
-    opened: Option<Opened>,
-    progress: &dyn Progress,
-    cancel: &CancellationToken,
-) -> Result<MigrationReport> {
+/// The VM's lock is held.
+async fn migrate_from(attempt: Attempt<'_>, opened: Option<Opened>) -> Result<MigrationReport> {
+    let Attempt {
+        vm,
+        peer,
+        moving,
+        options,
+        view,
+        progress,
+        cancel,
+    } = attempt;
     let record = vm.record()?;
-    let _lock = vm.lock()?;
     let fence = local::require_lease(vm)?;
     let qemu = local::attach_running(vm).await?;
     Workplace::Incoming.clear(vm).await?;
@@ -167,11 +192,13 @@ async fn migrate_from(
         qemu_version: local::qemu_version().await?,
         was_running,
         fence,
-        transfer,
+        moving: moving.clone(),
+        view: view.clone(),
         clock: PhaseClock::start(progress),
         stopped: false,
         twin: None,
     };
+    run.note(Phase::Plan, false)?;
     // Up to the commit, the user can stop it; the commit itself takes a round trip and is seen
     // through.
     let prepared = {
@@ -179,34 +206,64 @@ async fn migrate_from(
         tokio::pin!(go);
         tokio::select! {
             biased;
-            prepared = &mut go => Some(prepared),
-            () = cancel.cancelled() => None,
+            prepared = &mut go => Outcome::Over(prepared),
+            () = cancel.cancelled() => Outcome::CalledOff,
+            () = view.attend(vm, peer, progress) => {
+                // From here on the line can't come back: what is decided now stands.
+                if let Some(line) = view.line_now() {
+                    line.cut();
+                }
+                Outcome::StoodStill
+            }
         }
     };
     let outcome = match prepared {
-        Some(Ok(prepared)) => Some(run.complete(prepared).await),
-        Some(Err(error)) => Some(Err(error)),
-        None => None,
+        Outcome::Over(Ok(prepared)) => {
+            let complete = run.complete(prepared);
+            tokio::pin!(complete);
+            tokio::select! {
+                completed = &mut complete => Outcome::Over(completed),
+                // It only tells: nobody stands still for so long by choice any more.
+                () = view.attend(vm, peer, progress) => Outcome::Over(complete.await),
+            }
+        }
+        Outcome::Over(Err(error)) => Outcome::Over(Err(error)),
+        Outcome::CalledOff => Outcome::CalledOff,
+        Outcome::StoodStill => Outcome::StoodStill,
     };
     let phase = run.clock.phase();
     let error = match outcome {
-        Some(Ok((report, lesson))) => {
+        Outcome::Over(Ok((report, lesson))) => {
             let report = MigrationReport {
                 seconds: run.clock.seconds(),
                 ..report
             };
             // The user is at the target already.
-            if let Err(error) = plan::learn(vm, &report, lesson).await {
+            if let Some(lesson) = lesson
+                && let Err(error) = plan::learn(vm, &report, lesson).await
+            {
                 tracing::warn!(error = error.chain(), "what this took was not noted");
             }
             return Ok(report);
         }
-        Some(Err(error)) => Error::Phase {
+        Outcome::Over(Err(error)) => Error::Phase {
             phase,
             source: Box::new(error),
         },
-        None => Error::Interrupted(phase),
+        Outcome::CalledOff => Error::Interrupted(phase),
+        Outcome::StoodStill => Error::Phase {
+            phase,
+            source: Box::new(Error::StoodStill {
+                vm: vm.name().to_string(),
+                site: peer.name.to_string(),
+                waited: persist::STAND_STILL,
+            }),
+        },
     };
+    if let Some(line) = view.line_now() {
+        // If it can be told, the target need not wait for what will not come.
+        line.ended().await;
+    }
     let resume = was_running && run.stopped;
     let twin = run.twin.take();
     let undone = undo(vm, &qemu, resume).await;
@@ -215,6 +272,7 @@ async fn migrate_from(
     }
     warn_unclean(Workplace::Incoming.clear(vm).await);
     if undone? {
+        run.note(Phase::Hello, false)?;
         Err(error)
     } else {
         Err(Error::NotResumed {
@@ -238,6 +296,16 @@ async fn undo(vm: &VmDir, qemu: &Vm, resume: bool) -> Result<bool> {
     Ok(here)
 }
 
+/// How an attempt went on.
+enum Outcome<T> {
+    /// To its end, or to a failure.
+    Over(Result<T>),
+    /// The user does not want it any more.
+    CalledOff,
+    /// The guest had stood still for too long without a line.
+    StoodStill,
+}
+
 struct Migration<'a> {
     vm: &'a VmDir,
     record: &'a VmRecord,
@@ -248,7 +316,9 @@ struct Migration<'a> {
     qemu_version: String,
     was_running: bool,
     fence: u64,
-    transfer: Id,
+    /// As it is noted.
+    moving: Moving,
+    view: Arc<View>,
     clock: PhaseClock<'a>,
     /// Whether this migration has paused the guest.
     stopped: bool,
@@ -271,25 +341,105 @@ struct Prepared {
     verified: Roots,
     replay: Option<ReplaySummary>,
     rounds: Option<LiveReport>,
+    /// Some of it came over an earlier line: its times tell nothing.
+    pieced: bool,
 }
 
 impl Migration<'_> {
-    /// Hello, Plan and Base: the target has all that it needs to begin.
-    async fn open(&mut self, live: &Live, next: u64) -> Result<Opened> {
-        self.clock.enter(Phase::Hello);
+    /// Writes down how far it is, before that is so.
+    fn note(&mut self, phase: Phase, paused: bool) -> Result<()> {
+        self.moving.phase = phase;
+        self.moving.paused = paused;
+        self.moving.store(self.vm)
+    }
+
+    /// A line over which it goes from here on.
+    fn goes_over(&self, line: &mut Line) {
+        line.set_patience(self.options.give_up_after);
+        self.view.line(line.handle());
+    }
+
+    /// Whether what a target has kept is what is wanted now.
+    fn suits(&self, kept: &Kept) -> Result<bool> {
+        let Plan {
+            strategy,
+            base,
+            quick,
+        } = kept.plan;
+        let wanted = self
+            .options
+            .strategy
+            .is_none_or(|wanted| wanted == strategy)
+            && (strategy != Strategy::Replay || quick == self.options.quick);
+        let here = match base {
+            None => true,
+            Some(base) => {
+                let here = self.vm.generation(base.number).load_manifest()?;
+                here.is_some_and(|here| here.identity() == base)
+            }
+        };
+        Ok(wanted && here)
+    }
+
+    /// Calls the target, and hears what it has.
+    async fn call(&mut self, next: u64) -> Result<(Line, Welcome, f64)> {
         let mut line = Line::connect(self.vm.store(), self.peer).await?;
+        self.goes_over(&mut line);
         let hello = hello(
             self.vm,
             self.record,
             Purpose::Migrate,
-            self.transfer,
+            self.moving.transfer,
             self.fence,
             next,
             &self.qemu_version,
         )?;
         let (welcome, rate) = begin(&mut line, self.vm, hello).await?;
+        Ok((line, welcome, rate))
+    }
+
+    /// Hello, Plan and Base: the target has all that it needs to begin.
+    async fn open(&mut self, live: &Live, next: u64) -> Result<Opened> {
+        self.clock.enter(Phase::Hello);
+        let (mut line, mut welcome, mut rate) = self.call(next).await?;
+        if let Some(kept) = &welcome.kept
+            && !self.suits(kept)?
+        {
+            self.progress.note(&format!(
+                "{} has kept what is not wanted now, and clears it away",
+                self.peer.name
+            ));
+            line.close().await;
+            (line, welcome, rate) = self.call(next).await?;
+        }
 
         self.clock.enter(Phase::Plan);
+        if let Some(kept) = &welcome.kept {
+            let has = match kept.stage {
+                Stage::Prepared => "its working copy".to_owned(),
+                Stage::Replaying { records } => format!("its replay, of {records} records"),
+                Stage::Frozen => "the copy that it was building".to_owned(),
+            };
+            self.progress.note(&format!(
+                "strategy {}: going on with what {} has kept: {has}",
+                kept.plan.strategy, self.peer.name
+            ));
+            let records = match kept.stage {
+                Stage::Replaying { records } => records,
+                Stage::Prepared | Stage::Frozen => 0,
+            };
+            return Ok(Opened {
+                line,
+                strategy: kept.plan.strategy,
+                base: kept.plan.base,
+                rate,
+                records: usize::try_from(records).unwrap_or(usize::MAX),
+                bytes: ByteReport::default(),
+                twin: None,
+                behind: None,
+                kept: Some(kept.stage),
+            });
+        }
         let feasible = Feasible::of(self.vm, live, &welcome)?;
         let strategy = if let Some(strategy) = self.options.strategy {
             strategy
@@ -330,6 +480,7 @@ impl Migration<'_> {
             },
             twin: None,
             behind: None,
+            kept: None,
         })
     }
 
@@ -346,8 +497,12 @@ impl Migration<'_> {
             mut bytes,
             twin,
             behind,
+            kept,
         } = match opened {
-            Some(opened) => opened,
+            Some(mut opened) => {
+                self.goes_over(&mut opened.line);
+                opened
+            }
             None => self.open(&live, next).await?,
         };
         self.twin = twin;
@@ -363,17 +518,22 @@ impl Migration<'_> {
         if (strategy == Strategy::Replay || live_replay)
             && let Some(base) = base
             && behind.is_none()
+            && kept != Some(Stage::Frozen)
         {
-            if self.options.twin == TwinTurn::Beside {
+            // Beside a replay that is on its way or done it would only be late.
+            let begins = !matches!(kept, Some(Stage::Replaying { .. }));
+            if self.options.twin == TwinTurn::Beside && begins {
                 self.start_twin(base).await;
             }
-            let (summary, log) = self.replay(&mut line, base).await?;
+            let (summary, log) = self.replay(&mut line, base, records).await?;
             replay = Some(summary);
             bytes.log += log;
         }
         let base_images = Arc::new(local::joined(base_images).await?);
         let mut ahead = if strategy == Strategy::Live {
-            let rounds = self.rounds(&mut line, &live, &base_images, rate, live_replay);
+            // What came of an earlier attempt is in the target's copy.
+            let mixed = live_replay || kept == Some(Stage::Frozen);
+            let rounds = self.rounds(&mut line, &live, &base_images, rate, mixed);
             Some(Box::pin(rounds).await?)
         } else {
             None
@@ -398,6 +558,7 @@ impl Migration<'_> {
         }
 
         let number = base.map(|base| base.number);
+        let went_ahead = ahead.is_some();
         let against = match &mut ahead {
             Some(ahead) => Box::pin(self.last_round(&mut line, ahead, &state, number)).await?,
             None => base_images.clone(),
@@ -407,7 +568,7 @@ impl Migration<'_> {
             state: &state,
             base: &against,
             // What rounds have brought on is known exactly.
-            replayed: replay.is_some() && ahead.is_none(),
+            replayed: (replay.is_some() || kept == Some(Stage::Frozen)) && !went_ahead,
             twin: twin.as_ref(),
             rate,
             progress: self.progress,
@@ -448,11 +609,12 @@ impl Migration<'_> {
             verified,
             replay,
             rounds,
+            pieced: kept.is_some(),
         })
     }
 
     /// The commit, and what comes after it.
-    async fn complete(&mut self, prepared: Prepared) -> Result<(MigrationReport, Lesson)> {
+    async fn complete(&mut self, prepared: Prepared) -> Result<(MigrationReport, Option<Lesson>)> {
         let Prepared {
             mut line,
             live,
@@ -467,25 +629,30 @@ impl Migration<'_> {
             verified,
             replay,
             rounds,
+            pieced,
         } = prepared;
         self.clock.enter(Phase::Commit);
+        self.view.guest(Guest::HandedOver);
         self.commit(&mut line, &manifest).await?;
         self.clock.enter(Phase::Resume);
         let resumed = self.resume(&mut line).await;
-        finish_traffic(&mut bytes, &line.traffic());
+        finish_traffic(&mut bytes, &line.handle());
         line.close().await;
         // The VM is at the target, whether or not it runs there yet: nothing that fails from
         // here on changes that.
         let generation = manifest.generation;
         seen::warn_unnoted(seen::shared(self.vm, self.peer, manifest.identity()));
         warn_unclean(Workplace::Incoming.clear(self.vm).await);
-        let lesson = Lesson {
+        let lesson = (!pieced).then(|| Lesson {
             state: state.clone(),
             base: base_images,
             rate,
-        };
+        });
         if let Err(error) = keep(self.vm, self.qemu, &live, state, manifest).await {
             tracing::warn!(error = error.chain(), "no stale copy was kept here");
+        }
+        if let Err(error) = Moving::forget(self.vm) {
+            tracing::warn!(error = error.chain(), "the move is still noted");
         }
         resumed?;
         let report = MigrationReport {
@@ -527,7 +694,7 @@ impl Migration<'_> {
     async fn commit(&mut self, line: &mut Line, manifest: &Manifest) -> Result<()> {
         let offer = Offer {
             fence: self.fence,
-            transfer: self.transfer,
+            transfer: self.moving.transfer,
             to: self.peer.key,
             to_name: self.peer.name.to_string(),
             was_running: self.was_running,

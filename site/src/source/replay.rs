@@ -25,13 +25,15 @@ const TAIL_ROUNDS: usize = 3;
 const SIGN_OF_LIFE: Duration = Duration::from_secs(30);
 
 impl Migration<'_> {
-    /// Ships the log and has it replayed, then the tail that was typed meanwhile.
+    /// Ships the log but for what the target has, and has it replayed, then the tail that was
+    /// typed meanwhile.
     pub(super) async fn replay(
         &mut self,
         line: &mut Line,
         base: GenerationId,
+        had: usize,
     ) -> Result<(ReplaySummary, u64)> {
-        let mut sent_records = 0;
+        let mut sent_records = had;
         let mut log_bytes = 0;
         let mut total: Option<ReplaySummary> = None;
         for _ in 0..TAIL_ROUNDS {
@@ -41,6 +43,9 @@ impl Migration<'_> {
                 let vm = self.vm.clone();
                 local::blocking(move || recording::records_since(&vm, base.number)).await?
             };
+            if sent_records > records.len() {
+                return Err(line.unexpected(Phase::Log, "more of the log than there is"));
+            }
             let new = records.get(sent_records..).unwrap_or_default();
             if new.is_empty() && total.is_some() {
                 break;
@@ -69,7 +74,8 @@ impl Migration<'_> {
             };
             // A report is of all pieces so far.
             let in_step = summary.diverged.is_none();
-            if total.replace(summary).is_none() && in_step && self.options.twin == TwinTurn::After {
+            let first = total.replace(summary).is_none() && had == 0;
+            if first && in_step && self.options.twin == TwinTurn::After {
                 self.start_twin(base).await;
                 if let Some(twin) = self.twin.as_mut() {
                     without_twin(twin.play(&records));
@@ -86,7 +92,7 @@ impl Migration<'_> {
             self.vm,
             self.record,
             Workplace::Incoming,
-            self.transfer,
+            self.moving.transfer,
             base.number,
             pace_of(self.options.quick),
             None,

@@ -21,7 +21,7 @@ use crate::vm::{Id, VmRecord};
 
 use super::account::{account, finish_traffic};
 use super::control;
-use super::hand_over::settle;
+use super::hand_over::{give_way_if_so, settle};
 use super::opening::{begin, hello, live};
 
 pub(super) async fn ship_files(
@@ -110,6 +110,11 @@ pub struct SeedReport {
 
 /// Ships the newest generation of a VM to another site.
 pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<SeedReport> {
+    let seeded = ship_newest(vm, peer, progress).await;
+    give_way_if_so(vm, peer, seeded).await
+}
+
+async fn ship_newest(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<SeedReport> {
     let begun = Instant::now();
     settle(vm).await?;
     peer.require(Permission::Receive)?;
@@ -123,7 +128,7 @@ pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Se
     })?;
     progress.phase(Phase::Hello);
     let mut line = Line::connect(vm.store(), peer).await?;
-    let traffic = line.traffic();
+    let handle = line.handle();
     let fence = vm.lease()?.fence();
     let next = newest.generation + 1;
     let hello = hello(
@@ -146,7 +151,7 @@ pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Se
         account(&mut bytes, &sent);
         LinkHistory::load(vm.store())?.note(vm.store(), peer, &sent)?;
     }
-    finish_traffic(&mut bytes, &traffic);
+    finish_traffic(&mut bytes, &handle);
     line.close().await;
     Ok(SeedReport {
         generation: newest.generation,
@@ -162,6 +167,11 @@ pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Se
 /// # Errors
 /// As those of a migration without a chosen strategy that would be refused.
 pub async fn dry_run(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Estimates> {
+    let estimated = estimate(vm, peer, progress).await;
+    give_way_if_so(vm, peer, estimated).await
+}
+
+async fn estimate(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Estimates> {
     settle(vm).await?;
     peer.require(Permission::Receive)?;
     let record = vm.record()?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use traces::GuestTime;
 
 use super::Migration;
+use super::persist::Guest;
 use super::replay::without_twin;
 use super::twin::Twin;
 use crate::error::{Error, Result};
@@ -35,7 +36,7 @@ pub(super) struct Stopped {
 impl Migration<'_> {
     /// Stops the VM, and the replays wherever they are.
     pub(super) async fn stop(&mut self, line: &mut Line, live: &Live) -> Result<Stopped> {
-        self.stand_still();
+        self.stand_still(line).await?;
         let twin = self.twin.take();
         let this = &*self;
         // The twin stops while the VM's devices are saved. Both end if this is interrupted.
@@ -84,7 +85,7 @@ impl Migration<'_> {
                 self.drop_twin().await;
             }
         }
-        self.stand_still();
+        self.stand_still(line).await?;
         self.pause().await?;
         // The guest's clock stands still, too: this is where all are to end.
         let at = self.send_tail(line, &mut tail).await?;
@@ -122,10 +123,17 @@ impl Migration<'_> {
         twin
     }
 
-    fn stand_still(&mut self) {
+    /// The VM is about to be paused; not while there is no line to move it over.
+    async fn stand_still(&mut self, line: &Line) -> Result<()> {
         self.clock.enter(Phase::Stop);
+        line.handle().up().await;
+        self.note(Phase::Stop, self.was_running)?;
         self.stopped = true;
+        if self.was_running {
+            self.view.guest(Guest::StandsStill);
+        }
         self.clock.down();
+        Ok(())
     }
 
     async fn pause(&self) -> Result<()> {

@@ -5,7 +5,7 @@ use vm_host::{probe, programs};
 
 use crate::error::{Error, Result};
 use crate::lease::Lease;
-use crate::local::blocking;
+use crate::local::{blocking, give_way};
 use crate::peers::{Peer, Permission};
 use crate::protocol::{Hello, Purpose};
 use crate::store::{Store, VmDir};
@@ -101,6 +101,29 @@ pub(super) async fn check_host(store: &Store, hello: &Hello) -> Result<()> {
 
 fn free_space(dir: &std::path::Path) -> Result<u64> {
     probe::free_space(dir).map_err(Error::host("cannot measure free space"))
+}
+
+/// Compares the caller's number with this site's, where both think that they have the VM: one of
+/// them was gone while the other took it over. The number here, if the caller is of the past; if
+/// it is this site, that is noted.
+pub(super) async fn superseded(store: &Store, caller: &Peer, hello: &Hello) -> Result<Option<u64>> {
+    hello.validate()?;
+    // A hand-over that was cut off is settled by its number as well, where it is answered.
+    if matches!(hello.purpose, Purpose::Settle(_)) {
+        return Ok(None);
+    }
+    let vm = store.vm(&hello.vm.name);
+    if vm.try_record()?.is_none_or(|known| known.id != hello.vm.id) {
+        return Ok(None);
+    }
+    match vm.lease()? {
+        Lease::Held { fence, .. } if fence > hello.fence => Ok(Some(fence)),
+        Lease::Held { fence, .. } if fence < hello.fence && hello.purpose != Purpose::Seed => {
+            give_way(&vm, caller, hello.fence).await?;
+            Ok(None)
+        }
+        _ => Ok(None),
+    }
 }
 
 /// Whether a VM that a site offers may come here, by what is known of it here.

@@ -1,18 +1,21 @@
 //! The target's part of a migration, a seed, or a question.
 //!
 //! Until Commit the target holds a working folder and perhaps a fork of the VM, and nothing
-//! else: when a conversation ends early, in whatever way, both go.
+//! else: when a conversation is called off or fails, both go. When its line is lost they wait for
+//! a while for another attempt, see [`standby`].
 
 mod check;
 mod commit;
 mod cost;
 mod receive;
 mod replay;
+mod revive;
 mod standby;
 mod turn;
 mod waiting;
 
-use tokio_util::sync::CancellationToken;
+use std::time::Duration;
+
 use traces::GuestTime;
 
 use crate::error::{Error, Result};
@@ -20,24 +23,26 @@ use crate::files::{self, FileLock};
 use crate::fork::Fork;
 use crate::generation::Manifest;
 use crate::generations::seen;
-use crate::line::TargetLine;
+use crate::line::{CALL_AGAIN, TargetLine};
 use crate::local::{self};
+use crate::peers::Peer;
 use crate::phase::Phase;
-use crate::protocol::{Hello, Plan, Purpose, ToSource, ToTarget, Welcome};
+use crate::protocol::{Hello, Kept, Plan, Purpose, Stage, ToSource, ToTarget, Welcome};
 use crate::store::{Store, VmDir};
-use crate::work::{Received, Work, Workplace};
+use crate::work::{KeptNote, Received, Work, Workplace};
 
-use check::{check_allowed, check_host};
+use check::{check_allowed, check_host, superseded};
 use cost::Meter;
 use receive::{receive_file, receive_layout, receive_log, receive_rearrangement};
 use turn::Turn;
 use waiting::Waiting;
 
 pub(crate) use check::check_known;
+pub(crate) use revive::{clear_half_files, revive};
 pub(crate) use standby::Standbys;
 
 /// How long the source may take to say how the VM goes on, once it is here.
-const RESUME_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+const RESUME_LIMIT: Duration = Duration::from_secs(10);
 
 /// Talks with one peer until it is done.
 pub(crate) async fn converse(store: &Store, standbys: &Standbys, mut line: TargetLine) {
@@ -56,39 +61,57 @@ pub(crate) async fn converse(store: &Store, standbys: &Standbys, mut line: Targe
     let name = hello.vm.name.clone();
     let purpose = hello.purpose.clone();
     tracing::info!(peer, vm = %name, ?purpose, "a peer calls");
-    let begun = match check_allowed(line.peer(), &hello) {
-        Ok(()) => standbys.resume(line.peer(), &hello).await,
-        Err(error) => Err(error),
-    };
-    let begun = match begun {
-        Ok(Some(standby)) => Ok(*standby),
-        Ok(None) => Session::begin(store, &line, *hello).await,
-        Err(error) => Err(error),
-    };
-    let mut session = match begun {
+    let session = match open(store, standbys, &line, *hello).await {
         Ok(session) => session,
         Err(error) => {
             tracing::warn!(peer, vm = %name, error = error.chain(), "refused");
-            let _ = line.send(ToSource::Refused(error.chain())).await;
+            let answer = match error.superseded() {
+                Some(fence) => ToSource::Superseded { fence },
+                None => ToSource::Refused(error.chain()),
+            };
+            let _ = line.send(answer).await;
             line.close().await;
             return;
         }
     };
-    let transfer = session.hello.transfer;
-    let caller = line.peer().clone();
-    session.superseded = standbys.begin(&caller, transfer);
+    if session.lock.is_some() && !session.follows() {
+        line.set_patience(match session.hello.purpose {
+            Purpose::Migrate => standby::PATIENCE,
+            _ => CALL_AGAIN,
+        });
+    }
+    let call = standbys.begin(&line, &session.hello);
     converse_on(session, standbys, line).await;
-    standbys.end(&caller, transfer);
+    standbys.end(&call);
+}
+
+/// Begins what is asked for, or goes on with what was kept of it.
+async fn open(
+    store: &Store,
+    standbys: &Standbys,
+    line: &TargetLine,
+    hello: Hello,
+) -> Result<Session> {
+    check_allowed(line.peer(), &hello)?;
+    if let Some(fence) = superseded(store, line.peer(), &hello).await? {
+        let site = line.peer().name.to_string();
+        return Err(Error::Superseded { site, fence });
+    }
+    match standbys.resume(line.peer(), &hello).await? {
+        Some(kept) => Ok(*kept),
+        None => Session::begin(store, line, hello).await,
+    }
 }
 
 /// The conversation after its beginning.
 async fn converse_on(mut session: Session, standbys: &Standbys, line: TargetLine) {
     let peer = line.peer().name.to_string();
     let name = session.vm.name().clone();
-    let outcome = session.run(&mut Some(line)).await;
+    let mut line = Some(line);
+    let outcome = session.run(&mut line).await;
     if let Err(Ended { error, .. }) = &outcome {
         tracing::warn!(peer, vm = %name, error = error.chain(), "it ended early");
-        if error.is_disconnect() && session.follows() {
+        if error.is_disconnect() && !error.is_called_off() && session.is_worth_keeping() {
             standbys.park(session);
             return;
         }
@@ -97,19 +120,27 @@ async fn converse_on(mut session: Session, standbys: &Standbys, line: TargetLine
     if let Err(error) = cleaned {
         tracing::error!(vm = %name, error = error.chain(), "could not clean up");
     }
-    if let Err(Ended {
-        error,
-        line: Some(mut line),
-    }) = outcome
-    {
-        let reason = error.chain();
-        let _ = line
-            .send(ToSource::Failed {
-                phase: session.phase,
-                reason,
-            })
-            .await;
-        line.close().await;
+    // What was said last is to arrive.
+    match outcome {
+        Ok(()) => {
+            if let Some(line) = line {
+                line.close().await;
+            }
+        }
+        Err(Ended {
+            error,
+            line: Some(mut line),
+        }) => {
+            let reason = error.chain();
+            let _ = line
+                .send(ToSource::Failed {
+                    phase: session.phase,
+                    reason,
+                })
+                .await;
+            line.close().await;
+        }
+        Err(Ended { line: None, .. }) => {}
     }
 }
 
@@ -123,7 +154,7 @@ struct Session {
     store: Store,
     vm: VmDir,
     hello: Hello,
-    peer: crate::peers::Peer,
+    peer: Peer,
     phase: Phase,
     lock: Option<FileLock>,
     plan: Option<Plan>,
@@ -134,24 +165,24 @@ struct Session {
     fork: Option<Fork>,
     /// Records that a replay has which follows the source.
     following: Option<u64>,
+    /// Records that the fork has, whether or not it follows.
+    given: u64,
+    /// Images have begun to come into the working copy.
+    mixed: bool,
     /// The pieces that it has not played yet.
     pieces: Waiting,
     /// Measures what following costs.
     meter: Option<Meter>,
     committed: bool,
-    /// Another call takes the place of this one.
-    superseded: CancellationToken,
 }
 
 impl Session {
-    /// Checks what would fail later; what it says is for the person at the source.
-    async fn begin(store: &Store, line: &TargetLine, hello: Hello) -> Result<Self> {
-        hello.validate()?;
-        let vm = store.vm(&hello.vm.name);
-        let session = |lock| Self {
-            store: store.clone(),
+    /// A conversation that has just begun.
+    fn new(vm: &VmDir, peer: Peer, hello: Hello, lock: Option<FileLock>) -> Self {
+        Self {
+            store: vm.store().clone(),
             vm: vm.clone(),
-            peer: line.peer().clone(),
+            peer,
             phase: Phase::Hello,
             lock,
             plan: None,
@@ -160,12 +191,20 @@ impl Session {
             received: None,
             fork: None,
             following: None,
+            given: 0,
+            mixed: false,
             pieces: Waiting::default(),
             meter: None,
             committed: false,
-            superseded: CancellationToken::new(),
-            hello: hello.clone(),
-        };
+            hello,
+        }
+    }
+
+    /// Checks what would fail later; what it says is for the person at the source.
+    async fn begin(store: &Store, line: &TargetLine, hello: Hello) -> Result<Self> {
+        hello.validate()?;
+        let vm = store.vm(&hello.vm.name);
+        let session = |lock| Self::new(&vm, line.peer().clone(), hello.clone(), lock);
         if matches!(hello.purpose, Purpose::Settle(_) | Purpose::Estimate) {
             return Ok(session(None));
         }
@@ -187,6 +226,50 @@ impl Session {
         Workplace::Incoming.clear(&self.vm).await?;
         local::drop_stale_live(&self.vm).await?;
         check_host(&self.store, &self.hello).await
+    }
+
+    /// What there is of the attempt that this is about, for another call.
+    fn kept(&self) -> Option<Kept> {
+        let (plan, work) = (self.plan?, self.work.as_ref()?);
+        let stage = if self.fork.is_some() {
+            Stage::Replaying {
+                records: self.given,
+            }
+        } else if self.mixed || work.has_replayed() {
+            Stage::Frozen
+        } else {
+            Stage::Prepared
+        };
+        Some(Kept { plan, stage })
+    }
+
+    /// What is noted of it for an agent that comes after this one; nothing, where nobody could go
+    /// on with it.
+    fn note(&self) -> Option<KeptNote> {
+        let plan = self
+            .plan
+            .filter(|_| self.hello.purpose == Purpose::Migrate && self.shipping.is_none())?;
+        let hello = self.hello.clone();
+        Some(KeptNote::new(self.peer.key, hello, plan, standby::PATIENCE))
+    }
+
+    /// Whether another attempt could go on with what is here.
+    fn is_worth_keeping(&self) -> bool {
+        self.hello.purpose == Purpose::Migrate
+            && !self.committed
+            && self.shipping.is_none()
+            && self.kept().is_some()
+    }
+
+    /// Goes on with what an earlier line left.
+    async fn go_on(&mut self) -> Result<()> {
+        self.received = None;
+        if std::mem::take(&mut self.mixed)
+            && let Some(work) = self.work.take()
+        {
+            self.work = Some(work.take_stock().await?);
+        }
+        Ok(())
     }
 
     async fn welcome(&self) -> Result<Welcome> {
@@ -219,6 +302,7 @@ impl Session {
             lacks,
             qemu: local::qemu_version().await?,
             standby: self.following,
+            kept: self.kept(),
         })
     }
 
@@ -286,15 +370,19 @@ impl Session {
                     self.work = Some(self.prepare(base).await?);
                 }
                 ToTarget::Image(first) => {
-                    let (Some(state), Some(line)) = (self.work.take(), slot.take()) else {
+                    let (Some(mut state), Some(line)) = (self.work.take(), slot.take()) else {
                         return Err(self.out_of_place("an image"));
                     };
                     self.phase = Phase::Device;
-                    let (state, line, trees) = state.receive(line, first).await?;
-                    self.phase = Phase::Verify;
+                    self.mixed = true;
+                    if let Some(note) = self.note() {
+                        state.keep_note(note);
+                    }
+                    let (state, line, received) = state.receive(line, first).await;
                     *slot = Some(line);
                     self.work = Some(state);
-                    self.received = Some(trees);
+                    self.received = Some(received?);
+                    self.phase = Phase::Verify;
                 }
                 ToTarget::Publish => {
                     let (Some(state), Some(trees), Some(manifest)) =
@@ -318,11 +406,14 @@ impl Session {
                         return Err(self.out_of_place("prepare"));
                     };
                     let base = self.base_of(&plan)?;
+                    self.mixed = false;
                     self.received = None;
                     self.work = Some(self.prepare(base).await?);
                 }
                 ToTarget::Follow { part, at } => {
                     self.phase = Phase::Replay;
+                    // Whoever follows calls again by themselves, and says how far they are.
+                    line.set_patience(Duration::ZERO);
                     let records = receive_log(line, part, true).await?;
                     self.follow(records, GuestTime { micros: at }).await?;
                     // It may take a while until it is played; that the line lives is said at once.
@@ -330,6 +421,8 @@ impl Session {
                     line.flush().await?;
                 }
                 ToTarget::CatchUp { at } => {
+                    // The VM moves from here on.
+                    line.set_patience(standby::PATIENCE);
                     let summary = self.catch_up(line, GuestTime { micros: at }).await?;
                     line.send(ToSource::Replayed(summary)).await?;
                     line.flush().await?;

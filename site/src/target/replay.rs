@@ -55,7 +55,8 @@ impl Session {
             // Also an empty piece: when it is done, so is what came before it.
             fork.play(records)?;
         }
-        self.following = Some(self.pieces.records());
+        self.given = self.pieces.records();
+        self.following = Some(self.given);
         Ok(())
     }
 
@@ -69,10 +70,6 @@ impl Session {
             };
             let report = tokio::select! {
                 message = line.receive(Phase::Replay) => return message,
-                () = self.superseded.cancelled() => return Err(Error::Line {
-                    site: self.peer.name.to_string(),
-                    source: crate::transport::WireError::Cut,
-                }),
                 () = &mut silent => return Err(Error::Line {
                     site: self.peer.name.to_string(),
                     source: crate::transport::WireError::Silent(SILENCE),
@@ -142,6 +139,7 @@ impl Session {
         let Some(fork) = self.fork.as_mut() else {
             return Err(self.out_of_place("a replay"));
         };
+        self.given += records.len() as u64;
         fork.play(records)?;
         fork.settle()?;
         loop {

@@ -1,27 +1,32 @@
-//! Standbys whose source can't be heard: forks that follow a VM in use, kept while the line to
-//! its site is down.
+//! What waits for its source while that can't be heard: forks that follow a VM in use, and working
+//! copies of a VM whose move was cut off.
 //!
 //! A line that is cut costs a standby nothing but the time until the next call: it goes on with
-//! what it has, the source sends what was recorded since, and nothing is replayed twice. It holds
-//! the VM's lock here and the memory of a guest, so it is not kept for ever.
+//! what it has, the source sends what was recorded since, and nothing is replayed twice. So does a
+//! copy into which pages came already. Either holds the VM's lock here and the memory of a guest,
+//! so it is not kept for ever.
+//!
+//! While both processes live it mostly does not come to this: the conversation itself outlives
+//! its connection, see [`crate::transport::lasting`].
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
 use super::Session;
 use crate::admission::may_stay;
 use crate::error::{Error, Result};
 use crate::identity::SiteKey;
+use crate::line::TargetLine;
 use crate::peers::Peer;
 use crate::protocol::{Hello, Purpose};
+use crate::transport::LineHandle;
 use crate::vm::{Id, VmName};
 
-/// How long a standby waits for its source.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// How long a standby or a working copy waits for its source.
+pub(super) const PATIENCE: Duration = Duration::from_secs(600);
 
 /// How long a conversation may take to end that another call takes the place of.
 const LET_GO: Duration = Duration::from_secs(10);
@@ -34,8 +39,18 @@ pub(crate) struct Standbys(Arc<Shared>);
 #[derive(Default)]
 struct Shared {
     parked: Mutex<HashMap<VmName, Parked>>,
-    calls: Mutex<HashMap<(SiteKey, Id), CancellationToken>>,
+    calls: Mutex<HashMap<CallId, Call>>,
     ended: Notify,
+}
+
+/// Who calls, and for which transfer.
+pub(super) type CallId = (SiteKey, Id);
+
+/// A conversation that goes on.
+struct Call {
+    vm: VmName,
+    fence: u64,
+    line: LineHandle,
 }
 
 struct Parked {
@@ -50,37 +65,49 @@ impl Standbys {
         self.0.parked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn calls(&self) -> MutexGuard<'_, HashMap<(SiteKey, Id), CancellationToken>> {
+    fn calls(&self) -> MutexGuard<'_, HashMap<CallId, Call>> {
         self.0.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a conversation that begins; the token is cancelled when another takes its place.
-    pub(super) fn begin(&self, peer: &Peer, transfer: Id) -> CancellationToken {
-        let superseded = CancellationToken::new();
-        self.calls()
-            .insert((peer.key, transfer), superseded.clone());
-        superseded
+    /// Notes a conversation that begins: its line is cut when another takes its place.
+    pub(super) fn begin(&self, line: &TargetLine, hello: &Hello) -> CallId {
+        let id = (line.peer().key, hello.transfer);
+        let call = Call {
+            vm: hello.vm.name.clone(),
+            fence: hello.fence,
+            line: line.handle(),
+        };
+        self.calls().insert(id, call);
+        id
     }
 
     /// A conversation is over, and parked if it is to be.
-    pub(super) fn end(&self, peer: &Peer, transfer: Id) {
-        self.calls().remove(&(peer.key, transfer));
+    pub(super) fn end(&self, call: &CallId) {
+        self.calls().remove(call);
         self.0.ended.notify_waiters();
     }
 
-    /// Has a conversation of the same transfer let go: its line is dead, if this site does not
-    /// know it yet.
-    async fn supersede(&self, peer: &Peer, transfer: Id) {
-        let call = (peer.key, transfer);
+    /// Has conversations let go that this call takes the place of: of the same transfer, whose
+    /// line is dead, if this site does not know it yet; and of the same VM, if their line is lost.
+    async fn supersede(&self, peer: &Peer, hello: &Hello) {
+        let in_the_way = |(key, transfer): &CallId, call: &Call| {
+            let ours = *key == peer.key;
+            let lost = call.vm == hello.vm.name && call.line.is_down();
+            (ours && *transfer == hello.transfer) || (lost && (ours || call.fence < hello.fence))
+        };
         let gone = async {
             loop {
                 let ended = self.0.ended.notified();
                 tokio::pin!(ended);
                 // Before looking: an end in between is not missed.
                 ended.as_mut().enable();
-                match self.calls().get(&call) {
-                    None => return,
-                    Some(token) => token.cancel(),
+                let cut = {
+                    let calls = self.calls();
+                    let old = calls.iter().filter(|(id, call)| in_the_way(id, call));
+                    old.map(|(_, call)| call.line.cut()).count()
+                };
+                if cut == 0 {
+                    return;
                 }
                 ended.await;
             }
@@ -89,10 +116,15 @@ impl Standbys {
         let _ = tokio::time::timeout(LET_GO, gone).await;
     }
 
-    /// Keeps a standby whose line was lost, for a while.
+    /// Keeps what a conversation has whose line was lost, for a while.
     pub(super) fn park(&self, session: Session) {
+        self.park_for(session, PATIENCE);
+    }
+
+    /// The same, for so long.
+    pub(super) fn park_for(&self, session: Session, patience: Duration) {
         let name = session.hello.vm.name.clone();
-        tracing::info!(vm = %name, "its replay waits here for another call");
+        tracing::info!(vm = %name, kept = ?session.kept(), "it waits here for another call");
         let turn = Arc::new(());
         let parked = Parked {
             session: Box::new(session),
@@ -101,7 +133,7 @@ impl Standbys {
         self.parked().insert(name.clone(), parked);
         let standbys = self.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(PATIENCE).await;
+            tokio::time::sleep(patience).await;
             let given_up = {
                 let mut all = standbys.parked();
                 let same = all
@@ -110,7 +142,7 @@ impl Standbys {
                 if same { all.remove(&name) } else { None }
             };
             if let Some(parked) = given_up {
-                tracing::info!(vm = %name, "its replay was not asked for again");
+                tracing::info!(vm = %name, "what waited here was not asked for again");
                 end(*parked.session).await;
             }
         });
@@ -123,7 +155,7 @@ impl Standbys {
             return Ok(None);
         }
         hello.validate()?;
-        self.supersede(peer, hello.transfer).await;
+        self.supersede(peer, hello).await;
         let found = {
             let mut all = self.parked();
             let may = all.get(&hello.vm.name).map(|parked| {
@@ -134,7 +166,7 @@ impl Standbys {
                 None => return Ok(None),
                 Some(false) => {
                     return Err(Error::Refused(format!(
-                        "{} is followed here from another site; try again in {} minutes",
+                        "{} is being moved here from another site; try again in {} minutes",
                         hello.vm.name,
                         PATIENCE.as_secs() / 60
                     )));
@@ -148,7 +180,14 @@ impl Standbys {
         if continues(&session.hello, hello) && session.peer.key == peer.key {
             session.hello = hello.clone();
             session.peer = peer.clone();
-            return Ok(Some(session));
+            return match session.go_on().await {
+                Ok(()) => Ok(Some(session)),
+                Err(error) => {
+                    tracing::warn!(error = error.chain(), "what was kept here is of no use");
+                    end(*session).await;
+                    Ok(None)
+                }
+            };
         }
         end(*session).await;
         Ok(None)

@@ -11,7 +11,7 @@ use tokio::net::{TcpStream, lookup_host};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
-use super::traffic::Counted;
+use super::traffic::{Counted, Traffic};
 use super::{Connection, PROTOCOL_VERSION, PreambleError, WireError, tls, tune};
 use crate::identity::{Identity, SiteKey};
 use crate::peers::PeerAddr;
@@ -106,6 +106,23 @@ pub enum ConnectError {
     Setup(#[source] rustls::Error),
 }
 
+impl ConnectError {
+    /// Whether the same call may succeed later, with nothing changed at either site.
+    pub(crate) const fn may_pass(&self) -> bool {
+        match self {
+            Self::Lookup { .. }
+            | Self::Refused { .. }
+            | Self::Unreachable { .. }
+            | Self::Timeout { .. }
+            | Self::NotASite { .. } => true,
+            Self::WrongKey { .. }
+            | Self::NotTrusted { .. }
+            | Self::Version { .. }
+            | Self::Setup(_) => false,
+        }
+    }
+}
+
 /// Calls the site at `addr`, which must prove to hold the key `expected`.
 ///
 /// `timeout` covers everything from looking up the host to the exchange of versions.
@@ -115,7 +132,26 @@ pub async fn connect(
     expected: &SiteKey,
     timeout: Duration,
 ) -> Result<Connection, ConnectError> {
-    connect_as(PROTOCOL_VERSION, addr, identity, *expected, timeout).await
+    connect_counted(addr, identity, expected, timeout, Traffic::default()).await
+}
+
+/// As [`connect`]; the bytes are added to those of other connections.
+pub(crate) async fn connect_counted(
+    addr: &PeerAddr,
+    identity: &Identity,
+    expected: &SiteKey,
+    timeout: Duration,
+    traffic: Traffic,
+) -> Result<Connection, ConnectError> {
+    connect_as(
+        PROTOCOL_VERSION,
+        addr,
+        identity,
+        *expected,
+        timeout,
+        traffic,
+    )
+    .await
 }
 
 pub(super) async fn connect_as(
@@ -124,6 +160,7 @@ pub(super) async fn connect_as(
     identity: &Identity,
     expected: SiteKey,
     timeout: Duration,
+    traffic: Traffic,
 ) -> Result<Connection, ConnectError> {
     let config = tls::client_config(identity, expected).map_err(ConnectError::Setup)?;
     let deadline = Instant::now() + timeout;
@@ -145,8 +182,7 @@ pub(super) async fn connect_as(
     };
     tune(&tcp).map_err(unusable)?;
     let peer = tcp.peer_addr().map_err(unusable)?;
-    let stream = Counted::new(tcp);
-    let traffic = stream.traffic();
+    let stream = Counted::new(tcp, traffic.clone());
 
     let failed = |error| diagnose(addr, identity, error);
     // rustls wants a name; it is neither sent nor compared with anything.

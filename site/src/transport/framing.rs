@@ -98,6 +98,20 @@ pub enum WireError {
     /// Nothing was taken.
     #[error("the peer took nothing for {} s", .0.as_secs_f32())]
     Stalled(Duration),
+    /// The other side has called the conversation off.
+    #[error("the peer has called it off")]
+    HungUp,
+    /// The line was lost, and did not come back in time.
+    #[error("the line was lost, and did not come back within {:.0} s: {why}", .after.as_secs_f32())]
+    Lost {
+        /// How long it was waited for.
+        after: Duration,
+        /// Why the last call failed.
+        why: String,
+    },
+    /// The line was lost and is back, but the other side has lost its part of the conversation.
+    #[error("the peer knows nothing of this conversation any more: its agent has started anew")]
+    Forgotten,
     /// The socket or TLS failed.
     #[error("the connection to the peer failed")]
     Io(#[source] io::Error),
@@ -111,7 +125,10 @@ impl WireError {
             | Self::Cut
             | Self::Truncated { .. }
             | Self::Silent(_)
-            | Self::Stalled(_) => true,
+            | Self::Stalled(_)
+            | Self::HungUp
+            | Self::Lost { .. }
+            | Self::Forgotten => true,
             Self::Io(error) => !matches!(error.kind(), io::ErrorKind::InvalidData),
             _ => false,
         }

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
-use super::traffic::Counted;
+use super::traffic::{Counted, Traffic};
 use super::{Connection, PROTOCOL_VERSION, PreambleError, tls, tune};
 use crate::identity::Identity;
 use crate::peers::{Peer, PeerStore};
@@ -190,8 +190,8 @@ async fn examine(
     from: SocketAddr,
 ) -> Result<Accepted, RefusedCaller> {
     tune(&tcp).map_err(RefusedCaller::Tls)?;
-    let stream = Counted::new(tcp);
-    let traffic = stream.traffic();
+    let traffic = Traffic::default();
+    let stream = Counted::new(tcp, traffic.clone());
     let stream = match acceptor.accept(stream).into_fallible().await {
         Ok(stream) => stream,
         Err((error, stream)) => {

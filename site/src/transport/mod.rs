@@ -14,12 +14,15 @@
 //!   protocol's version (u16, little endian), two bytes of zero that are ignored on reading.
 //!   Versions must be equal; whoever finds them different says so and hangs up.
 //! - [`framing`] carries messages, bounded before anything is allocated.
+//! - [`lasting`] has them outlive the connection: after a cut the caller calls again, and both go
+//!   on where they were.
 //! - [`Traffic`] counts what crossed the socket, TLS included.
 //!
 //! Not promised: that a message sent has arrived. That is for the protocol above to confirm.
 
 mod connect;
 pub mod framing;
+mod lasting;
 mod listen;
 mod tls;
 mod traffic;
@@ -37,8 +40,10 @@ use tokio_rustls::TlsStream;
 
 use crate::identity::SiteKey;
 
+pub(crate) use connect::connect_counted;
 pub use connect::{ConnectError, connect};
 pub use framing::{FrameReader, FrameWriter, Limits, WireError};
+pub(crate) use lasting::{CallError, Condition, Conversations, Dial, Lasting, LineHandle};
 pub use listen::{Accepted, DEFAULT_LISTEN, ListenError, Listener};
 use traffic::Counted;
 pub use traffic::Traffic;

@@ -200,7 +200,14 @@ async fn another_version_is_named_on_both_sides() {
     let (addr, key) = (site.addr.clone(), site.identity.key());
     let client = std::mem::replace(&mut site.client, Identity::ephemeral().unwrap());
     let error = site
-        .refused(connect_as(NEXT, &addr, &client, key, SOON))
+        .refused(connect_as(
+            NEXT,
+            &addr,
+            &client,
+            key,
+            SOON,
+            Traffic::default(),
+        ))
         .await
         .unwrap_err();
     assert!(

@@ -9,8 +9,8 @@ use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// The bytes one connection has carried so far. Clones show the same counters, which outlive
-/// the connection.
+/// The bytes one connection has carried so far, or several together. Clones show the same
+/// counters, which outlive the connections.
 #[derive(Clone, Debug, Default)]
 pub struct Traffic(Arc<Counters>);
 
@@ -40,15 +40,8 @@ pub struct Counted<S> {
 }
 
 impl<S> Counted<S> {
-    pub(crate) fn new(inner: S) -> Self {
-        Self {
-            inner,
-            traffic: Traffic::default(),
-        }
-    }
-
-    pub(crate) fn traffic(&self) -> Traffic {
-        self.traffic.clone()
+    pub(crate) fn new(inner: S, traffic: Traffic) -> Self {
+        Self { inner, traffic }
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod device;
 mod exchange;
+mod kept;
 mod place;
 mod rounds;
 
@@ -26,13 +27,14 @@ use crate::generation::{GenerationFiles, Manifest};
 use crate::generations;
 use crate::layout;
 use crate::line::TargetLine;
-use crate::local::blocking;
+use crate::local::{blocking, joined};
 use crate::phase::Phase;
-use crate::protocol::{ImageHead, ImageKind, ToTarget};
+use crate::protocol::{Hello, ImageHead, ImageKind, ToTarget};
 use crate::state::{Base, tree_of};
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
 
+pub(crate) use kept::KeptNote;
 pub(crate) use place::Workplace;
 use rounds::Rounds;
 
@@ -58,6 +60,8 @@ pub(crate) struct Work {
     laying: Option<JoinHandle<Result<()>>>,
     /// What rounds of pre-copy have made of RAM and disks, if there were some.
     rounds: Option<Rounds>,
+    /// What is noted of it, once images come.
+    note: Option<KeptNote>,
 }
 
 /// The trees of a state that was received and verified.
@@ -113,6 +117,7 @@ impl Work {
                 rearrangement: None,
                 laying: None,
                 rounds: None,
+                note: None,
             };
             if let Some(number) = base_number {
                 files::copy_sparse(&work.vm.generation(number).ram(), &work.ram_path())?;
@@ -128,6 +133,91 @@ impl Work {
             Ok(work)
         })
         .await
+    }
+
+    /// Takes up a working copy that an agent left that died, into which images came.
+    ///
+    /// Disks that it was writing to are not whole: they begin at the base again.
+    pub(crate) async fn reopen(
+        vm: &VmDir,
+        hello: &Hello,
+        base_number: Option<u64>,
+        disks_whole: bool,
+    ) -> Result<Self> {
+        let dir = Workplace::Incoming.dir(vm).join(hello.transfer.to_string());
+        let runtime = Workplace::Incoming.runtime(vm)?;
+        let (vm, record) = (vm.clone(), hello.vm.clone());
+        let mut work = blocking(move || {
+            let base = Arc::new(Base::load(&vm, &record, base_number)?);
+            let path = dir.join("device.bin");
+            let device = std::fs::read(&path).map_err(Error::file("read", &path))?;
+            let work = Self {
+                device,
+                vm,
+                record,
+                dir,
+                runtime,
+                base_number,
+                base,
+                replayed: None,
+                layout: None,
+                rearrangement: None,
+                laying: None,
+                rounds: None,
+                note: None,
+            };
+            let ram = vm_host::RamMap::open(&work.ram_path())
+                .map_err(Error::host("cannot read the guest's RAM"))?;
+            if ram.len() as u64 != work.record.hardware.memory_bytes() {
+                return Err(Error::Damaged {
+                    path: work.ram_path(),
+                    reason: "it is of another length than the guest's RAM".into(),
+                });
+            }
+            for index in 0..work.record.disks.len() {
+                let overlay = work.disk_path(index);
+                if disks_whole && overlay.exists() {
+                    continue;
+                }
+                files::remove_file(&overlay)?;
+                disks::overlay_on(&work.vm, &work.record, base_number, index, &overlay)?;
+            }
+            Ok(work)
+        })
+        .await?;
+        work.laying = Some(work.lay_ram());
+        work.take_stock().await
+    }
+
+    /// Notes what this is, before images come into it.
+    pub(crate) fn keep_note(&mut self, note: KeptNote) {
+        self.note = Some(note);
+    }
+
+    /// Writes down what was noted: the disks are whole, or they are about to be written to.
+    ///
+    /// It is a help for an agent that comes after this one, and never a condition.
+    fn write_note(&mut self, disks_whole: bool) {
+        let Some(note) = &mut self.note else {
+            return;
+        };
+        let first = !self.dir.join("device.bin").exists();
+        if !first && note.disks_whole == disks_whole {
+            return;
+        }
+        note.disks_whole = disks_whole;
+        let written = if first {
+            files::replace_for_now(&self.dir.join("device.bin"), &self.device)
+        } else {
+            Ok(())
+        };
+        if let Err(error) = written.and_then(|()| note.store(&self.dir)) {
+            let error = error.chain();
+            tracing::warn!(error, "what arrives is not kept if this agent dies");
+            self.note = None;
+            // What it says is not so any more.
+            let _ = std::fs::remove_file(kept::path(&self.dir));
+        }
     }
 
     /// Lays the base's RAM down on the disk, durable: once the new RAM is known, only the pages
@@ -194,12 +284,57 @@ impl Work {
         .await
     }
 
+    /// What is here is neither the base nor what a replay left: images that were cut off came into
+    /// it. What it is like is found out anew.
+    pub(crate) async fn take_stock(mut self) -> Result<Self> {
+        if self.rounds.take().is_some() {
+            // What they laid down is not the base's RAM any more.
+            if let Some(laying) = self.laying.take() {
+                joined(laying).await?;
+            }
+            self.laying = Some(self.lay_ram());
+        }
+        let device = self.device.clone();
+        self.replayed(device).await.map(|work| Self {
+            layout: None,
+            rearrangement: None,
+            ..work
+        })
+    }
+
+    /// Whether this is no longer the base.
+    pub(crate) fn has_replayed(&self) -> bool {
+        self.replayed.is_some()
+    }
+
     /// Receives all images and verifies each; `first` is the message that announces the first.
+    /// What came before a failure is in the copy.
     pub(crate) async fn receive(
         mut self,
         mut line: TargetLine,
         first: ImageHead,
-    ) -> Result<(Self, TargetLine, Received)> {
+    ) -> (Self, TargetLine, Result<Received>) {
+        let offers = match self.offers(&mut line, first).await {
+            Ok(offers) => offers,
+            Err(error) => return (self, line, Err(error)),
+        };
+        // All that follows reads and writes images; it asks the runtime for messages.
+        let runtime = Handle::current();
+        let receiving = tokio::task::spawn_blocking(move || {
+            let received = self.receive_images(&mut line, &runtime, &offers);
+            (self, line, received)
+        });
+        match receiving.await {
+            Ok(received) => received,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    async fn offers(
+        &self,
+        line: &mut TargetLine,
+        first: ImageHead,
+    ) -> Result<Vec<(ImageHead, Offer)>> {
         let expected = self.heads(first.bytes)?;
         let mut offers = Vec::new();
         for (position, expected) in expected.iter().enumerate() {
@@ -216,37 +351,38 @@ impl Work {
                     format!("{head:?} where {expected:?} belongs"),
                 ));
             }
-            offers.push((head, receive_offer(&mut line, head).await?));
+            offers.push((head, receive_offer(line, head).await?));
         }
-        // All that follows reads and writes images; it asks the runtime for messages.
-        blocking(move || {
-            let mut trees = Vec::new();
-            let runtime = Handle::current();
-            for (head, offer) in &offers {
-                let mut talk = Talk {
-                    line: &mut line,
-                    runtime: &runtime,
-                    phase: head.kind.phase(),
-                    next: None,
-                };
-                trees.push(self.receive_image(&mut talk, *head, offer, &trees)?);
-            }
-            let mut trees = trees.into_iter();
-            let (device, ram) = (trees.next(), trees.next_back());
-            let (Some(device), Some(ram)) = (device, ram) else {
-                return Err(line.unexpected(Phase::Ram, "no images"));
-            };
-            Ok((
-                self,
+        Ok(offers)
+    }
+
+    fn receive_images(
+        &mut self,
+        line: &mut TargetLine,
+        runtime: &Handle,
+        offers: &[(ImageHead, Offer)],
+    ) -> Result<Received> {
+        let mut trees = Vec::new();
+        for (head, offer) in offers {
+            let mut talk = Talk {
                 line,
-                Received {
-                    ram,
-                    disks: trees.collect(),
-                    device,
-                },
-            ))
+                runtime,
+                phase: head.kind.phase(),
+                next: None,
+            };
+            self.write_note(!matches!(head.kind, ImageKind::Disk(_)));
+            trees.push(self.receive_image(&mut talk, *head, offer, &trees)?);
+        }
+        let mut trees = trees.into_iter();
+        let (device, ram) = (trees.next(), trees.next_back());
+        let (Some(device), Some(ram)) = (device, ram) else {
+            return Err(line.unexpected(Phase::Ram, "no images"));
+        };
+        Ok(Received {
+            ram,
+            disks: trees.collect(),
+            device,
         })
-        .await
     }
 
     /// The images that must come, in order. Only the device state's size is the source's to say.
@@ -344,8 +480,11 @@ impl Work {
                     places: &places,
                 };
                 let mut image = WorkDisk::open(&top)?;
-                let tree = exchange(talk, offer, &holdings, &mut image, Some(&current))?;
-                image.sync()?;
+                let exchanged = exchange(talk, offer, &holdings, &mut image, Some(&current));
+                // Also if it was cut off: what came is in it, and its own tables are kept in memory.
+                let synced = image.sync();
+                let tree = exchanged?;
+                synced?;
                 Ok(tree)
             }
             ImageKind::Ram => {

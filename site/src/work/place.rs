@@ -36,18 +36,23 @@ impl Workplace {
 
     /// Ends a fork that somebody left behind here when they died, and removes the folders.
     pub(crate) async fn clear(self, vm: &VmDir) -> Result<()> {
+        self.end_fork(vm).await?;
+        files::remove_dir(&self.runtime(vm)?)?;
+        files::remove_dir(&self.dir(vm))
+    }
+
+    /// Ends a fork that somebody left behind here when they died; what it wrote stays.
+    pub(crate) async fn end_fork(self, vm: &VmDir) -> Result<()> {
         let runtime = self.runtime(vm)?;
-        if runtime.exists() {
-            if let Some(qemu) = Vm::attach(&runtime)
+        if runtime.exists()
+            && let Some(qemu) = Vm::attach(&runtime)
                 .await
                 .map_err(Error::host("cannot reach a fork left behind"))?
-            {
-                qemu.kill()
-                    .await
-                    .map_err(Error::host("cannot end a fork left behind"))?;
-            }
-            files::remove_dir(&runtime)?;
+        {
+            qemu.kill()
+                .await
+                .map_err(Error::host("cannot end a fork left behind"))?;
         }
-        files::remove_dir(&self.dir(vm))
+        Ok(())
     }
 }

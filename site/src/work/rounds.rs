@@ -51,6 +51,8 @@ impl Work {
         // No replay is worth more than what was just received.
         self.replayed = None;
         self.rounds = Some(Rounds { ram, disks, unlaid });
+        // They write to disks all the time.
+        self.write_note(false);
         Ok(())
     }
 
@@ -189,8 +191,11 @@ impl Work {
         };
         if let ImageKind::Disk(index) = kind {
             let mut image = WorkDisk::open(&self.disk_path(usize::from(index)))?;
-            let verified = exchange(talk, offer, &holdings, &mut image, Some(tree))?;
-            image.sync()?;
+            let exchanged = exchange(talk, offer, &holdings, &mut image, Some(tree));
+            // Also if it was cut off: its own tables are kept in memory.
+            let synced = image.sync();
+            let verified = exchanged?;
+            synced?;
             return Ok(verified);
         }
         let mut ram = RamMapMut::open(&self.ram_path())
