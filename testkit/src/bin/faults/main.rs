@@ -286,22 +286,25 @@ async fn judge(
         row.violations
             .push("what runs at the source is not what ran there before".into());
     }
-    let counted = if owner.side == Side::Source {
-        let report = strike::again(world, case).await?;
-        row.second_attempt = "moved".into();
-        row.identical &= check::arrived(world, &report, &mut row.violations).await?;
+    let at_first = world.bytes() - before;
+    if owner.side == Side::Source {
+        let again = strike::again(world, case).await?;
+        row.second_attempt = if again.kept { "went on" } else { "moved" }.into();
+        row.identical &= check::arrived(world, &again.report, &mut row.violations).await?;
         let target = world.site(Side::Target);
         target.json(&["vm", "resume", VM]).await?;
-        counted(&report)
+        row.bytes = world.bytes() - before;
+        // What was kept is not sent again; what was not had been sent in vain.
+        row.bytes_resent = resent(&again.report) + if again.kept { 0 } else { at_first };
     } else {
         row.second_attempt = "not needed".into();
+        row.bytes = at_first;
         // One that was killed, or did not hear of its success, counted nothing.
         let report = struck.finished.last::<Value>().unwrap_or_default();
-        counted(&report)
-    };
-    row.bytes = world.bytes() - before;
-    if counted > 0 {
-        row.bytes_resent = row.bytes.saturating_sub(counted);
+        row.bytes_resent = resent(&report);
+        if let Some(counted) = counted(&report) {
+            row.bytes_resent = row.bytes_resent.max(at_first.saturating_sub(counted));
+        }
     }
     if let Some(recorder) = struck.recorder {
         // One whose QEMU was killed, or whose VM has moved, has ended.
@@ -313,10 +316,15 @@ async fn judge(
     world.prune().await
 }
 
-/// What a migration counted on its socket.
-fn counted(report: &Value) -> u64 {
-    let part = |name: &str| report["bytes"][name].as_u64().unwrap_or_default();
-    part("sent") + part("received")
+/// What a migration counted on its socket, if it did.
+fn counted(report: &Value) -> Option<u64> {
+    let part = |name: &str| report["bytes"][name].as_u64();
+    Some(part("sent")? + part("received")?)
+}
+
+/// What a migration says that it sent again as a line was cut.
+fn resent(report: &Value) -> u64 {
+    report["bytes"]["resent"].as_u64().unwrap_or_default()
 }
 
 /// The end of what a command wrote to standard error.

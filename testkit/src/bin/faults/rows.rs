@@ -25,11 +25,13 @@ pub(crate) struct Row {
     pub(crate) found: String,
     /// Whether every image that was looked at is a state that existed.
     pub(crate) identical: bool,
-    /// What the next `migrate` did: `moved`, or `not needed`.
+    /// What the next `migrate` did: `moved` anew, `went on` with what the target had kept, or
+    /// `not needed`.
     pub(crate) second_attempt: String,
     /// On the line, both ways, until the VM had moved.
     pub(crate) bytes: u64,
-    /// Of them, what the attempt that succeeded did not count as its own.
+    /// Of them, what was sent again: what the move says of lines that were cut, and all of a first
+    /// attempt of which nothing was kept.
     pub(crate) bytes_resent: u64,
     /// All of it, the checks too.
     pub(crate) seconds: f64,
@@ -100,7 +102,7 @@ impl Results {
             broken += usize::from(!row.holds());
             match row.outcome.as_str() {
                 "moved" => moved += 1,
-                _ => second += usize::from(row.second_attempt == "moved"),
+                _ => second += usize::from(row.second_attempt != "not needed" && row.holds()),
             }
         }
         format!(

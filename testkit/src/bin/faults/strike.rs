@@ -15,6 +15,10 @@ const PHASE_LIMIT: Duration = Duration::from_secs(120);
 const END_LIMIT: Duration = Duration::from_secs(240);
 /// How long who has no peer, no line or no room is left alone, before all is well again.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// `replay-migrate` refused, and nothing changed.
+const REFUSED: Option<i32> = Some(3);
+/// What a command notes that takes up what the target has kept.
+const KEPT: &str = "going on with what";
 /// How often the outside world is looked at.
 const STEP: Duration = Duration::from_millis(1);
 
@@ -151,8 +155,16 @@ async fn until<T>(
     }
 }
 
-/// The next attempt, which leaves the VM paused at the target; what it reported.
-pub(crate) async fn again(world: &World, case: Case) -> anyhow::Result<Value> {
+/// How the next attempt went.
+pub(crate) struct Again {
+    /// What it reported.
+    pub(crate) report: Value,
+    /// It went on with what the target had kept of the first.
+    pub(crate) kept: bool,
+}
+
+/// The next attempt, which leaves the VM paused at the target.
+pub(crate) async fn again(world: &World, case: Case) -> anyhow::Result<Again> {
     let to = world.site(Side::Target).name().to_owned();
     // Who lost its QEMU lost its recording as well.
     let case = if case.loses_the_run() {
@@ -163,8 +175,21 @@ pub(crate) async fn again(world: &World, case: Case) -> anyhow::Result<Value> {
     } else {
         case
     };
-    let migration = world
-        .site(Side::Source)
-        .spawn(&words(case, &to, &["--paused"]))?;
-    Ok(migration.finish(END_LIMIT).await?.success()?.last()?)
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let migration = world
+            .site(Side::Source)
+            .spawn(&words(case, &to, &["--paused"]))?;
+        let finished = migration.finish(END_LIMIT).await?;
+        // Whoever puts things right there is done in a moment.
+        let busy = finished.code == REFUSED && finished.stderr.contains("another replay-migrate");
+        if busy && Instant::now() < end {
+            tokio::time::sleep(PATIENCE / 10).await;
+            continue;
+        }
+        return Ok(Again {
+            kept: finished.lines.iter().any(|line| line.contains(KEPT)),
+            report: finished.success()?.last()?,
+        });
+    }
 }
