@@ -57,7 +57,7 @@ struct Options {
     #[arg(long, value_name = "TIME", value_parser = parse_delay)]
     within: Option<Duration>,
     /// How long a stalled line stalls
-    #[arg(long, value_name = "TIME", value_parser = parse_delay, default_value = "6s")]
+    #[arg(long, value_name = "TIME", value_parser = parse_delay, default_value = "4s")]
     stall: Duration,
     /// Rows are read from here and kept here
     #[arg(long, value_name = "FILE", default_value = "target/faults.json")]
@@ -280,7 +280,8 @@ async fn judge(
         Side::Target => "moved",
     };
     row.outcome = outcome.into();
-    row.identical = check::generations(world, &mut row.violations).await?;
+    let moved = owner.side == Side::Target;
+    row.identical = check::generations(world, moved, &mut row.violations).await?;
     let now = world.qemu(Side::Source).map(|qemu| qemu.pid);
     if owner.side == Side::Source && !case.loses_the_run() && now != struck.qemu {
         row.violations
