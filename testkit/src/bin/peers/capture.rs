@@ -104,6 +104,7 @@ impl Capture {
             way,
             images: images.to_owned(),
             bytes: Some(bytes),
+            hashes: None,
             seconds: Some(seconds),
             checked: true,
             note: String::new(),

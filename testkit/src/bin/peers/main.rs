@@ -215,6 +215,7 @@ fn missing(capture: &Capture, way: Way, error: &anyhow::Error) -> Row {
         way,
         images: "none".to_owned(),
         bytes: None,
+        hashes: None,
         seconds: None,
         checked: false,
         note,

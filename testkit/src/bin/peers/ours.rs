@@ -32,6 +32,7 @@ struct Measured {
 #[derive(Deserialize)]
 struct Bytes {
     total: u64,
+    hashes: u64,
 }
 
 const fn strategy_of(way: Way) -> &'static str {
@@ -87,6 +88,7 @@ fn rows(capture: &Capture, way: Way, report: Report) -> anyhow::Result<Vec<Row>>
         .map(|measured| {
             let seconds = measured.seconds.values().sum();
             let mut row = capture.row(way, &measured.image, measured.bytes.total, seconds);
+            row.hashes = Some(measured.bytes.hashes);
             CODEC.clone_into(&mut row.note);
             row
         })
@@ -127,6 +129,7 @@ mod tests {
         let read = rows(&capture, Way::Twin, report(&["device", "disk", "ram"])).unwrap();
         assert_eq!(read.len(), 3);
         assert_eq!((read[2].bytes, read[2].seconds), (Some(70), Some(1.75)));
+        assert_eq!(read[2].hashes, Some(7));
         for bad in [&["device", "ram"][..], &["device", "ram", "ram"]] {
             assert!(rows(&capture, Way::Twin, report(bad)).is_err(), "{bad:?}");
         }

@@ -15,6 +15,8 @@ const AIM_PEER: f64 = 10.0;
 const AIM_QEMU: f64 = 2.0;
 /// Of what changed pages take in zstd -3, for `base` and RAM.
 const AIM_BASE: f64 = 60.0;
+/// What hashes take of the other bytes, with a twin.
+const AIM_HASHES: f64 = 10.0;
 
 const NOT_MEASURED: &str = "not measured";
 
@@ -26,6 +28,7 @@ struct Verdict {
     of_best: Option<f64>,
     of_qemu: Option<f64>,
     base: Option<f64>,
+    hashes: Option<f64>,
     /// Peers that do not take more than we do.
     unbeaten: Vec<Way>,
     /// Peers that there is no figure of.
@@ -100,11 +103,16 @@ fn verdict(results: &Results, capture: &str) -> Verdict {
             }
         }
     }
+    let hashes = results.hashes(capture, Way::Twin);
+    let payload = all(Way::Twin)
+        .zip(hashes)
+        .map(|(all, hashes)| all.saturating_sub(hashes));
     Verdict {
         best,
         of_best: share(all(Way::Twin), best.map(|(_, bytes)| bytes)),
         of_qemu: share(part(Way::Twin), part(Way::QemuMultifdZstd)),
         base: share(ram(Way::Base), ram(Way::ChangedZstd)),
+        hashes: share(hashes, payload),
         unbeaten,
         unmeasured,
     }
@@ -128,17 +136,24 @@ fn aims(verdicts: &[(&str, Verdict)]) -> String {
                     images.\n\n"
         .to_owned();
     text += "| capture | best peer | with a twin, of the best peer | with a twin, of QEMU multifd \
-             zstd (RAM, device) | `base`, of changed pages in zstd -3 (RAM) |\n\
-             | --- | --- | ---: | ---: | ---: |\n";
+             zstd (RAM, device) | `base`, of changed pages in zstd -3 (RAM) | hashes with a twin, of the \
+             other bytes |\n\
+             | --- | --- | ---: | ---: | ---: | ---: |\n";
     for (capture, verdict) in verdicts {
         let best = verdict.best.map_or(NOT_MEASURED, |(way, _)| way.name());
-        let [peer, qemu, base] = [verdict.of_best, verdict.of_qemu, verdict.base].map(percent);
+        let shares = [
+            verdict.of_best,
+            verdict.of_qemu,
+            verdict.base,
+            verdict.hashes,
+        ];
+        let [peer, qemu, base, hashes] = shares.map(percent);
         text += &format!(
-            "| {} | {best} | {peer} | {qemu} | {base} |\n",
+            "| {} | {best} | {peer} | {qemu} | {base} | {hashes} |\n",
             escape(capture)
         );
     }
-    let shares: [(Share, f64, &str); 3] = [
+    let shares: [(Share, f64, &str); 4] = [
         (|v| v.of_best, AIM_PEER, "of the best peer's bytes"),
         (|v| v.of_qemu, AIM_QEMU, "of the bytes of QEMU multifd zstd"),
         (
@@ -146,11 +161,18 @@ fn aims(verdicts: &[(&str, Verdict)]) -> String {
             AIM_BASE,
             "of changed pages in zstd -3 (by `base`, for RAM)",
         ),
+        (
+            |v| v.hashes,
+            AIM_HASHES,
+            "of the other bytes for hashes (with a twin)",
+        ),
     ];
     let medians = shares.map(|(share, ..)| median(verdicts.iter().filter_map(|(_, v)| share(v))));
-    let [peer, qemu, base] = medians.map(percent);
-    text += &format!("| **median** | | **{peer}** | **{qemu}** | **{base}** |\n");
-    text += &format!("| aim, at most | | {AIM_PEER} % | {AIM_QEMU} % | {AIM_BASE} % |\n\n");
+    let [peer, qemu, base, hashes] = medians.map(percent);
+    text += &format!(
+        "| **median** | | **{peer}** | **{qemu}** | **{base}** | **{hashes}** |\n\
+         | aim, at most | | {AIM_PEER} % | {AIM_QEMU} % | {AIM_BASE} % | {AIM_HASHES} % |\n\n"
+    );
     for ((share, aim, what), median) in shares.into_iter().zip(medians) {
         let count = verdicts.iter().filter(|(_, v)| share(v).is_some()).count();
         text += &match median {

@@ -100,6 +100,9 @@ pub(crate) struct Row {
     pub(crate) images: String,
     /// What crosses the line, or is stored to be sent. `None` if it was not measured.
     pub(crate) bytes: Option<u64>,
+    /// How many of them say which pages differ and what is in them; of our own ways alone.
+    #[serde(default)]
+    pub(crate) hashes: Option<u64>,
     /// What that took, on this machine beside whatever else it did.
     pub(crate) seconds: Option<f64>,
     /// Whether what arrived was compared with the source's state byte for byte.
@@ -194,12 +197,25 @@ impl Results {
         way: Way,
         which: impl Fn(&str) -> bool,
     ) -> Option<u64> {
-        let mut sum = None;
-        for row in self.of(capture, way).filter(|row| which(&row.images)) {
-            sum = Some(sum.unwrap_or(0) + row.bytes?);
-        }
-        sum
+        sum(
+            self.of(capture, way).filter(|row| which(&row.images)),
+            |row| row.bytes,
+        )
     }
+
+    /// The hashes of all images; `None` as for [`Self::bytes`].
+    pub(crate) fn hashes(&self, capture: &str, way: Way) -> Option<u64> {
+        sum(self.of(capture, way), |row| row.hashes)
+    }
+}
+
+/// `None` for no rows, and where one has no such figure.
+fn sum<'a>(rows: impl Iterator<Item = &'a Row>, figure: fn(&Row) -> Option<u64>) -> Option<u64> {
+    let mut sum = None;
+    for row in rows {
+        sum = Some(sum.unwrap_or(0) + figure(row)?);
+    }
+    sum
 }
 
 #[cfg(test)]
@@ -212,6 +228,7 @@ mod tests {
             way,
             images: images.to_owned(),
             bytes,
+            hashes: None,
             seconds: Some(1.5),
             checked: true,
             note: "a note".to_owned(),
@@ -257,6 +274,7 @@ mod tests {
         };
         results.replace("a", Way::Twin, rows(None));
         assert_eq!(results.bytes("a", Way::Twin, |_| true), None);
+        assert_eq!(results.hashes("a", Way::Twin), None);
         assert_eq!(
             results.bytes("a", Way::Twin, |image| image == "ram"),
             Some(5)
