@@ -39,6 +39,10 @@ pub(crate) const MOST_WORDS: usize = WORDS * 3 / 10;
 /// sessions of [`crate::lines`]; a half was 0.3 and 0.8 % off.
 const MOST_IN_LINES: usize = WORDS * 3 / 4;
 
+/// Pages of fewer words are not asked for by lines from the start: the hashes of their lines and one
+/// line are as much.
+const LEAST_WORDS: usize = 32;
+
 /// Some words of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mask(pub(crate) [u8; MASK_BYTES]);
@@ -115,8 +119,10 @@ pub(crate) enum Choice {
 /// patches fitted and 633 did not. Where patches had only to be shorter 842 did not fit, and it
 /// was 1.78 MB; any bound between a half and two thirds came within 1 % of the best.
 ///
-/// A page that equals the twin is no patch: the target does not have it, so its own replay
-/// came out otherwise in words that nobody here can tell.
+/// A page that equals the twin is a patch of no words: the target does not have it, so its own
+/// replay came out otherwise, in words that nobody here can tell. But they are few, as they are
+/// between any two replays, so the target is left to ask for the lines that are wrong, unless the
+/// whole page takes no more than that.
 ///
 /// Lines that differ from the target's guess are sent unless that is most of the page.
 pub(crate) fn choose(
@@ -146,7 +152,11 @@ pub(crate) fn choose(
     if let Some(twin) = twin {
         let mask = Mask::differing(page, twin);
         let words = mask.words();
-        if (1..=MOST_WORDS).contains(&words) && words * 3 <= delta.unwrap_or(full) * 2 {
+        let whole = delta.unwrap_or(full);
+        if words == 0 && whole >= LEAST_WORDS {
+            return Choice::Patch(mask);
+        }
+        if (1..=MOST_WORDS).contains(&words) && words * 3 <= whole * 2 {
             return Choice::Patch(mask);
         }
     }
@@ -195,7 +205,13 @@ mod tests {
     fn a_twin_pays_when_it_is_nearer_than_the_base() {
         let (new, old) = (noise(1), noise(2));
         let mut twin = new;
-        assert_eq!(choose(&new, None, Some(&twin), None), Choice::Literal);
+        let nothing = Choice::Patch(Mask::NONE);
+        assert_eq!(choose(&new, None, Some(&twin), None), nothing);
+        let mut few = ZERO_PAGE;
+        few[..WORD * (LEAST_WORDS - 1)].fill(1);
+        assert_eq!(choose(&few, None, Some(&few), None), Choice::Literal);
+        few[WORD * (LEAST_WORDS - 1)] = 1;
+        assert_eq!(choose(&few, None, Some(&few), None), nothing);
         twin[8..24].fill(0);
         let Choice::Patch(mask) = choose(&new, Some(&old), Some(&twin), None) else {
             panic!("no patch");

@@ -8,7 +8,8 @@
 //! - `Delta`: pages XORed with the base's page at the same address, in a stream of their
 //!   own, for rows of zeros with islands compress best among their kind.
 //! - `Masks` and `Words`, compressed each: for each patched page 512 bits that say which 8-byte
-//!   words it tells, lowest first, and those words.
+//!   words it tells, lowest first, and those words. Of some none is told: the target's page is
+//!   expected to be nearly right, and where is for the target to ask.
 //!
 //! The kinds of a batch come before its pages, and its masks before its words. Streams are cut
 //! into chunks anywhere. Each but `Mappings` and `Kinds` begins with the byte that names its codec. Held at a time are a page for each stream and the masks whose words
@@ -246,15 +247,6 @@ struct Words {
 }
 
 impl Words {
-    fn expect(&mut self, position: u64, mask: Mask) -> Result<(), Error> {
-        if mask.words() == 0 {
-            let why = "a page of which nothing is told";
-            return Err(Error::malformed(StreamId::Masks.name(), why));
-        }
-        self.due.push_back((position, mask));
-        Ok(())
-    }
-
     fn take(
         &mut self,
         mut bytes: &[u8],
@@ -332,7 +324,14 @@ impl PageDecoder {
             }
             StreamId::Masks => {
                 let ((frame, lane), words) = (&mut self.masks, &mut self.words.1);
-                let mut on_item = |at, mask: &mut [u8; MASK_BYTES]| words.expect(at, Mask(*mask));
+                let mut on_item = |at, mask: &mut [u8; MASK_BYTES]| {
+                    let mask = Mask(*mask);
+                    if mask.words() == 0 {
+                        return on_page(at, Coded::Patch(mask, &[]));
+                    }
+                    words.due.push_back((at, mask));
+                    Ok(())
+                };
                 frame.push(bytes, buffer, |raw| lane.take(raw, &mut on_item))
             }
             StreamId::Words => {
@@ -504,8 +503,9 @@ mod tests {
         }
         let half = packed(&[7; 3 * WORD - 1]);
         assert!(decode(3, &[three.clone(), told(3), chunk(StreamId::Words, &half)]).is_err());
-        let nothing = packed(&[0; 3 * MASK_BYTES]);
-        assert!(decode(3, &[three, chunk(StreamId::Masks, &nothing)]).is_err());
+        let nothing = chunk(StreamId::Masks, &packed(&[0; 3 * MASK_BYTES]));
+        assert_eq!(decode(3, &[three.clone(), nothing.clone()]).unwrap(), 3);
+        assert!(decode(3, &[three, nothing, said(1)]).is_err());
         assert!(decode(1, &[chunk(StreamId::Kinds, &[1 << 2 | 3])]).is_err());
     }
 
