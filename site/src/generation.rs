@@ -287,3 +287,62 @@ pub(crate) fn load_tree(path: &Path, root: Option<&Root>) -> Result<ImageTree> {
     }
     Ok(tree)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_that_is_not_the_manifests_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = GenerationFiles::at(dir.path());
+        let tree = ImageTree::zero(4).unwrap();
+        files
+            .save_trees(&tree, std::slice::from_ref(&tree))
+            .unwrap();
+        let image = |root| ImageInfo {
+            bytes: 4 * reconciler::PAGE_SIZE as u64,
+            root,
+        };
+        let manifest = |root| {
+            let device = image(Root([0; 32]));
+            let hardware = Hardware::new("pc-q35-7.2");
+            let images = [image(root), device];
+            let disks = vec![image(root)];
+            Manifest::new(Id([1; 16]), 1, None, hardware, String::new(), images, disks)
+        };
+        let right = manifest(tree.root());
+        assert_eq!(files.load_ram_tree(&right).unwrap().root(), tree.root());
+        assert_eq!(files.load_disk_tree(&right, 0).unwrap().root(), tree.root());
+        let wrong = manifest(Root([7; 32]));
+        for loaded in [files.load_ram_tree(&wrong), files.load_disk_tree(&wrong, 0)] {
+            assert!(matches!(loaded, Err(Error::Damaged { .. })));
+        }
+    }
+
+    #[test]
+    fn what_has_no_manifest_yet_is_no_generation() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = GenerationFiles::at(dir.path());
+        let tree = ImageTree::zero(1).unwrap();
+        fs::write(files.ram(), [0; reconciler::PAGE_SIZE]).unwrap();
+        fs::write(files.device(), b"device").unwrap();
+        files.save_trees(&tree, &[]).unwrap();
+        let image = ImageInfo {
+            bytes: reconciler::PAGE_SIZE as u64,
+            root: tree.root(),
+        };
+        let hardware = Hardware::new("pc-q35-7.2");
+        let manifest = |disks| {
+            let of = [image, image];
+            let qemu = String::new();
+            Manifest::new(Id([1; 16]), 1, None, hardware.clone(), qemu, of, disks)
+        };
+        // A file that the manifest speaks of is not there: it is not written.
+        assert!(files.publish(&manifest(vec![image])).is_err());
+        assert_eq!(files.load_manifest().unwrap(), None);
+        let whole = manifest(Vec::new());
+        files.publish(&whole).unwrap();
+        assert_eq!(files.load_manifest().unwrap(), Some(whole));
+    }
+}

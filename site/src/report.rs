@@ -131,7 +131,8 @@ pub struct ByteReport {
     pub device: u64,
     /// Base generation and base files, where the target lacked them.
     pub base: u64,
-    /// What was on its way when a line was cut, and was sent again: part of `sent`, before TLS.
+    /// What was handed to a connection that was cut before it arrived, and so was sent again:
+    /// part of `sent`, before TLS. Much of it never left this host's buffers.
     #[serde(default)]
     pub resent: u64,
 }

@@ -170,3 +170,36 @@ impl std::io::Write for SparseWriter {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::FileHash;
+
+    #[test]
+    fn a_file_of_another_content_or_length_is_not_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let content = b"a kernel";
+        let right = BaseFile {
+            hash: FileHash(*blake3::hash(content).as_bytes()),
+            bytes: content.len() as u64,
+        };
+        let file = dir.path().join("received");
+        let other = FileHash([7; 32]);
+        for wrong in [
+            BaseFile {
+                hash: other,
+                ..right
+            },
+            BaseFile { bytes: 7, ..right },
+        ] {
+            std::fs::write(&file, content).unwrap();
+            assert!(!store.adopt_announced(&file, wrong).unwrap());
+            assert_eq!(store.base_file(wrong.hash), None);
+        }
+        assert!(store.adopt_announced(&file, right).unwrap());
+        let kept = store.base_file(right.hash).unwrap();
+        assert_eq!(std::fs::read(kept).unwrap(), content);
+    }
+}
