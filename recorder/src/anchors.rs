@@ -5,14 +5,16 @@
 //! bytes where an interaction begins, at the place it is aimed at: around the pointer when a
 //! button goes down or a wheel turns; when typing starts, where the screen changed last since the
 //! input before, which is what the user waited for, or else around the last click. Mere movement
-//! gets none: what it leads to does. Tiles that change by themselves are left out of it.
+//! gets none: what it leads to does; nor does typing while the guest is still at work. Tiles that change by themselves are left out of it.
 
+mod load;
 mod restless;
 
 use std::time::{Duration, Instant};
 
 use traces::{Anchor, Event, Pixels, Region};
 
+pub(crate) use load::{LOOK, Load};
 pub(crate) use restless::Restless;
 
 /// Without input for this long, what comes next is a new interaction.
@@ -44,12 +46,14 @@ enum Beginning {
 impl AnchorPlan {
     /// The point that the interaction beginning with `events` is aimed at, if one does begin.
     ///
-    /// `pointer` is where the pointer is after them, `answer` where the screen changed last.
+    /// `pointer` is where the pointer is after them, `answer` where the screen changed last;
+    /// `at_work` whether the guest still is, so that whoever types does not wait for it.
     pub(crate) fn aim(
         &mut self,
         events: &[Event],
         pointer: Option<(u16, u16)>,
         answer: Option<(u16, u16)>,
+        at_work: bool,
         now: Instant,
     ) -> Option<(u16, u16)> {
         if events.is_empty() {
@@ -70,7 +74,7 @@ impl AnchorPlan {
             Beginning::Wheel => (pointer.filter(|_| rested || self.moved)?, SPACING),
             Beginning::Key => {
                 let aim = answer.or(self.focus).or(pointer);
-                (aim.filter(|_| rested)?, SPACING)
+                (aim.filter(|_| rested && !at_work)?, SPACING)
             }
         };
         if since_anchor.is_some_and(|d| d < spacing) {
@@ -145,7 +149,7 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         script
             .iter()
-            .map(|(ms, events, p)| plan.aim(events, Some(*p), None, at(*ms)))
+            .map(|(ms, events, p)| plan.aim(events, Some(*p), None, false, at(*ms)))
             .collect()
     }
 
@@ -181,11 +185,15 @@ mod tests {
         let (mut plan, start) = (AnchorPlan::default(), Instant::now());
         let answer = Some((70, 7));
         assert_eq!(
-            plan.aim(&[PRESS], Some((5, 5)), answer, start),
+            plan.aim(&[PRESS], Some((5, 5)), answer, true, start),
             Some((5, 5))
         );
         let later = start + Duration::from_secs(3);
-        assert_eq!(plan.aim(&[KEY], Some((5, 5)), answer, later), answer);
+        let mut typed = |at_work, at| plan.aim(&[KEY], Some((5, 5)), answer, at_work, at);
+        assert_eq!(typed(false, later), answer);
+        // Typed ahead: of what the screen shows in between, nobody waits for anything.
+        assert_eq!(typed(true, later + Duration::from_secs(3)), None);
+        assert_eq!(typed(false, later + Duration::from_secs(6)), answer);
     }
 
     #[test]

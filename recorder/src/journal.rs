@@ -8,14 +8,14 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio::net::unix::OwnedWriteHalf;
 use traces::{Anchor, Event, GuestTime, Pixels, Record};
 use vm_host::screen::Observer;
 
-use crate::anchors::{self, AnchorPlan, Restless};
+use crate::anchors::{self, AnchorPlan, Load, Restless};
 use crate::codec::Framed;
 use crate::events::{Devices, ViewerInput};
 use crate::messages::ClientMessage;
@@ -29,6 +29,12 @@ pub trait Clock: Send + Sync + 'static {
     /// QEMU drops input for a guest that doesn't run, so such input isn't logged either.
     fn is_running(&self) -> bool {
         true
+    }
+
+    /// Time that the guest's processors have used, where that is known: a guest that is at work
+    /// has not shown yet what the last input brings about.
+    fn processor_time(&self) -> Option<Duration> {
+        None
     }
 }
 
@@ -109,6 +115,7 @@ pub(crate) struct Journal {
 struct Inner {
     devices: Devices,
     plan: AnchorPlan,
+    load: Load,
     sink: Box<dyn RecordSink>,
     clock: Box<dyn Clock>,
     last: GuestTime,
@@ -133,6 +140,7 @@ impl Journal {
         let inner = Inner {
             devices: Devices::default(),
             plan: AnchorPlan::default(),
+            load: Load::default(),
             sink,
             clock,
             last: GuestTime::default(),
@@ -225,7 +233,8 @@ impl Journal {
             return None;
         }
         let pointer = inner.devices.pointer();
-        let aim = inner.plan.aim(events, pointer, answer, now);
+        let at_work = inner.load.at_work(now, inner.clock.processor_time());
+        let aim = inner.plan.aim(events, pointer, answer, at_work, now);
         // Waiting for the screen in replay would make a held key repeat.
         let aim = aim.filter(|_| inner.logged_down.iter().all(|c| MODIFIERS.contains(c)))?;
         self.capture(aim)
@@ -242,6 +251,13 @@ impl Journal {
             let whole = frame.whole.then_some(pixels)?;
             anchors::capture(&whole, aim, &restless)
         })
+    }
+
+    /// Looks what the guest's processors have used.
+    pub(crate) fn note_load(&self) {
+        let mut inner = self.lock();
+        let used = inner.clock.processor_time();
+        inner.load.note(Instant::now(), used);
     }
 
     /// What changes on the screen without input.

@@ -9,6 +9,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use vm_host::screen::{Observer, ScreenError};
 
+use crate::anchors::LOOK;
 use crate::evdev::{DeviceError, DeviceSource, GrabbedDevice};
 use crate::journal::{Clock, Journal, RecordSink, SinkClosed};
 use crate::listen::{Listen, Listener};
@@ -137,12 +138,13 @@ impl Recorder {
             Arc::clone(&journal),
             stop.clone(),
         ));
+        let load = tokio::spawn(follow_load(Arc::clone(&journal), stop.clone()));
         let viewers = tokio::spawn(accept(listener, Arc::clone(&proxy)));
         let mut handle = RecorderHandle {
             local,
             proxy,
             observer,
-            tasks: vec![sizes, restless, viewers],
+            tasks: vec![sizes, restless, load, viewers],
         };
         for device in devices {
             handle.capture(device);
@@ -276,5 +278,14 @@ async fn follow_size(observer: Arc<Observer>, journal: Arc<Journal>, stop: Cance
 async fn follow_restless(observer: Arc<Observer>, journal: Arc<Journal>, stop: CancellationToken) {
     if let Err(error) = journal.restless().watch(&observer, &stop).await {
         tracing::debug!(%error, "no longer learning what changes by itself");
+    }
+}
+
+/// Follows what the guest's processors use.
+async fn follow_load(journal: Arc<Journal>, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(LOOK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        journal.note_load();
     }
 }

@@ -18,7 +18,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
 use traces::{GuestTime, Log, LogId, LogWriter, Record};
-use vm_host::GuestClock;
+use vm_host::{GuestClock, Vcpus};
 
 use crate::chance;
 use crate::control_socket::{self, ControlSocket};
@@ -109,6 +109,7 @@ fn require_free(listen: &Listen) -> Result<()> {
 struct SinceCheckpoint {
     clock: Arc<GuestClock>,
     origin: Duration,
+    vcpus: Vcpus,
 }
 
 impl Clock for SinceCheckpoint {
@@ -122,6 +123,11 @@ impl Clock for SinceCheckpoint {
 
     fn is_running(&self) -> bool {
         self.clock.is_running()
+    }
+
+    fn processor_time(&self) -> Option<Duration> {
+        // It may just have ended, which is noticed elsewhere.
+        self.vcpus.cpu_time().ok()
     }
 }
 
@@ -186,6 +192,7 @@ pub async fn record(
     let clock = SinceCheckpoint {
         clock: Arc::new(clock),
         origin,
+        vcpus: qemu.vcpus(),
     };
     let log = vm.log_path(manifest.generation);
     let writer = open_log(vm, &log, manifest.generation)?;

@@ -30,6 +30,7 @@ pub mod screen;
 mod screenshot;
 mod serial;
 mod snapshot;
+mod vcpus;
 mod vm;
 
 pub use clock::GuestClock;
@@ -39,6 +40,7 @@ pub use hardware::{Accelerator, Boot, DISKS_MAX, Hardware, Launch, Network};
 pub use input::Input;
 pub use process::Death;
 pub use ram::{RamMap, RamMapMut};
+pub use vcpus::Vcpus;
 pub use vm::{Status, Vm};
 
 /// Bytes a unix socket's path may have: `sun_path` of `unix(7)` less its final zero.

@@ -14,9 +14,10 @@ use qapi::Command;
 
 use crate::error::Context as _;
 use crate::hardware::{Accelerator, Launch, Network};
-use crate::process::{Death, Process, thread_cpu_time};
+use crate::process::{Death, Process};
 use crate::qmp::{Qmp, commands};
 use crate::runtime::{Paths, Record, prepare_ram, remove};
+use crate::vcpus::{self, Vcpus};
 use crate::{Error, Result, programs};
 
 /// How long QEMU may take from its start to its first answer. It maps RAM lazily and opens
@@ -263,18 +264,14 @@ impl Vm {
         self.process.identity().pid
     }
 
+    /// Its virtual CPUs, to be watched also where this is not at hand.
+    pub fn vcpus(&self) -> Vcpus {
+        Vcpus::new(self.pid(), self.vcpu_threads.clone())
+    }
+
     /// Time its virtual CPUs have been executing on the host. Under TCG an idle guest uses none.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let sum = || -> io::Result<Duration> {
-            self.vcpu_threads
-                .iter()
-                .map(|&t| thread_cpu_time(self.pid(), t))
-                .sum()
-        };
-        sum().context(
-            "read the CPU time of",
-            Path::new(&format!("/proc/{}", self.pid())),
-        )
+        vcpus::cpu_time(self.pid(), &self.vcpu_threads)
     }
 
     /// What it is doing.
