@@ -126,11 +126,18 @@ pub(crate) enum BenchCommand {
         /// Only this strategy; may be given more than once [default: all that have their states]
         #[arg(long, value_enum, value_name = "STRATEGY")]
         strategy: Vec<BenchStrategyArg>,
-        /// With this codec (zstd:1 to zstd:19, lzma:fast, lzma:normal, lzma:strong); may be given
-        /// more than once
-        #[arg(long, value_parser = benches::codec_of, value_name = "CODEC",
-              default_values = ["zstd:3", "lzma:fast"])]
+        /// With this codec (zstd:1 to zstd:19, zstd:-1 and below for speed, lzma:fast, lzma:normal,
+        /// lzma:strong); may be given more than once [default: zstd:3 and lzma:fast, unless there
+        /// is a rate]
+        #[arg(long, value_parser = benches::codec_of, value_name = "CODEC")]
         codec: Vec<benches::Codec>,
+        /// Over a line of this rate (10mbit, 100mbit, 1gbit, 10gbit), with the codecs that follow
+        /// it: the whole pipeline is timed, both ends at once; may be given more than once
+        #[arg(long, value_parser = benches::rate_of, value_name = "RATE")]
+        rate: Vec<u64>,
+        /// How often each strategy is measured over a line; the median counts
+        #[arg(long, value_name = "RUNS", default_value_t = 1, requires = "rate")]
+        runs: usize,
         /// What the target's replay left: a folder of the capture, or of another one
         #[arg(long, value_name = "STATE", default_value = "replayed")]
         replayed: PathBuf,

@@ -16,6 +16,8 @@
 //! With `base` come the delta codecs of the papers, on the pages that `base` sends ([`DeltaRow`]).
 //! For a Linux guest comes what each kind of its RAM's pages takes ([`KindRow`]).
 //!
+//! Over a line of a given rate both ends work at once, and the whole pipeline is timed ([`Pace`]).
+//!
 //! Not promised: seconds that hold on another machine, or beside other work.
 
 mod deltas;
@@ -25,6 +27,7 @@ mod kinds;
 mod kinds_table;
 mod measure;
 mod memory;
+mod pace;
 mod report;
 mod states;
 mod told;
@@ -35,5 +38,6 @@ pub use error::Error;
 pub use kinds::{KindPages, KindRow, KindWay, TOGETHER};
 pub use kinds_table::kinds_table;
 pub use measure::{Options, reconcile};
+pub use pace::{Pace, Yardsticks, rate_name, rate_of};
 pub use reconciler::Codec;
-pub use report::{Bytes, Report, Row, Seconds, Strategy, codec_of, name_of};
+pub use report::{Bytes, Report, Row, Seconds, Strategy, codec_of, name_of, usual_codecs};

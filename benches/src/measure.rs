@@ -1,13 +1,14 @@
 //! Runs the strategies.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use introspection::Physical;
 use introspection::kinds::{self, Kind};
 use reconciler::{
-    ApplyOptions, Codec, EncodeOptions, Holdings, Image, ImageTree, Known, OfferOptions, Overlaid,
-    PAGE_SIZE, Place, PlaceKind, ReadPages, Salt, SlicePages, SlicePagesMut, Source, Stats,
-    pages_for, reconcile_in_memory,
+    ApplyOptions, Codec, EncodeOptions, Governor, Holdings, Image, ImageTree, Known, OfferOptions,
+    Overlaid, Overlapped, PAGE_SIZE, Place, PlaceKind, ReadPages, Salt, SlicePages, SlicePagesMut,
+    Source, Stats, pages_for, reconcile_in_memory, reconcile_overlapped,
 };
 
 use crate::deltas::{self, DeltaRow};
@@ -15,8 +16,9 @@ use crate::diverged::Diverged;
 use crate::error::{Error, Result};
 use crate::kinds::{Asked, Done, Kinds};
 use crate::memory::peak;
+use crate::pace::{Pace, Yardsticks};
 use crate::report::{Bytes, Report, Row, Seconds, Strategy, name_of};
-use crate::states::{Scratch, State, first_difference};
+use crate::states::{Scratch, State, first_difference, tree_of};
 use crate::told::Told;
 
 /// Any will do where nobody makes pages that collide; the same each time, so that figures are.
@@ -32,6 +34,10 @@ pub struct Options {
     /// Which codecs. `full` has only the first, unless it is asked for: LZMA takes minutes for a
     /// whole disk.
     pub codecs: Vec<Codec>,
+    /// Over lines of which rates, in bits a second: both ends at once, with the codecs that follow.
+    pub rates: Vec<u64>,
+    /// How often each is measured over a line; the median counts.
+    pub runs: usize,
     /// The state that the target's replay left: a folder in the capture's, or elsewhere.
     pub replayed: PathBuf,
     /// What the source's own left.
@@ -99,13 +105,16 @@ pub(crate) fn measure(
         .map(|replayed| Diverged::between(&source, replayed));
     let mut kinds = match kinds_of(&source.ram) {
         // Against nothing everything has changed.
-        Some(kinds) if strategies.iter().any(|way| *way != Strategy::Full) => {
+        Some(kinds)
+            if !options.codecs.is_empty()
+                && strategies.iter().any(|way| *way != Strategy::Full) =>
+        {
             Some(Kinds::new(kinds, &source, &base)?)
         }
         _ => None,
     };
     let mut rows = Vec::new();
-    let deltas = if strategies.contains(&Strategy::Base) {
+    let deltas = if strategies.contains(&Strategy::Base) && !options.codecs.is_empty() {
         tell_deltas(&source, &base)?
     } else {
         Vec::new()
@@ -139,9 +148,20 @@ pub(crate) fn measure(
                 rows.push(row);
             })?;
         }
+        for rate in &options.rates {
+            run.paced(*rate, options.runs.max(1), &mut |row| {
+                on_row(&row);
+                rows.push(row);
+            })?;
+        }
     }
+    let yardsticks = match options.rates.is_empty() {
+        true => None,
+        false => Some(Yardsticks::take(&source, &base)?),
+    };
     Ok(Report {
         rows,
+        yardsticks,
         deltas,
         diverged,
         kinds: kinds.map_or_else(Vec::new, Kinds::into_rows),
@@ -179,6 +199,15 @@ fn disk_name(index: usize) -> String {
     }
 }
 
+/// How the pages of an image are compressed and sent.
+#[derive(Clone, Copy)]
+enum How<'a> {
+    /// With one codec, both ends in turn.
+    Codec(Codec),
+    /// Over a line of so many bits a second.
+    Line(u64, &'a Governor),
+}
+
 /// One strategy.
 struct Run<'a> {
     strategy: Strategy,
@@ -212,15 +241,46 @@ impl Run<'_> {
         kinds: Option<&mut Kinds>,
         on_row: &mut dyn FnMut(Row),
     ) -> Result<()> {
-        on_row(self.device(codec)?);
+        let how = How::Codec(codec);
+        on_row(self.device(how)?);
         for index in 0..self.source.disks.len() {
-            on_row(self.disk(codec, index)?);
+            on_row(self.disk(how, index)?);
         }
-        on_row(self.ram(codec, kinds)?);
+        on_row(self.ram(how, kinds)?);
         Ok(())
     }
 
-    fn device(&self, codec: Codec) -> Result<Row> {
+    /// The same over a line, so many times; the median of each image.
+    fn paced(&self, rate: u64, runs: usize, on_row: &mut dyn FnMut(Row)) -> Result<()> {
+        let mut images: Vec<Vec<Row>> = Vec::new();
+        for _ in 0..runs {
+            // What is learned from one image is good for the next, as in a migration.
+            let governor = Governor::for_line(rate, WORKERS);
+            let how = How::Line(rate, &governor);
+            let mut rows = vec![self.device(how)?];
+            for index in 0..self.source.disks.len() {
+                rows.push(self.disk(how, index)?);
+            }
+            rows.push(self.ram(how, None)?);
+            images.resize(rows.len(), Vec::new());
+            images
+                .iter_mut()
+                .zip(rows)
+                .for_each(|(image, row)| image.push(row));
+        }
+        let total = |row: &Row| row.pace.as_ref().map_or(0.0, |pace| pace.total);
+        for mut rows in images {
+            rows.sort_by(|a, b| total(a).total_cmp(&total(b)));
+            let mut median = rows.swap_remove(rows.len() / 2);
+            if let Some(pace) = &mut median.pace {
+                pace.runs = runs;
+            }
+            on_row(median);
+        }
+        Ok(())
+    }
+
+    fn device(&self, how: How<'_>) -> Result<Row> {
         let image = SlicePages(&self.source.device);
         let base = self
             .base
@@ -247,7 +307,7 @@ impl Run<'_> {
         };
         let mut row = self.run(
             "device".to_owned(),
-            codec,
+            how,
             task,
             &mut SlicePagesMut(&mut built),
             None,
@@ -258,7 +318,7 @@ impl Run<'_> {
         Ok(row)
     }
 
-    fn disk(&self, codec: Codec, index: usize) -> Result<Row> {
+    fn disk(&self, how: How<'_>, index: usize) -> Result<Row> {
         let disk = &self.source.disks[index];
         let bytes = self.source.disk_bytes(index)?;
         let base = self.base.filter(|base| index < base.disks.len());
@@ -290,17 +350,17 @@ impl Run<'_> {
             twin: told.map(|disk| &disk.image as _),
             twins: told.iter().map(|disk| &disk.tree).collect(),
         };
-        self.run(disk_name(index), codec, task, &mut scratch.pages()?, None)
+        self.run(disk_name(index), how, task, &mut scratch.pages()?, None)
     }
 
-    fn ram(&self, codec: Codec, kinds: Option<&mut Kinds>) -> Result<Row> {
+    fn ram(&self, how: How<'_>, kinds: Option<&mut Kinds>) -> Result<Row> {
         let image = SlicePages(&self.source.ram);
         let base = self
             .base
             .map(|base| (SlicePages(&base.ram), &base.ram_tree));
         let scratch = match self.begins {
             Some(begins) => begins.copy_ram()?,
-            None => Scratch::zero(self.source.ram.len() as u64)?,
+            None => Scratch::zero_ram(self.source.ram.len() as u64)?,
         };
         let mut built = scratch.map()?;
         let told = self.realigned.as_ref();
@@ -340,7 +400,7 @@ impl Run<'_> {
         };
         let mut row = self.run(
             "ram".to_owned(),
-            codec,
+            how,
             task,
             &mut SlicePagesMut(&mut built),
             kinds.filter(|_| self.strategy != Strategy::Full),
@@ -354,7 +414,7 @@ impl Run<'_> {
     fn run(
         &self,
         name: String,
-        codec: Codec,
+        how: How<'_>,
         task: Task<'_>,
         built: &mut dyn Image,
         kinds: Option<&mut Kinds>,
@@ -410,22 +470,56 @@ impl Run<'_> {
                 seek_from: OfferOptions::SEEK_FROM,
             },
             encode: EncodeOptions {
-                codec,
+                codec: match how {
+                    How::Codec(codec) => codec,
+                    How::Line(_, governor) => governor.codec(),
+                },
                 workers: WORKERS,
             },
             apply: ApplyOptions::default(),
         };
         let mut asked = Asked::default();
-        let (done, peak_memory) = peak(|| {
-            reconcile_in_memory(source, &holdings, built, &options, &mut |message| {
-                asked.hear(&message);
-            })
+        let begun = Instant::now();
+        let mut scanned = 0.0;
+        let (done, peak_memory) = peak(|| match how {
+            How::Codec(_) => Ok(reconcile_in_memory(
+                source,
+                &holdings,
+                built,
+                &options,
+                &mut |message| {
+                    asked.hear(&message);
+                },
+            )),
+            How::Line(bits_per_second, governor) => {
+                let tree = tree_of(image)?;
+                scanned = begun.elapsed().as_secs_f64();
+                let how = Overlapped {
+                    governor,
+                    bits_per_second,
+                };
+                let source = Source {
+                    tree: &tree,
+                    ..source
+                };
+                Ok(reconcile_overlapped(
+                    source, &holdings, built, &options, &how,
+                ))
+            }
         });
-        let (_, stats) = done.map_err(|source| Error::Reconcile {
+        let total = begun.elapsed().as_secs_f64();
+        let (_, stats) = done?.map_err(|source| Error::Reconcile {
             strategy: self.strategy.name(),
             image: name.clone(),
             source,
         })?;
+        let pace = match how {
+            How::Codec(_) => None,
+            How::Line(rate, governor) => {
+                let trees = (tree, base);
+                Some(Pace::of(governor, rate, trees, &stats, scanned, total))
+            }
+        };
         let compared = first_difference(image, built.reader());
         let compared = compared.map_err(Error::file("compare", Path::new(&name)))?;
         if let Some(page) = compared {
@@ -447,12 +541,13 @@ impl Run<'_> {
         }
         Ok(Row {
             strategy: self.strategy,
-            codec: name_of(codec),
+            codec: name_of(options.encode.codec),
             image: name,
             bytes: Bytes::of(&stats),
             seconds: seconds(&stats),
             pages: stats.pages,
             peak_memory,
+            pace,
         })
     }
 

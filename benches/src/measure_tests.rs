@@ -17,6 +17,8 @@ fn options(strategies: &[Strategy]) -> Options {
     Options {
         strategies: strategies.to_vec(),
         codecs: vec![codec_of("zstd:3").unwrap(), codec_of("lzma:fast").unwrap()],
+        rates: Vec::new(),
+        runs: 1,
         replayed: "replayed".into(),
         twin: "twin".into(),
     }
@@ -75,4 +77,36 @@ fn without_a_replay_there_are_two_ways() {
             ..
         })
     ));
+}
+
+#[test]
+fn over_a_line_every_strategy_arrives_and_is_timed() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    state(at, "base", &[1, 2, 3, 0], &[0, 0, 0, 0], &[8, 9]);
+    state(at, "source", &[1, 4, 5, 6], &[0, 0, 7, 0], &[8, 10, 11]);
+    state(at, "replayed", &[1, 4, 9, 6], &[0, 0, 7, 1], &[8, 10]);
+    state(at, "twin", &[1, 4, 5, 9], &[0, 0, 7, 0], &[8, 10]);
+    let options = Options {
+        codecs: Vec::new(),
+        rates: vec![100_000_000],
+        runs: 3,
+        ..options(&[])
+    };
+    let report = reconcile(at, &options, &mut |_| ()).unwrap();
+    assert_eq!(report.rows.len(), 4 * 3);
+    for row in &report.rows {
+        let pace = row.pace.as_ref().unwrap();
+        let parts = pace.scan + row.seconds.offer + row.seconds.resolve + pace.pages;
+        assert!(pace.total >= parts, "{row:?}");
+        assert_eq!((pace.runs, pace.codecs.len()), (3, 1));
+        assert!(row.pace_line().unwrap().len() >= Row::pace_heads().len());
+    }
+    let ram = report
+        .rows
+        .iter()
+        .find(|row| row.strategy == Strategy::Base && row.image == "ram");
+    let pace = ram.unwrap().pace.as_ref().unwrap();
+    assert_eq!((pace.scanned, pace.changed), (4 * 4096, 3 * 4096));
+    assert!(report.yardsticks.unwrap().copy > 0.0);
 }

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::deltas::DeltaRow;
 use crate::diverged::Diverged;
 use crate::kinds::KindRow;
+use crate::pace::{Pace, Yardsticks, rate_name};
 
 /// A way of moving a state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -63,6 +64,9 @@ pub struct Row {
     /// the compressed pages of a round. Mapped files do not count. `None` where the system
     /// does not tell.
     pub peak_memory: Option<u64>,
+    /// Where it was measured over a line: how fast that was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pace: Option<Pace>,
 }
 
 impl Row {
@@ -143,6 +147,9 @@ pub struct Seconds {
 pub struct Report {
     /// One for each strategy, codec and image.
     pub rows: Vec<Row>,
+    /// What the machine does by itself, if anything was measured over a line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub yardsticks: Option<Yardsticks>,
     /// One for each delta codec and image, if `base` was measured.
     pub deltas: Vec<DeltaRow>,
     /// How far the target's replay is from the source's state, if there is one.
@@ -198,12 +205,69 @@ impl Row {
     }
 }
 
+impl Row {
+    /// The heads of [`Row::pace_line`]'s columns: seconds but where it says otherwise.
+    pub fn pace_heads() -> String {
+        format!(
+            "{:8} {:8} {:7} {:18} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>9} {:>9} {:>8}",
+            "strategy",
+            "line",
+            "image",
+            "codec",
+            "scan",
+            "offer",
+            "resolve",
+            "encode",
+            "line s",
+            "decode",
+            "pages",
+            "verify",
+            "total",
+            "scan MB/s",
+            "chg. MB/s",
+            "peak MiB"
+        )
+    }
+
+    /// For a table in a terminal, if it was measured over a line.
+    pub fn pace_line(&self) -> Option<String> {
+        let (pace, seconds) = (self.pace.as_ref()?, &self.seconds);
+        let memory = self
+            .peak_memory
+            .map_or_else(|| "?".to_owned(), |bytes| (bytes >> 20).to_string());
+        Some(format!(
+            "{:8} {:8} {:7} {:18} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} \
+             {:>9.0} {:>9.0} {memory:>8}",
+            self.strategy,
+            rate_name(pace.bits_per_second),
+            self.image,
+            pace.codecs.join(","),
+            pace.scan,
+            seconds.offer,
+            seconds.resolve,
+            seconds.encode,
+            pace.line,
+            seconds.decode,
+            pace.pages,
+            seconds.verify,
+            pace.total,
+            pace.scanned_per_second() / 1e6,
+            pace.changed_per_second() / 1e6,
+        ))
+    }
+}
+
 /// A codec as it is written on a command line: `zstd:3`, `lzma:fast`.
 pub fn name_of(codec: Codec) -> String {
     match codec {
         Codec::Zstd(level) => format!("zstd:{level}"),
         Codec::Lzma(effort) => format!("lzma:{}", effort_name(effort)),
     }
+}
+
+/// The codecs that are measured unless others are asked for.
+pub fn usual_codecs() -> Vec<Codec> {
+    vec![Codec::Zstd(3), Codec::Lzma(Effort::Fast)]
 }
 
 const fn effort_name(effort: Effort) -> &'static str {
@@ -220,7 +284,8 @@ const fn effort_name(effort: Effort) -> &'static str {
 /// Says what would have been a codec.
 pub fn codec_of(name: &str) -> Result<Codec, String> {
     let level = |name: &str| name.strip_prefix("zstd:")?.parse().ok();
-    if let Some(level) = level(name).filter(|level| (1..=19).contains(level)) {
+    let known = |level: &i32| *level != 0 && (-50..=19).contains(level);
+    if let Some(level) = level(name).filter(known) {
         return Ok(Codec::Zstd(level));
     }
     [Effort::Fast, Effort::Normal, Effort::Strong]
@@ -229,7 +294,7 @@ pub fn codec_of(name: &str) -> Result<Codec, String> {
         .find(|codec| name_of(*codec) == name)
         .ok_or_else(|| {
             format!(
-                "{name:?} is no codec; use zstd:1 to zstd:19, lzma:fast, lzma:normal or lzma:strong"
+                "{name:?} is no codec; use zstd:1 to zstd:19, zstd:-1 and below for speed, lzma:fast, lzma:normal or lzma:strong"
             )
         })
 }
@@ -266,6 +331,7 @@ mod tests {
             pages: PageCounts::default(),
             seconds: Seconds::default(),
             peak_memory: Some(5 << 20),
+            pace: None,
         };
         assert_eq!(row.line().len(), Row::heads().len());
     }

@@ -77,7 +77,8 @@ impl State {
 
     /// A copy of its RAM, to build on.
     pub(crate) fn copy_ram(&self) -> Result<Scratch> {
-        Scratch::copy(&self.ram_path, self.ram.len() as u64)
+        let to = Scratch::zero_ram(self.ram.len() as u64)?;
+        to.fill(&self.ram_path, self.ram.len() as u64)
     }
 
     /// A copy of a disk, to build on, as long as `bytes`.
@@ -94,14 +95,31 @@ impl State {
     }
 }
 
+/// Where guests' RAM is kept, if there is such a place: in memory.
+const IN_MEMORY: &str = "/dev/shm";
+
 /// A temporary file, gone when it is dropped.
 pub(crate) struct Scratch(tempfile::NamedTempFile);
 
 impl Scratch {
     /// All zero.
     pub(crate) fn zero(bytes: u64) -> Result<Self> {
-        let file = tempfile::NamedTempFile::new();
-        let file = file.map_err(Error::file("create a file in", &std::env::temp_dir()))?;
+        Self::zero_in(&std::env::temp_dir(), bytes)
+    }
+
+    /// The same where a guest's RAM would be.
+    pub(crate) fn zero_ram(bytes: u64) -> Result<Self> {
+        let memory = Path::new(IN_MEMORY);
+        if memory.is_dir() {
+            Self::zero_in(memory, bytes)
+        } else {
+            Self::zero(bytes)
+        }
+    }
+
+    fn zero_in(dir: &Path, bytes: u64) -> Result<Self> {
+        let file = tempfile::NamedTempFile::new_in(dir);
+        let file = file.map_err(Error::file("create a file in", dir))?;
         let sized = file.as_file().set_len(bytes);
         sized.map_err(Error::file("size", file.path()))?;
         Ok(Self(file))
@@ -109,9 +127,12 @@ impl Scratch {
 
     /// A file's first bytes, holes left out.
     fn copy(from: &Path, bytes: u64) -> Result<Self> {
-        let to = Self::zero(bytes)?;
-        copy_data(from, to.0.as_file(), bytes).map_err(Error::file("copy", from))?;
-        Ok(to)
+        Self::zero(bytes)?.fill(from, bytes)
+    }
+
+    fn fill(self, from: &Path, bytes: u64) -> Result<Self> {
+        copy_data(from, self.0.as_file(), bytes).map_err(Error::file("copy", from))?;
+        Ok(self)
     }
 
     /// As an image read and written in place.

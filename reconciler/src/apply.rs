@@ -13,10 +13,12 @@
 
 use std::fmt;
 
+use rayon::prelude::*;
+
 use crate::error::Error;
 use crate::lines::Unpatched;
 use crate::offer::Offer;
-use crate::page::{Image, Page, PageHash, PageIndex, ReadPages, ZERO_PAGE};
+use crate::page::{Image, PAGE_SIZE, Page, PageHash, PageIndex, ReadPages, ZERO_PAGE};
 use crate::page_set::PageSet;
 use crate::patch::{Mask, xor};
 use crate::relative::Mappings;
@@ -27,6 +29,11 @@ use crate::stats::PageCounts;
 use crate::stream::{Coded, PageChunk, PageDecoder};
 use crate::tree::Root;
 use crate::verify::Applied;
+
+/// Pages that are read at once before they are copied: 4 MiB.
+const COPIED_AT_ONCE: usize = 1024;
+/// Runs of them that are worth another thread.
+const RUNS_AT_ONCE: usize = 16;
 
 /// How much the target may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,36 +195,33 @@ impl<'a> Applier<'a> {
         holdings: &Holdings<'_>,
         spool: &Spool,
     ) -> Result<(), Error> {
-        let mut page = ZERO_PAGE;
-        for &(to, origin) in copies {
-            let kind = match origin {
-                Origin::Current(from) => {
-                    if !spool.read(from, &mut page)? {
-                        self.image
-                            .read(from, &mut page)
-                            .map_err(|source| Error::Read {
-                                image: "the replayed image",
-                                page: from,
-                                source,
-                            })?;
-                    }
-                    PlaceKind::Replayed
-                }
-                Origin::Place(place, from) => {
-                    let place = &holdings.places[place as usize];
-                    place
-                        .reader
-                        .read(from, &mut page)
-                        .map_err(|source| Error::Read {
-                            image: "an image to copy from",
-                            page: from,
-                            source,
-                        })?;
-                    place.kind
-                }
-            };
-            write(self.image, to, &page)?;
-            *self.counts.moved.entry(kind).or_default() += 1;
+        let mut buffer = vec![0; COPIED_AT_ONCE.min(copies.len()) * PAGE_SIZE];
+        for batch in copies.chunks(COPIED_AT_ONCE) {
+            let mut rest = &mut buffer[..];
+            let mut runs = Vec::new();
+            for run in batch.chunk_by(goes_on) {
+                let (into, after) = rest.split_at_mut(run.len() * PAGE_SIZE);
+                runs.push((run, into));
+                rest = after;
+            }
+            let image = self.image.reader();
+            runs.par_iter_mut()
+                .with_min_len(RUNS_AT_ONCE)
+                .try_for_each(|(run, into)| read_run(image, run[0].1, holdings, spool, into))?;
+            for (run, pages) in runs {
+                let (first, origin) = run[0];
+                self.image
+                    .write_many(first, pages)
+                    .map_err(|source| Error::Write {
+                        page: first,
+                        source,
+                    })?;
+                let kind = match origin {
+                    Origin::Current(_) => PlaceKind::Replayed,
+                    Origin::Place(place, _) => holdings.places[place as usize].kind,
+                };
+                *self.counts.moved.entry(kind).or_default() += run.len() as u64;
+            }
         }
         Ok(())
     }
@@ -344,6 +348,51 @@ impl<'a> Applier<'a> {
             root: self.root,
             pages: self.image.pages(),
         })
+    }
+}
+
+/// Whether a page to copy lies behind another in a place, and is to lie behind it.
+fn goes_on(a: &(PageIndex, Origin), b: &(PageIndex, Origin)) -> bool {
+    match (a.1, b.1) {
+        (Origin::Place(p, from), Origin::Place(q, next)) => {
+            p == q && next.0 == from.0 + 1 && b.0.0 == a.0.0 + 1
+        }
+        // Some of these are set aside, one by one.
+        _ => false,
+    }
+}
+
+/// Reads pages to copy that lie behind one another.
+fn read_run(
+    image: &dyn ReadPages,
+    origin: Origin,
+    holdings: &Holdings<'_>,
+    spool: &Spool,
+    into: &mut [u8],
+) -> Result<(), Error> {
+    match origin {
+        Origin::Current(from) => {
+            // It is one page.
+            for page in into.as_chunks_mut::<PAGE_SIZE>().0 {
+                if !spool.read(from, page)? {
+                    image.read(from, page).map_err(|source| Error::Read {
+                        image: "the replayed image",
+                        page: from,
+                        source,
+                    })?;
+                }
+            }
+            Ok(())
+        }
+        Origin::Place(place, from) => {
+            let place = &holdings.places[place as usize];
+            let read = place.reader.read_many(from, into);
+            read.map_err(|source| Error::Read {
+                image: "an image to copy from",
+                page: from,
+                source,
+            })
+        }
     }
 }
 

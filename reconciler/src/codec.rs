@@ -186,6 +186,17 @@ impl Unpacker {
         Ok(Self::Lzma(stream))
     }
 
+    /// The decoder of the frame after one that has ended; it keeps its memory where it can.
+    pub(crate) fn next(self, tag: u8) -> io::Result<Self> {
+        match self {
+            Self::Zstd(mut zstd) if tag == ZSTD_TAG => {
+                zstd.reinit()?;
+                Ok(Self::Zstd(zstd))
+            }
+            _ => Self::new(tag),
+        }
+    }
+
     pub(crate) fn step(&mut self, input: &[u8], buffer: &mut [u8]) -> io::Result<Step> {
         match self {
             Self::Zstd(zstd) => {

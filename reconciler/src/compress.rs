@@ -1,35 +1,148 @@
 //! The compressors of the page streams, and how what they write becomes chunks.
+//!
+//! A stream is a row of frames. Where the codec is a quick one, each piece of a stream is a frame
+//! of its own, and threads compress several of them at once ([`Pool`]). Where it is not, one frame
+//! goes on for as long as its codec is the right one, with all that came before as its window.
 
+use std::collections::VecDeque;
 use std::io::{self, Write};
+use std::thread::Scope;
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender};
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use liblzma::stream::Action;
+use rustix::time::{ClockId, clock_gettime};
+use zstd::bulk::Compressor;
 use zstd::stream::raw::CParameter;
 use zstd::stream::write::Encoder;
 
 use crate::codec::{Codec, LzmaEncoder, MAX_WINDOW_LOG, ZSTD_TAG};
-use crate::encode::EncodeOptions;
 use crate::error::Error;
+use crate::governor::Governor;
 use crate::stream::{PageChunk, StreamId};
 use crate::wire::MAX_CHUNK;
 
-/// Raw bytes in one job of zstd's own threads.
-const JOB_BYTES: u32 = 2 << 20;
+/// Raw bytes in a frame of its own.
+pub(crate) const PIECE: usize = 1 << 20;
+/// Pieces of one stream that wait for threads, or for their turn on the line.
+const AHEAD: usize = 4;
+
+/// The time that this thread has had of a processor.
+fn own_time() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
+
+/// A piece to compress.
+struct Job {
+    level: i32,
+    raw: Vec<u8>,
+    done: Sender<io::Result<Packed>>,
+}
+
+/// A frame, and what it took.
+struct Packed {
+    level: i32,
+    raw: usize,
+    bytes: Vec<u8>,
+    took: Duration,
+}
+
+/// Threads that compress pieces of all streams.
+#[derive(Clone)]
+pub(crate) struct Pool {
+    jobs: Sender<Job>,
+    /// Buffers that are done with, and where they are taken from again.
+    back: Sender<Vec<u8>>,
+    spare: Receiver<Vec<u8>>,
+}
+
+impl Pool {
+    /// Begins so many threads, which end when the last of the pool's clones is dropped.
+    pub(crate) fn begin<'scope>(scope: &'scope Scope<'scope, '_>, threads: u32) -> Self {
+        let (jobs, work) = bounded::<Job>(0);
+        let (back, spare) = unbounded();
+        for _ in 0..threads {
+            let (work, back) = (work.clone(), back.clone());
+            scope.spawn(move || {
+                let mut compressor = None;
+                for mut job in &work {
+                    let packed = pack(&mut compressor, job.level, &job.raw);
+                    job.raw.clear();
+                    // Nobody waits for either if the stream has failed.
+                    let _ = back.send(job.raw);
+                    let _ = job.done.send(packed);
+                }
+            });
+        }
+        Self { jobs, back, spare }
+    }
+
+    /// A buffer for the next piece.
+    pub(crate) fn buffer(&self) -> Vec<u8> {
+        self.spare
+            .try_recv()
+            .unwrap_or_else(|_| Vec::with_capacity(PIECE))
+    }
+
+    /// Takes a buffer back.
+    fn give_back(&self, mut buffer: Vec<u8>) {
+        buffer.clear();
+        // There are as many receivers as pools.
+        let _ = self.back.send(buffer);
+    }
+}
+
+/// Compresses a piece into a frame.
+fn pack(
+    compressor: &mut Option<Compressor<'static>>,
+    level: i32,
+    raw: &[u8],
+) -> io::Result<Packed> {
+    let begun = own_time();
+    let compressor = match compressor {
+        Some(compressor) => {
+            compressor.set_compression_level(level)?;
+            compressor
+        }
+        None => {
+            let mut new = Compressor::new(level)?;
+            new.set_parameter(CParameter::ChecksumFlag(true))?;
+            compressor.insert(new)
+        }
+    };
+    let bytes = compressor.compress(raw)?;
+    Ok(Packed {
+        level,
+        raw: raw.len(),
+        bytes,
+        took: own_time().saturating_sub(begun),
+    })
+}
 
 /// One stream of compressed bytes; begins with the first of them, so that a stream without
 /// pages sends nothing, not even an empty frame.
 pub(crate) struct StreamWriter<'a> {
     stream: StreamId,
-    chunks: &'a Sender<PageChunk>,
-    options: EncodeOptions,
+    out: ChunkWriter<'a>,
+    governor: &'a Governor,
     most: u64,
-    packer: Option<Packer<'a>>,
+    packer: Option<Packer>,
 }
 
-/// The compressor of a stream, and where what it writes goes.
-enum Packer<'a> {
-    Zstd(Encoder<'static, ChunkWriter<'a>>),
-    Lzma(LzmaEncoder, ChunkWriter<'a>),
+/// The compressor of a frame that goes on.
+struct Packer {
+    codec: Codec,
+    with: With,
+    /// Since it was told to the governor last.
+    raw: u64,
+    written: u64,
+    took: Duration,
+}
+
+enum With {
+    Zstd(Encoder<'static, Vec<u8>>),
+    Lzma(LzmaEncoder),
 }
 
 impl<'a> StreamWriter<'a> {
@@ -37,13 +150,18 @@ impl<'a> StreamWriter<'a> {
     pub(crate) fn new(
         stream: StreamId,
         chunks: &'a Sender<PageChunk>,
-        options: EncodeOptions,
+        governor: &'a Governor,
         most: u64,
     ) -> Self {
         Self {
             stream,
-            chunks,
-            options,
+            out: ChunkWriter {
+                stream,
+                chunks,
+                bytes: Vec::new(),
+                written: 0,
+            },
+            governor,
             most,
             packer: None,
         }
@@ -59,74 +177,180 @@ impl<'a> StreamWriter<'a> {
         }
     }
 
-    fn begin(&self) -> io::Result<Packer<'a>> {
-        let mut out = ChunkWriter {
-            stream: self.stream,
-            chunks: self.chunks,
-            bytes: Vec::with_capacity(MAX_CHUNK),
-        };
-        let level = match self.options.codec {
-            Codec::Zstd(level) => level,
+    /// The codec of this stream for what comes next.
+    fn codec(&self) -> Codec {
+        match self.stream {
+            StreamId::Literal => self.governor.codec(),
+            _ => self.governor.codec().beside_literals(),
+        }
+    }
+
+    fn begin(&mut self, codec: Codec) -> io::Result<Packer> {
+        let with = match codec {
+            Codec::Zstd(level) => {
+                self.out.write_all(&[ZSTD_TAG])?;
+                let window_log = self.most.next_power_of_two().trailing_zeros();
+                let mut encoder = Encoder::new(Vec::new(), level)?;
+                encoder.include_checksum(true)?;
+                let window_log = window_log.clamp(17, MAX_WINDOW_LOG);
+                encoder.set_parameter(CParameter::WindowLog(window_log))?;
+                encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
+                With::Zstd(encoder)
+            }
             Codec::Lzma(effort) => {
                 let (tag, encoder) = LzmaEncoder::new(effort, self.most)?;
-                out.bytes.push(tag);
-                return Ok(Packer::Lzma(encoder, out));
+                self.out.write_all(&[tag])?;
+                With::Lzma(encoder)
             }
         };
-        out.bytes.push(ZSTD_TAG);
-        let window_log = self.most.next_power_of_two().trailing_zeros();
-        let mut encoder = Encoder::new(out, level)?;
-        encoder.include_checksum(true)?;
-        encoder.set_parameter(CParameter::WindowLog(window_log.clamp(17, MAX_WINDOW_LOG)))?;
-        encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
-        if self.options.workers > 0 {
-            encoder.multithread(self.options.workers)?;
-            encoder.set_parameter(CParameter::JobSize(JOB_BYTES))?;
-        }
-        Ok(Packer::Zstd(encoder))
+        Ok(Packer {
+            codec,
+            with,
+            raw: 0,
+            written: 0,
+            took: Duration::ZERO,
+        })
+    }
+
+    /// Puts bytes into the frame that goes on, or begins one; `action` other than `Run` is done
+    /// for all that was put in.
+    fn put(&mut self, bytes: &[u8], action: Action) -> io::Result<()> {
+        let codec = self.codec();
+        let mut packer = match self.packer.take() {
+            Some(packer) if packer.codec == codec || bytes.is_empty() => packer,
+            Some(other) => {
+                self.end(other)?;
+                self.begin(codec)?
+            }
+            None if bytes.is_empty() => return Ok(()),
+            None => self.begin(codec)?,
+        };
+        packer.run(bytes, action, &mut self.out)?;
+        packer.tell(self.governor);
+        self.packer = Some(packer);
+        Ok(())
+    }
+
+    /// Ends a frame.
+    fn end(&mut self, mut packer: Packer) -> io::Result<()> {
+        packer.run(&[], Action::Finish, &mut self.out)?;
+        packer.tell(self.governor);
+        Ok(())
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        if self.packer.is_none() {
-            self.packer = Some(self.begin().map_err(|source| self.error(source))?);
-        }
-        let written = match &mut self.packer {
-            Some(Packer::Zstd(encoder)) => encoder.write_all(bytes),
-            Some(Packer::Lzma(encoder, out)) => encoder.run(bytes, Action::Run, out),
-            None => Ok(()),
-        };
-        written.map_err(|source| self.error(source))
+        self.put(bytes, Action::Run)
+            .map_err(|source| self.error(source))
     }
 
     /// Sends all that was written; takes some bytes.
     pub(crate) fn flush(&mut self) -> Result<(), Error> {
-        let flushed = match &mut self.packer {
-            Some(Packer::Zstd(encoder)) => encoder.flush(),
-            Some(Packer::Lzma(encoder, out)) => encoder
-                .run(&[], Action::SyncFlush, out)
-                .and_then(|()| out.flush()),
-            None => Ok(()),
-        };
-        flushed.map_err(|source| self.error(source))
+        self.put(&[], Action::SyncFlush)
+            .and_then(|()| self.out.flush())
+            .map_err(|source| self.error(source))
     }
 
     pub(crate) fn finish(mut self) -> Result<(), Error> {
         let ended = match self.packer.take() {
-            Some(Packer::Zstd(encoder)) => encoder.finish().and_then(|mut out| out.flush()),
-            Some(Packer::Lzma(mut encoder, mut out)) => encoder
-                .run(&[], Action::Finish, &mut out)
-                .and_then(|()| out.flush()),
+            Some(packer) => self.end(packer),
             None => Ok(()),
         };
-        ended.map_err(|source| self.error(source))
+        ended
+            .and_then(|()| self.out.flush())
+            .map_err(|source| self.error(source))
     }
 
     /// Writes all that comes, and ends the stream.
-    pub(crate) fn drain(mut self, queue: &Receiver<Vec<u8>>) -> Result<(), Error> {
+    pub(crate) fn drain(mut self, queue: &Receiver<Vec<u8>>, pool: &Pool) -> Result<(), Error> {
+        let mut ahead = VecDeque::new();
         for bytes in queue {
-            self.write(&bytes)?;
+            let Some(level) = self.in_pieces() else {
+                self.take_up(&mut ahead, 0)?;
+                self.write(&bytes)?;
+                pool.give_back(bytes);
+                continue;
+            };
+            if let Some(packer) = self.packer.take() {
+                self.end(packer).map_err(|source| self.error(source))?;
+            }
+            let (done, packed) = bounded(1);
+            let job = Job {
+                level,
+                raw: bytes,
+                done,
+            };
+            pool.jobs.send(job).map_err(|_| Error::WorkerDied)?;
+            ahead.push_back(packed);
+            self.take_up(&mut ahead, AHEAD)?;
         }
+        self.take_up(&mut ahead, 0)?;
         self.finish()
+    }
+
+    /// The level, if what comes next is to be compressed in pieces.
+    fn in_pieces(&self) -> Option<i32> {
+        match self.codec() {
+            Codec::Zstd(level) if self.governor.workers() > 0 => Some(level),
+            _ => None,
+        }
+    }
+
+    /// Writes the pieces that are done, and waits for the first until no more than `left` are
+    /// ahead.
+    fn take_up(&mut self, ahead: &mut Ahead, left: usize) -> Result<(), Error> {
+        while let Some(first) = ahead.front() {
+            let packed = if ahead.len() > left {
+                first.recv().map_err(|_| Error::WorkerDied)?
+            } else if let Ok(packed) = first.try_recv() {
+                packed
+            } else {
+                return Ok(());
+            };
+            ahead.pop_front();
+            let packed = packed.map_err(|source| self.error(source))?;
+            let (raw, written) = (packed.raw as u64, packed.bytes.len() as u64);
+            let codec = Codec::Zstd(packed.level);
+            self.governor.compressed(codec, raw, written, packed.took);
+            self.out
+                .write_all(&[ZSTD_TAG])
+                .and_then(|()| self.out.write_all(&packed.bytes))
+                .map_err(|source| self.error(source))?;
+        }
+        Ok(())
+    }
+}
+
+/// Pieces on their way through the pool, in order.
+type Ahead = VecDeque<Receiver<io::Result<Packed>>>;
+
+impl Packer {
+    fn run(&mut self, bytes: &[u8], action: Action, out: &mut ChunkWriter<'_>) -> io::Result<()> {
+        let (begun, before) = (own_time(), out.written);
+        match &mut self.with {
+            With::Zstd(encoder) => {
+                encoder.write_all(bytes)?;
+                match action {
+                    Action::Run => {}
+                    Action::Finish => encoder.do_finish()?,
+                    _ => encoder.flush()?,
+                }
+                out.write_all(encoder.get_ref())?;
+                encoder.get_mut().clear();
+            }
+            With::Lzma(encoder) => encoder.run(bytes, action, out)?,
+        }
+        self.raw += bytes.len() as u64;
+        self.written += out.written - before;
+        self.took += own_time().saturating_sub(begun);
+        Ok(())
+    }
+
+    /// Lets the governor know, from time to time.
+    fn tell(&mut self, governor: &Governor) {
+        if self.raw >= PIECE as u64 {
+            governor.compressed(self.codec, self.raw, self.written, self.took);
+            (self.raw, self.written, self.took) = (0, 0, Duration::ZERO);
+        }
     }
 }
 
@@ -135,12 +359,18 @@ struct ChunkWriter<'a> {
     stream: StreamId,
     chunks: &'a Sender<PageChunk>,
     bytes: Vec<u8>,
+    /// Since the beginning.
+    written: u64,
 }
 
 impl Write for ChunkWriter<'_> {
     fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        if self.bytes.capacity() == 0 {
+            self.bytes.reserve_exact(MAX_CHUNK);
+        }
         let taken = from.len().min(MAX_CHUNK - self.bytes.len());
         self.bytes.extend_from_slice(&from[..taken]);
+        self.written += taken as u64;
         if self.bytes.len() == MAX_CHUNK {
             self.flush()?;
         }
@@ -151,10 +381,9 @@ impl Write for ChunkWriter<'_> {
         if self.bytes.is_empty() {
             return Ok(());
         }
-        let bytes = std::mem::replace(&mut self.bytes, Vec::with_capacity(MAX_CHUNK));
         let chunk = PageChunk {
             stream: self.stream,
-            bytes,
+            bytes: std::mem::take(&mut self.bytes),
         };
         self.chunks
             .send(chunk)

@@ -1,17 +1,19 @@
 //! The source's end of the page streams.
 //!
-//! One thread reads pages and decides how each is coded, others compress one stream each, and
-//! the caller's thread hands the chunks on. Bounded channels lie between them: when the line is
+//! One thread reads pages and decides how each is coded, others compress, and the caller's thread
+//! hands the chunks on. Bounded channels lie between them: when the line is
 //! slow everything waits, and reading, compressing and sending overlap.
 
 use std::thread;
+use std::time::Instant;
 
 use crossbeam::channel::{Sender, bounded};
 use serde::{Deserialize, Serialize};
 
 use crate::codec::Codec;
-use crate::compress::StreamWriter;
+use crate::compress::{PIECE, Pool, StreamWriter};
 use crate::error::Error;
+use crate::governor::Governor;
 use crate::lines::Unpatched;
 use crate::page::{PAGE_SIZE, Page, PageIndex, ReadPages, ZERO_PAGE};
 use crate::patch::{Choice, MASK_BYTES, choose, xor};
@@ -28,7 +30,7 @@ const QUEUE: usize = 4;
 pub struct EncodeOptions {
     /// The codec of every stream.
     pub codec: Codec,
-    /// Threads of zstd for each stream; LZMA has one.
+    /// Threads of zstd for all streams; LZMA has one for each.
     pub workers: u32,
 }
 
@@ -112,42 +114,52 @@ pub fn encode_pages(
     options: EncodeOptions,
     sink: &mut dyn FnMut(PageChunk) -> Result<(), Closed>,
 ) -> Result<EncodeStats, Error> {
+    encode_pages_by(image, references, pages, &Governor::fixed(options), sink)
+}
+
+/// The same with the codec that a governor picks from piece to piece.
+pub fn encode_pages_by(
+    image: &dyn ReadPages,
+    references: References<'_>,
+    pages: &[PageIndex],
+    governor: &Governor,
+    sink: &mut dyn FnMut(PageChunk) -> Result<(), Closed>,
+) -> Result<EncodeStats, Error> {
     if pages.is_empty() {
         return Ok(EncodeStats::default());
     }
     let most = pages.len() as u64 * PAGE_SIZE as u64;
     thread::scope(|scope| {
         let (chunks_in, chunks) = bounded::<PageChunk>(QUEUE);
-        let beside = EncodeOptions {
-            codec: options.codec.beside_literals(),
-            ..options
-        };
-        let compress = |stream, options| {
+        let pool = Pool::begin(scope, governor.workers());
+        let compress = |stream| {
             let (queue_in, queue) = bounded::<Vec<u8>>(QUEUE);
-            let to_wire = chunks_in.clone();
-            let stage = scope
-                .spawn(move || StreamWriter::new(stream, &to_wire, options, most).drain(&queue));
+            let (to_wire, pool) = (chunks_in.clone(), pool.clone());
+            let stage = scope.spawn(move || {
+                StreamWriter::new(stream, &to_wire, governor, most).drain(&queue, &pool)
+            });
             (queue_in, stage)
         };
-        let (literals, literal) = compress(StreamId::Literal, options);
-        let (deltas, delta) = compress(StreamId::Delta, beside);
-        let (words, word) = compress(StreamId::Words, beside);
+        let (literals, literal) = compress(StreamId::Literal);
+        let (deltas, delta) = compress(StreamId::Delta);
+        let (words, word) = compress(StreamId::Words);
         let reader = scope.spawn(move || {
             // Masks are few and may not be overtaken: they are compressed on the spot.
-            let alone = EncodeOptions {
-                workers: 0,
-                ..beside
-            };
             let most_masks = (pages.len() * MASK_BYTES) as u64;
+            let queue = |to| Gathered {
+                bytes: pool.buffer(),
+                to,
+            };
             let stage = ReadStage {
                 image,
                 references,
                 mappings: Mappings::default(),
-                masks: StreamWriter::new(StreamId::Masks, &chunks_in, alone, most_masks),
+                masks: StreamWriter::new(StreamId::Masks, &chunks_in, governor, most_masks),
                 to_wire: &chunks_in,
-                literals,
-                deltas,
-                words,
+                literals: queue(literals),
+                deltas: queue(deltas),
+                words: queue(words),
+                pool: &pool,
                 stats: EncodeStats::default(),
             };
             stage.run(pages)
@@ -161,11 +173,14 @@ pub fn encode_pages(
                 StreamId::Delta => &mut bytes.delta_bytes,
                 StreamId::Masks | StreamId::Words => &mut bytes.patch_bytes,
             };
-            *counter += chunk.bytes.len() as u64;
+            let len = chunk.bytes.len() as u64;
+            *counter += len;
+            let begun = Instant::now();
             if sink(chunk).is_err() {
                 closed = true;
                 break;
             }
+            governor.sent(len, begun.elapsed());
         }
         // The stages notice at their next chunk and end.
         drop(chunks);
@@ -197,21 +212,36 @@ struct ReadStage<'a> {
     mappings: Mappings,
     masks: StreamWriter<'a>,
     to_wire: &'a Sender<PageChunk>,
-    literals: Sender<Vec<u8>>,
-    deltas: Sender<Vec<u8>>,
-    words: Sender<Vec<u8>>,
+    literals: Gathered,
+    deltas: Gathered,
+    words: Gathered,
+    pool: &'a Pool,
     /// Only pages are counted here.
     stats: EncodeStats,
 }
 
-/// What a batch of pages adds to each stream.
+/// What is put together for a compressor.
+struct Gathered {
+    bytes: Vec<u8>,
+    to: Sender<Vec<u8>>,
+}
+
+impl Gathered {
+    /// Hands on what there is, if it is as much as that.
+    fn send(&mut self, least: usize, pool: &Pool) -> Result<(), Error> {
+        if self.bytes.len() < least {
+            return Ok(());
+        }
+        let bytes = std::mem::replace(&mut self.bytes, pool.buffer());
+        self.to.send(bytes).map_err(|_| Error::SinkClosed)
+    }
+}
+
+/// What a batch of pages adds to what may not be overtaken.
 #[derive(Default)]
 struct Batch {
     kinds: Vec<PageKind>,
-    literal: Vec<u8>,
-    delta: Vec<u8>,
     masks: Vec<u8>,
-    words: Vec<u8>,
 }
 
 impl ReadStage<'_> {
@@ -229,8 +259,9 @@ impl ReadStage<'_> {
             for &index in pages {
                 self.read(index, &mut batch)?;
             }
-            self.send(batch)?;
+            self.send(&batch, PIECE)?;
         }
+        self.send(&Batch::default(), 1)?;
         // Closing the queues, as returning does, ends the compressors' frames.
         self.masks.finish()?;
         Ok(self.stats)
@@ -257,20 +288,20 @@ impl ReadStage<'_> {
         self.mappings.apply(index, &mut page);
         batch.kinds.push(match choice {
             Choice::Literal => {
-                batch.literal.extend_from_slice(&page);
+                self.literals.bytes.extend_from_slice(&page);
                 self.stats.literal_pages += 1;
                 PageKind::Literal
             }
             Choice::Delta => {
                 self.mappings.apply(index, &mut base);
                 xor(&mut page, &base);
-                batch.delta.extend_from_slice(&page);
+                self.deltas.bytes.extend_from_slice(&page);
                 self.stats.delta_pages += 1;
                 PageKind::Delta
             }
             Choice::Patch(mask) | Choice::Lines(mask) => {
                 batch.masks.extend_from_slice(&mask.0);
-                mask.gather(&page, &mut batch.words);
+                mask.gather(&page, &mut self.words.bytes);
                 match choice {
                     Choice::Lines(_) => self.stats.line_pages += 1,
                     _ => self.stats.patch_pages += 1,
@@ -281,24 +312,21 @@ impl ReadStage<'_> {
         Ok(())
     }
 
-    fn send(&mut self, batch: Batch) -> Result<(), Error> {
-        let kinds = PageChunk {
-            stream: StreamId::Kinds,
-            bytes: encode_kinds(&batch.kinds),
-        };
-        self.to_wire.send(kinds).map_err(|_| Error::SinkClosed)?;
+    /// Hands on the batch, and of the rest what has come to `least` bytes.
+    fn send(&mut self, batch: &Batch, least: usize) -> Result<(), Error> {
+        if !batch.kinds.is_empty() {
+            let kinds = PageChunk {
+                stream: StreamId::Kinds,
+                bytes: encode_kinds(&batch.kinds),
+            };
+            self.to_wire.send(kinds).map_err(|_| Error::SinkClosed)?;
+        }
         if !batch.masks.is_empty() {
             self.masks.write(&batch.masks)?;
             self.masks.flush()?;
         }
-        for (bytes, queue) in [
-            (batch.literal, &self.literals),
-            (batch.delta, &self.deltas),
-            (batch.words, &self.words),
-        ] {
-            if !bytes.is_empty() {
-                queue.send(bytes).map_err(|_| Error::SinkClosed)?;
-            }
+        for gathered in [&mut self.literals, &mut self.deltas, &mut self.words] {
+            gathered.send(least, self.pool)?;
         }
         Ok(())
     }

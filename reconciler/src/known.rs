@@ -15,10 +15,9 @@
 //! took 85 kB in place of 331; 64 pages that the target had at another address and the twin
 //! nowhere were sent for it.
 
-use std::collections::{HashMap, HashSet};
-
 use rayon::prelude::*;
 
+use crate::by_hash::{PageHashes, PageMap};
 use crate::error::{Error, within};
 use crate::page::{PageHash, PageIndex};
 use crate::page_set::PageSet;
@@ -75,8 +74,8 @@ impl Known<'_> {
 
     /// Chooses for contents, named by their hash and the lowest page that has each.
     pub(crate) fn hints(&self, contents: &[(PageHash, PageIndex)]) -> Vec<Hint> {
-        let wanted: HashSet<PageHash> = contents.iter().map(|(hash, _)| *hash).collect();
-        let mut places: HashMap<PageHash, Vec<u64>> = HashMap::new();
+        let wanted: PageHashes = contents.iter().map(|(hash, _)| *hash).collect();
+        let mut places: PageMap<Vec<u64>> = PageMap::default();
         let mut start = 0;
         for tree in self.shared {
             for (index, hash) in found(tree, &wanted) {
@@ -88,7 +87,7 @@ impl Known<'_> {
             start += tree.pages();
         }
         let twins = self.twin.iter();
-        let in_twin: HashSet<PageHash> = twins
+        let in_twin: PageHashes = twins
             .flat_map(|tree| found(tree, &wanted))
             .map(|(_, hash)| hash)
             .collect();
@@ -127,7 +126,7 @@ impl Known<'_> {
 }
 
 /// All pages of an image whose content is among those wanted, ascending.
-fn found(tree: &ImageTree, wanted: &HashSet<PageHash>) -> Vec<(PageIndex, PageHash)> {
+fn found(tree: &ImageTree, wanted: &PageHashes) -> Vec<(PageIndex, PageHash)> {
     tree.content(0..tree.chunks().len())
         .filter(|(_, hash)| wanted.contains(hash))
         .collect()

@@ -34,6 +34,7 @@
 
 mod answer;
 mod apply;
+mod by_hash;
 mod codec;
 mod compress;
 mod delta;
@@ -41,11 +42,13 @@ mod descend;
 mod encode;
 mod error;
 mod file;
+mod governor;
 mod known;
 mod lines;
 mod live;
 mod memory;
 mod offer;
+mod pace;
 mod page;
 mod page_set;
 mod patch;
@@ -68,14 +71,18 @@ pub use apply::{Applier, ApplyOptions, Retry};
 pub use codec::{Codec, Effort};
 pub use delta::PageDelta;
 pub use descend::{Descent, MAX_NODES, NodeServer, NodesReply, NodesRequest};
-pub use encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages};
+pub use encode::{Closed, EncodeOptions, EncodeStats, References, encode_pages, encode_pages_by};
 pub use error::Error;
 pub use file::FilePages;
+pub use governor::Governor;
 pub use known::Known;
 pub use lines::Unpatched;
 pub use live::{Captured, Incoming, Shadow};
-pub use memory::{MAX_REPAIRS, Message, Options, Source, Stats, Times, reconcile_in_memory};
+pub use memory::{
+    MAX_REPAIRS, Message, Options, Source, Stats, Times, reconcile_in_memory, reconcile_overlapped,
+};
 pub use offer::{Offer, OfferOptions};
+pub use pace::Overlapped;
 pub use page::{
     Image, MAX_PAGES, PAGE_SIZE, Page, PageHash, PageIndex, ReadPages, SlicePages, SlicePagesMut,
     WritePages, ZERO_PAGE, is_zero, pages_for,

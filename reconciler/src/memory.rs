@@ -1,8 +1,9 @@
 //! Both ends in one process, without a wire: for tests and for measuring strategies on a
 //! capture.
 //!
-//! Each round of pages is encoded, then applied, so that both can be timed; on the way from
-//! site to site they overlap.
+//! Each round of pages is encoded, then applied, so that both can be timed
+//! ([`reconcile_in_memory`]), or both ends work at once over a line of a given rate, as on the way
+//! from site to site ([`reconcile_overlapped`]).
 
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use crate::error::Error;
 use crate::known::Known;
 use crate::lines::Unpatched;
 use crate::offer::{Offer, OfferOptions};
+use crate::pace::Overlapped;
 use crate::page::{Image, PageIndex, ReadPages};
 use crate::page_set::PageSet;
 use crate::resolve::{Holdings, Resolution, resolve, resolve_again};
@@ -60,6 +62,11 @@ pub struct Times {
     pub encode: Duration,
     /// The target's: copying, putting back, and unpacking pages, in all rounds.
     pub decode: Duration,
+    /// What a line of the rate asked about took; nothing where both ends took turns.
+    pub line: Duration,
+    /// From the first page to the last, where both ends worked at once: compressing, sending and
+    /// unpacking.
+    pub pages: Duration,
     /// The target's: hashing the result.
     pub verify: Duration,
 }
@@ -138,6 +145,29 @@ pub fn reconcile_in_memory(
     options: &Options,
     on_the_way: &mut dyn FnMut(Message<'_>),
 ) -> Result<(Verified, Stats), Error> {
+    reconcile(source, holdings, image, options, None, on_the_way)
+}
+
+/// The same, both ends at work at once. Nothing is damaged on the way; the governor takes the place
+/// of `options.encode`.
+pub fn reconcile_overlapped(
+    source: Source<'_>,
+    holdings: &Holdings<'_>,
+    image: &mut dyn Image,
+    options: &Options,
+    how: &Overlapped<'_>,
+) -> Result<(Verified, Stats), Error> {
+    reconcile(source, holdings, image, options, Some(how), &mut |_| {})
+}
+
+fn reconcile(
+    source: Source<'_>,
+    holdings: &Holdings<'_>,
+    image: &mut dyn Image,
+    options: &Options,
+    overlapped: Option<&Overlapped<'_>>,
+    on_the_way: &mut dyn FnMut(Message<'_>),
+) -> Result<(Verified, Stats), Error> {
     let mut stats = Stats::default();
     let (offered, mut bytes) = timed(&mut stats.times.offer, || {
         let offered = Offer::knowing(source.tree, source.base, &source.known, &options.offer)?;
@@ -175,12 +205,15 @@ pub fn reconcile_in_memory(
         source,
         holdings,
         options,
+        overlapped,
         stats: &mut stats,
         on_the_way,
     };
     let applied = transfer.run(&offer, resolution, image, &pages)?;
-    let mut verification = timed(&mut stats.times.verify, || {
-        applied.verify(image.reader(), &no_progress)
+    let mut verification = timed(&mut stats.times.verify, || match overlapped {
+        // As in a migration, whose target has hashed what it holds and changed nothing else.
+        Some(_) => applied.verify_touched(image.reader(), holdings.current),
+        None => applied.verify(image.reader(), &no_progress),
     })?;
     for _ in 0..MAX_REPAIRS {
         let mismatch = match verification {
@@ -228,6 +261,7 @@ struct Transfer<'a, 's> {
     source: Source<'a>,
     holdings: &'a Holdings<'a>,
     options: &'a Options,
+    overlapped: Option<&'a Overlapped<'a>>,
     stats: &'s mut Stats,
     on_the_way: &'s mut dyn FnMut(Message<'_>),
 }
@@ -283,8 +317,12 @@ impl Transfer<'_, '_> {
         references: References<'_>,
         pages: &[PageIndex],
     ) -> Result<EncodeStats, Error> {
-        let mut chunks = Vec::new();
         let (image, how) = (self.source.image, self.options.encode);
+        if let Some(overlapped) = self.overlapped {
+            let times = &mut self.stats.times;
+            return overlapped.send(image, references, pages, applier, times);
+        }
+        let mut chunks = Vec::new();
         let sent = timed(&mut self.stats.times.encode, || {
             encode_pages(image, references, pages, how, &mut |chunk| {
                 chunks.push(chunk);

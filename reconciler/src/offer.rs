@@ -1,8 +1,8 @@
 //! What the source says first: which pages differ from the common base, and how the target
 //! finds each distinct content among them: by a place in an image that both hold, or by a
 //! short hash ([`crate::Known`] says which, [`crate::short_bits`] how short).
-use std::collections::HashMap;
 
+use crate::by_hash::PageMap;
 use crate::error::{Error, within};
 use crate::known::{
     Hint, Known, MAX_SHARED_LEN, Shared, decode_hints, decode_shared, encode_hints, encode_shared,
@@ -91,7 +91,7 @@ impl Offer {
         let (mut zeros, mut changed) = (PageSet::new(), PageSet::new());
         let mut contents = Vec::new();
         let mut distinct: Vec<(PageHash, PageIndex)> = Vec::new();
-        let mut ordinals: HashMap<PageHash, u32> = HashMap::new();
+        let mut ordinals: PageMap<u32> = PageMap::default();
         for index in differing.iter() {
             let leaf = new.leaf(index);
             if leaf.is_zero() {

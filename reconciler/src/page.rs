@@ -113,6 +113,14 @@ pub trait WritePages {
     /// Writes one page. The image is already as long as it will be.
     fn write(&mut self, index: PageIndex, page: &Page) -> io::Result<()>;
 
+    /// Writes consecutive pages; `pages` must be a multiple of [`PAGE_SIZE`] long.
+    fn write_many(&mut self, first: PageIndex, pages: &[u8]) -> io::Result<()> {
+        for (i, page) in pages.as_chunks::<PAGE_SIZE>().0.iter().enumerate() {
+            self.write(PageIndex(first.0 + i as u64), page)?;
+        }
+        Ok(())
+    }
+
     /// Makes one page zero; an implementation may punch a hole.
     fn write_zero(&mut self, index: PageIndex) -> io::Result<()> {
         self.write(index, &ZERO_PAGE)

@@ -12,7 +12,9 @@
 //!   expected to be nearly right, and where is for the target to ask.
 //!
 //! The kinds of a batch come before its pages, and its masks before its words. Streams are cut
-//! into chunks anywhere. Each but `Mappings` and `Kinds` begins with the byte that names its codec. Held at a time are a page for each stream and the masks whose words
+//! into chunks anywhere. Each but `Mappings` and `Kinds` is a row of frames, each of which begins
+//! with the byte that names its codec and has forgotten those before it. Held at a time are a
+//! page for each stream and the masks whose words
 //! have not come, of which there are no more than pages asked for.
 
 use std::collections::VecDeque;
@@ -114,11 +116,12 @@ pub(crate) struct PageDecoder {
     buffer: Vec<u8>,
 }
 
-/// A compressed stream that comes in pieces.
+/// A compressed stream that comes in pieces: a row of frames.
 struct Frame {
     name: &'static str,
     /// None before its first byte.
     unpacker: Option<Unpacker>,
+    /// Whether a frame has ended and the next has not begun.
     ended: bool,
 }
 
@@ -143,19 +146,22 @@ impl Frame {
             stream: name,
             source,
         };
-        let unpacker = match (&mut self.unpacker, input.split_first()) {
-            (Some(unpacker), _) => unpacker,
-            (None, None) => return Ok(()),
-            (slot, Some((&tag, rest))) => {
-                input = rest;
-                slot.insert(Unpacker::new(tag).map_err(decode)?)
-            }
-        };
         let mut more = false;
         while !input.is_empty() || more {
-            if self.ended {
-                return Err(Error::malformed(name, "bytes follow its end"));
-            }
+            let unpacker = match (self.unpacker.take(), input.split_first()) {
+                (Some(unpacker), _) if !self.ended => self.unpacker.insert(unpacker),
+                (unpacker, Some((&tag, rest))) => {
+                    input = rest;
+                    self.ended = false;
+                    let next = match unpacker {
+                        Some(ended) => ended.next(tag),
+                        None => Unpacker::new(tag),
+                    };
+                    self.unpacker.insert(next.map_err(decode)?)
+                }
+                // Not with more to come, for that is no end.
+                (_, None) => return Ok(()),
+            };
             let step = unpacker.step(input, buffer).map_err(decode)?;
             if step.read == 0 && step.written == 0 && !input.is_empty() {
                 return Err(Error::malformed(name, "it does not go on"));
@@ -383,13 +389,14 @@ mod tests {
     use crate::codec::{Codec, Effort, MAX_WINDOW_LOG, ZSTD_TAG};
     use crate::compress::StreamWriter;
     use crate::encode::EncodeOptions;
+    use crate::governor::Governor;
 
     /// A stream as the encoder makes it.
     fn packed_by(codec: Codec, bytes: &[u8]) -> Vec<u8> {
         let (to_wire, chunks) = crossbeam::channel::unbounded();
-        let how = EncodeOptions { codec, workers: 0 };
+        let governor = Governor::fixed(EncodeOptions { codec, workers: 0 });
         let most = bytes.len() as u64;
-        let mut writer = StreamWriter::new(StreamId::Literal, &to_wire, how, most);
+        let mut writer = StreamWriter::new(StreamId::Literal, &to_wire, &governor, most);
         writer.write(bytes).unwrap();
         writer.finish().unwrap();
         drop(to_wire);
@@ -475,6 +482,27 @@ mod tests {
                 }
             }
             prop_assert_eq!(decode(3, &chunks).unwrap(), 3);
+        }
+    }
+
+    #[test]
+    fn frames_of_any_codecs_follow_one_another() {
+        let three = chunk(StreamId::Kinds, &encode_kinds(&[PageKind::Literal; 3]));
+        let page = |codec, share: usize| packed_by(codec, &vec![5; PAGE_SIZE * share / 2]);
+        for first in CODECS {
+            for second in CODECS {
+                // A page and a half in each, and one that brings nothing.
+                let frames = [page(first, 3), page(second, 0), page(second, 3)].concat();
+                for at in [1, frames.len() / 2, frames.len() - 1] {
+                    let (a, b) = frames.split_at(at);
+                    let pieces = [a, b].map(|piece| chunk(StreamId::Literal, piece));
+                    let chunks = [&[three.clone()][..], &pieces].concat();
+                    assert_eq!(decode(3, &chunks).unwrap(), 3);
+                }
+                // A frame that is named and never comes.
+                let more = chunk(StreamId::Literal, &[&frames[..], &[ZSTD_TAG]].concat());
+                assert!(decode(3, &[three.clone(), more]).is_err());
+            }
         }
     }
 

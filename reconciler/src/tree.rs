@@ -395,18 +395,16 @@ fn hash_chunk(
             })?;
         &buffer[..]
     };
-    let mut chunk: Option<Arc<Chunk>> = None;
-    for (i, page) in content.as_chunks::<PAGE_SIZE>().0.iter().enumerate() {
-        let hash = PageHash::of(page);
-        if !hash.is_zero() {
-            let chunk = chunk.get_or_insert_with(|| Arc::new(Chunk::zero()));
-            Arc::make_mut(chunk).leaves[i] = hash;
-        }
+    let mut chunk = Chunk::zero();
+    let pages = content.as_chunks::<PAGE_SIZE>().0;
+    for (leaf, page) in chunk.leaves.iter_mut().zip(pages) {
+        *leaf = PageHash::of(page);
     }
-    if let Some(chunk) = &chunk {
-        chunk.node();
+    if chunk.is_zero() {
+        return Ok(None);
     }
-    Ok(chunk)
+    chunk.node();
+    Ok(Some(Arc::new(chunk)))
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 //! that the target lacks, image by image.
 //!
 //! Reading and compressing run on their own threads and hand chunks over a bounded channel, so
-//! that they overlap with sending, and a slow line holds them back.
+//! that they overlap with sending, and a slow line holds them back. How hard they compress follows
+//! what the line takes and what this host's processor can do ([`Governor`]).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,9 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use reconciler::{
-    BlobAssembler, BlobPart, Closed, EncodeOptions, EncodeStats, ImageTree, Known, NodeServer,
-    Offer, OfferOptions, Page, PageChunk, PageIndex, PageSet, ReadPages, References, Salt,
-    Unpatched, blob_parts,
+    BlobAssembler, BlobPart, Closed, EncodeStats, Governor, ImageTree, Known, NodeServer, Offer,
+    OfferOptions, Page, PageChunk, PageIndex, PageSet, ReadPages, References, Salt, Unpatched,
+    blob_parts,
 };
 use tokio::sync::mpsc;
 
@@ -143,12 +144,20 @@ pub(crate) async fn send_images(
     }
     line.flush().await?;
     let mut sent = Vec::new();
+    let governor = Arc::new(Governor::for_line(out.rate as u64, compressors()));
     for offered in offers {
         let phase = offered.head.kind.phase();
         enter(phase);
-        sent.push(send_image(line, out, offered).await?);
+        sent.push(send_image(line, out, &governor, offered).await?);
     }
+    tracing::info!(codecs = ?governor.taken(), "compressed");
     Ok(sent)
+}
+
+/// Threads that compress: one for each processor, up to a few.
+fn compressors() -> u32 {
+    const MOST: u32 = 8;
+    std::thread::available_parallelism().map_or(1, |cores| (cores.get() as u32).min(MOST))
 }
 
 /// The images that the target holds as well when it looks this one up: as in
@@ -188,7 +197,12 @@ pub(crate) fn shared<'a>(
     shared
 }
 
-async fn send_image(line: &mut Line, out: &Outgoing<'_>, offered: Offered) -> Result<Sent> {
+async fn send_image(
+    line: &mut Line,
+    out: &Outgoing<'_>,
+    governor: &Arc<Governor>,
+    offered: Offered,
+) -> Result<Sent> {
     let Offered {
         head,
         offer,
@@ -211,7 +225,8 @@ async fn send_image(line: &mut Line, out: &Outgoing<'_>, offered: Offered) -> Re
     }
     let begun = Instant::now();
     tracing::debug!(?head, lacking = pages.len(), "answer");
-    let mut encoded = send_pages(line, out, Against::All, head.kind, pages).await?;
+    let kind = head.kind;
+    let mut encoded = send_pages(line, out, governor, Against::All, kind, pages).await?;
     let mut payload = encoded.bytes();
     loop {
         match line.recv(phase).await? {
@@ -247,19 +262,19 @@ async fn send_image(line: &mut Line, out: &Outgoing<'_>, offered: Offered) -> Re
                     .map_err(Error::reconcile("a request for pages is malformed"))?;
                 let pages = unpatched.pages().to_vec();
                 let against = Against::Guesses(unpatched);
-                encoded = send_pages(line, out, against, head.kind, pages).await?;
+                encoded = send_pages(line, out, governor, against, kind, pages).await?;
                 payload += encoded.bytes();
             }
             ToSource::Whole(part) => {
                 let pages = requested_pages(line, phase, part, &offer).await?;
-                encoded = send_pages(line, out, Against::Base, head.kind, pages).await?;
+                encoded = send_pages(line, out, governor, Against::Base, kind, pages).await?;
                 payload += encoded.bytes();
             }
             ToSource::Refetch(part) => {
                 let pages = requested_pages(line, phase, part, &offer).await?;
                 out.progress
                     .note(&format!("{} pages are sent again", pages.len()));
-                encoded = send_pages(line, out, Against::Nothing, head.kind, pages).await?;
+                encoded = send_pages(line, out, governor, Against::Nothing, kind, pages).await?;
                 payload += encoded.bytes();
             }
             _ => return Err(line.unexpected(phase, "no verdict on an image")),
@@ -322,6 +337,7 @@ async fn requested(line: &mut Line, phase: Phase, first: BlobPart, limit: u64) -
 async fn send_pages(
     line: &mut Line,
     out: &Outgoing<'_>,
+    governor: &Arc<Governor>,
     against: Against,
     kind: ImageKind,
     pages: Vec<PageIndex>,
@@ -336,7 +352,7 @@ async fn send_pages(
     let read = Arc::new(AtomicU64::new(0));
     let counter = read.clone();
     let total = pages.len() as u64 * reconciler::PAGE_SIZE as u64;
-    let options = EncodeOptions::for_line(out.rate as u64);
+    let governor = governor.clone();
     let encoding = tokio::spawn(blocking(move || {
         let mut sink = |chunk| sender.blocking_send(chunk).map_err(|_| Closed);
         state
@@ -355,7 +371,9 @@ async fn send_pages(
                                 _ => None,
                             },
                         };
-                        reconciler::encode_pages(&image, references, &pages, options, &mut sink)
+                        reconciler::encode_pages_by(
+                            &image, references, &pages, &governor, &mut sink,
+                        )
                     };
                     match &twin {
                         Some(twin) => twin.with_pages(kind, encode),

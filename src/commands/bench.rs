@@ -11,12 +11,21 @@ pub(crate) async fn run(command: BenchCommand, output: &Output) -> anyhow::Resul
         capture,
         strategy,
         codec,
+        rate,
+        runs,
         replayed,
         twin,
     } = command;
+    let paced = codec.is_empty() && !rate.is_empty();
     let options = Options {
         strategies: strategy.into_iter().map(strategy_of).collect(),
-        codecs: codec,
+        codecs: if codec.is_empty() && rate.is_empty() {
+            benches::usual_codecs()
+        } else {
+            codec
+        },
+        rates: rate,
+        runs,
         replayed,
         twin,
     };
@@ -25,10 +34,15 @@ pub(crate) async fn run(command: BenchCommand, output: &Output) -> anyhow::Resul
     let measured = tokio::task::spawn_blocking(move || {
         benches::reconcile(&capture, &options, &mut |row| {
             // Nobody hears it when the command is ending.
-            let _ = rows.send(row.line());
+            let _ = rows.send(row.pace_line().unwrap_or_else(|| row.line()));
         })
     });
-    output.say(&Row::heads());
+    let heads = if paced {
+        Row::pace_heads()
+    } else {
+        Row::heads()
+    };
+    output.say(&heads);
     while let Some(line) = heard.recv().await {
         output.say(&line);
     }
@@ -37,8 +51,21 @@ pub(crate) async fn run(command: BenchCommand, output: &Output) -> anyhow::Resul
 }
 
 fn table(report: &Report) -> String {
-    let mut lines = vec![Row::heads()];
-    lines.extend(report.rows.iter().map(Row::line));
+    let mut lines = Vec::new();
+    let in_turn: Vec<&Row> = report
+        .rows
+        .iter()
+        .filter(|row| row.pace.is_none())
+        .collect();
+    if !in_turn.is_empty() {
+        lines.push(Row::heads());
+        lines.extend(in_turn.into_iter().map(Row::line));
+    }
+    if let Some(yardsticks) = &report.yardsticks {
+        lines.extend([String::new(), Row::pace_heads()]);
+        lines.extend(report.rows.iter().filter_map(Row::pace_line));
+        lines.extend([String::new(), yardsticks.to_string()]);
+    }
     if !report.deltas.is_empty() {
         lines.extend([String::new(), DeltaRow::heads()]);
         lines.extend(report.deltas.iter().map(DeltaRow::line));

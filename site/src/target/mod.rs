@@ -408,7 +408,11 @@ impl Session {
                     let base = self.base_of(&plan)?;
                     self.mixed = false;
                     self.received = None;
-                    self.work = Some(self.prepare(base).await?);
+                    let mut work = self.prepare(base).await?;
+                    if plan.strategy != Strategy::Replay {
+                        work.hash_ahead();
+                    }
+                    self.work = Some(work);
                 }
                 ToTarget::Follow { part, at } => {
                     self.phase = Phase::Replay;

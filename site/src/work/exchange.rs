@@ -81,8 +81,8 @@ impl Talk<'_> {
 
 /// Answers an offer, applies what comes, verifies, and repairs until the roots are equal.
 ///
-/// With `before`, only pages that were written are hashed again: for disks, which nobody else
-/// can have changed since `before` was computed.
+/// With `before`, only pages that were written are hashed again: for images which nobody else can
+/// have changed since `before` was computed from them.
 pub(super) fn exchange(
     talk: &mut Talk<'_>,
     offer: &Offer,

@@ -52,6 +52,8 @@ pub(crate) struct Work {
     device: Vec<u8>,
     /// The tree of RAM as the replay left it; without one, RAM is the base's.
     replayed: Option<ImageTree>,
+    /// Hashes RAM meanwhile, where no replay is to come.
+    hashing: Option<JoinHandle<Result<ImageTree>>>,
     /// How the source's RAM lies, as far as it said so.
     layout: Option<Layout>,
     /// How the source's device state is put together from the replayed one, if it said so.
@@ -113,6 +115,7 @@ impl Work {
                 base_number,
                 base,
                 replayed: None,
+                hashing: None,
                 layout: None,
                 rearrangement: None,
                 laying: None,
@@ -240,6 +243,13 @@ impl Work {
         }))
     }
 
+    /// Hashes the working copy of RAM, which nobody changes until images come: that it is what
+    /// the base was is found out while the guest still runs.
+    pub(crate) fn hash_ahead(&mut self) {
+        let path = self.ram_path();
+        self.hashing = Some(tokio::spawn(blocking(move || hash_ram(&path))));
+    }
+
     fn kept_ram(&self) -> PathBuf {
         self.dir.join("ram.img")
     }
@@ -275,9 +285,8 @@ impl Work {
     /// is gone.
     pub(crate) async fn replayed(mut self, device: Vec<u8>) -> Result<Self> {
         blocking(move || {
-            let ram = vm_host::RamMap::open(&self.ram_path())
-                .map_err(Error::host("cannot read the guest's RAM"))?;
-            self.replayed = Some(tree_of(&SlicePages(&ram), "RAM")?);
+            self.hashing = None;
+            self.replayed = Some(hash_ram(&self.ram_path())?);
             self.device = device;
             Ok(self)
         })
@@ -489,9 +498,16 @@ impl Work {
             }
             ImageKind::Ram => {
                 let displaced = self.realign(&base_tree)?;
+                let hashed = match self.hashing.take() {
+                    Some(hashing) => Some(talk.runtime.block_on(joined(hashing))?),
+                    None => None,
+                };
                 let mut ram = RamMapMut::open(&self.ram_path())
                     .map_err(Error::host("cannot write the guest's RAM"))?;
-                let current = self.replayed.as_ref().unwrap_or(&base_tree).clone();
+                // Of this very RAM, in which nobody else can have changed anything since.
+                let hashed = self.replayed.as_ref().or(hashed.as_ref());
+                let current = hashed.unwrap_or(&base_tree).clone();
+                let before = hashed.map(|_| &current);
                 let disks = self
                     .disk_paths()
                     .iter()
@@ -527,7 +543,7 @@ impl Work {
                     current: &current,
                     places: &places,
                 };
-                exchange(talk, offer, &holdings, &mut SlicePagesMut(&mut ram), None)
+                exchange(talk, offer, &holdings, &mut SlicePagesMut(&mut ram), before)
             }
         })
     }
@@ -535,10 +551,7 @@ impl Work {
     /// Makes the received state a generation of this site.
     pub(crate) async fn keep(mut self, received: Received, manifest: Manifest) -> Result<Kept> {
         if let Some(laying) = self.laying.take() {
-            match laying.await {
-                Ok(laid) => laid?,
-                Err(error) => std::panic::resume_unwind(error.into_panic()),
-            }
+            joined(laying).await?;
         }
         blocking(move || {
             let manifest = Manifest {
@@ -659,6 +672,12 @@ impl Work {
         }
         Ok(())
     }
+}
+
+/// The tree of a RAM file.
+fn hash_ram(path: &Path) -> Result<ImageTree> {
+    let ram = vm_host::RamMap::open(path).map_err(Error::host("cannot read the guest's RAM"))?;
+    tree_of(&SlicePages(&ram), "RAM")
 }
 
 /// A state that has become a generation.
