@@ -126,11 +126,12 @@ pub(crate) enum BenchCommand {
         /// Only this strategy; may be given more than once [default: all that have their states]
         #[arg(long, value_enum, value_name = "STRATEGY")]
         strategy: Vec<BenchStrategyArg>,
-        /// With this codec (zstd:1 to zstd:19, zstd:-1 and below for speed, lzma:fast, lzma:normal,
-        /// lzma:strong); may be given more than once [default: zstd:3 and lzma:fast, unless there
-        /// is a rate]
-        #[arg(long, value_parser = benches::codec_of, value_name = "CODEC")]
-        codec: Vec<benches::Codec>,
+        /// With this codec: of the page streams zstd:1 to zstd:19, zstd:-1 and below for speed,
+        /// lzma:fast, lzma:normal, lzma:strong; of single pages xbrle, xbzrle, word-xor,
+        /// changed-bytes. May be given more than once [default: zstd:3, lzma:fast and those of
+        /// single pages, unless there is a rate]
+        #[arg(long, value_parser = benches::named, value_name = "CODEC")]
+        codec: Vec<benches::Named>,
         /// Over a line of this rate (10mbit, 100mbit, 1gbit, 10gbit), with the codecs that follow
         /// it: the whole pipeline is timed, both ends at once; may be given more than once
         #[arg(long, value_parser = benches::rate_of, value_name = "RATE")]

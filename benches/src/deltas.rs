@@ -85,13 +85,17 @@ impl DeltaRow {
 /// An image and its tree.
 pub(crate) type Side<'a> = (&'a dyn ReadPages, &'a ImageTree);
 
-/// Runs all codecs on what `image` has and neither `base` nor `others` hold.
+/// Runs codecs on what `image` has and neither `base` nor `others` hold.
 pub(crate) fn measure(
+    which: &[PageDelta],
     name: &str,
     image: Side<'_>,
     base: Side<'_>,
     others: &[Side<'_>],
 ) -> Result<Vec<DeltaRow>> {
+    if which.is_empty() {
+        return Ok(Vec::new());
+    }
     let failed = |source| Error::Reconcile {
         strategy: "telling deltas",
         image: name.to_owned(),
@@ -144,9 +148,9 @@ pub(crate) fn measure(
         image.0.read(index, &mut new).map_err(unreadable(index))?;
         pages.push((old, new));
     }
-    PageDelta::ALL
-        .into_iter()
-        .map(|delta| one(name, delta, &pages))
+    which
+        .iter()
+        .map(|delta| one(name, *delta, &pages))
         .collect()
 }
 

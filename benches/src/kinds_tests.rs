@@ -41,6 +41,9 @@ fn report(dir: &Path, kinds: Option<&[Kind]>) -> Report {
     let options = Options {
         strategies: vec![Strategy::Base, Strategy::Replay, Strategy::Twin],
         codecs: vec![codec_of("zstd:3").unwrap()],
+        deltas: Vec::new(),
+        rates: Vec::new(),
+        runs: 1,
         replayed: "replayed".into(),
         twin: "twin".into(),
     };

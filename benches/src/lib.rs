@@ -13,7 +13,7 @@
 //! | `replay` | its replay | the same | the base |
 //! | `twin` | its replay, in the source's layout | the same | the base and its own replay |
 //!
-//! With `base` come the delta codecs of the papers, on the pages that `base` sends ([`DeltaRow`]).
+//! The delta codecs of the papers are run on the pages that `base` sends ([`DeltaRow`]).
 //! For a Linux guest comes what each kind of its RAM's pages takes ([`KindRow`]).
 //!
 //! Over a line of a given rate both ends work at once, and the whole pipeline is timed ([`Pace`]).
@@ -40,4 +40,6 @@ pub use kinds_table::kinds_table;
 pub use measure::{Options, reconcile};
 pub use pace::{Pace, Yardsticks, rate_name, rate_of};
 pub use reconciler::Codec;
-pub use report::{Bytes, Report, Row, Seconds, Strategy, codec_of, name_of, usual_codecs};
+pub use report::{
+    Bytes, Named, Report, Row, Seconds, Strategy, codec_of, name_of, named, usual_codecs,
+};

@@ -7,8 +7,8 @@ use introspection::Physical;
 use introspection::kinds::{self, Kind};
 use reconciler::{
     ApplyOptions, Codec, EncodeOptions, Governor, Holdings, Image, ImageTree, Known, OfferOptions,
-    Overlaid, Overlapped, PAGE_SIZE, Place, PlaceKind, ReadPages, Salt, SlicePages, SlicePagesMut,
-    Source, Stats, pages_for, reconcile_in_memory, reconcile_overlapped,
+    Overlaid, Overlapped, PAGE_SIZE, PageDelta, Place, PlaceKind, ReadPages, Salt, SlicePages,
+    SlicePagesMut, Source, Stats, pages_for, reconcile_in_memory, reconcile_overlapped,
 };
 
 use crate::deltas::{self, DeltaRow};
@@ -34,6 +34,8 @@ pub struct Options {
     /// Which codecs. `full` has only the first, unless it is asked for: LZMA takes minutes for a
     /// whole disk.
     pub codecs: Vec<Codec>,
+    /// Which delta codecs, on what a target with the base lacks.
+    pub deltas: Vec<PageDelta>,
     /// Over lines of which rates, in bits a second: both ends at once, with the codecs that follow.
     pub rates: Vec<u64>,
     /// How often each is measured over a line; the median counts.
@@ -114,11 +116,7 @@ pub(crate) fn measure(
         _ => None,
     };
     let mut rows = Vec::new();
-    let deltas = if strategies.contains(&Strategy::Base) && !options.codecs.is_empty() {
-        tell_deltas(&source, &base)?
-    } else {
-        Vec::new()
-    };
+    let deltas = tell_deltas(&source, &base, &options.deltas)?;
     for strategy in strategies {
         let (base, begins) = match strategy {
             Strategy::Full => (None, None),
@@ -168,9 +166,10 @@ pub(crate) fn measure(
     })
 }
 
-/// Every delta codec on every image, as against a target that has the base.
-fn tell_deltas(source: &State, base: &State) -> Result<Vec<DeltaRow>> {
+/// Delta codecs on every image, as against a target that has the base.
+fn tell_deltas(source: &State, base: &State, which: &[PageDelta]) -> Result<Vec<DeltaRow>> {
     let mut rows = deltas::measure(
+        which,
         "device",
         (&SlicePages(&source.device), &source.device_tree),
         (&SlicePages(&base.device), &base.device_tree),
@@ -179,6 +178,7 @@ fn tell_deltas(source: &State, base: &State) -> Result<Vec<DeltaRow>> {
     let base_ram = (&SlicePages(&base.ram) as &dyn ReadPages, &base.ram_tree);
     for (index, (new, old)) in source.disks.iter().zip(&base.disks).enumerate() {
         rows.extend(deltas::measure(
+            which,
             &disk_name(index),
             (&new.image, &new.tree),
             (&old.image, &old.tree),
@@ -188,7 +188,7 @@ fn tell_deltas(source: &State, base: &State) -> Result<Vec<DeltaRow>> {
     let disks = source.disks.iter();
     let disks: Vec<deltas::Side<'_>> = disks.map(|disk| (&disk.image as _, &disk.tree)).collect();
     let ram = (&SlicePages(&source.ram) as &dyn ReadPages, &source.ram_tree);
-    rows.extend(deltas::measure("ram", ram, base_ram, &disks)?);
+    rows.extend(deltas::measure(which, "ram", ram, base_ram, &disks)?);
     Ok(rows)
 }
 

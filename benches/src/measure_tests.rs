@@ -1,5 +1,7 @@
 use std::fs;
 
+use reconciler::PageDelta;
+
 use super::*;
 use crate::report::codec_of;
 
@@ -17,6 +19,7 @@ fn options(strategies: &[Strategy]) -> Options {
     Options {
         strategies: strategies.to_vec(),
         codecs: vec![codec_of("zstd:3").unwrap(), codec_of("lzma:fast").unwrap()],
+        deltas: PageDelta::ALL.to_vec(),
         rates: Vec::new(),
         runs: 1,
         replayed: "replayed".into(),
@@ -89,6 +92,7 @@ fn over_a_line_every_strategy_arrives_and_is_timed() {
     state(at, "twin", &[1, 4, 5, 9], &[0, 0, 7, 0], &[8, 10]);
     let options = Options {
         codecs: Vec::new(),
+        deltas: Vec::new(),
         rates: vec![100_000_000],
         runs: 3,
         ..options(&[])
@@ -109,4 +113,24 @@ fn over_a_line_every_strategy_arrives_and_is_timed() {
     let pace = ram.unwrap().pace.as_ref().unwrap();
     assert_eq!((pace.scanned, pace.changed), (4 * 4096, 3 * 4096));
     assert!(report.yardsticks.unwrap().copy > 0.0);
+}
+
+#[test]
+fn a_delta_codec_is_measured_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    state(dir.path(), "base", &[1, 2], &[3], &[4]);
+    state(dir.path(), "source", &[1, 5], &[3], &[4]);
+    let options = Options {
+        codecs: Vec::new(),
+        deltas: vec![PageDelta::Xbzrle],
+        ..options(&[])
+    };
+    let report = reconcile(dir.path(), &options, &mut |_| ()).unwrap();
+    assert!(report.rows.is_empty());
+    let names: Vec<_> = report
+        .deltas
+        .iter()
+        .map(|row| (&row.codec[..], row.pages))
+        .collect();
+    assert_eq!(names, [("xbzrle", 0), ("xbzrle", 0), ("xbzrle", 1)]);
 }

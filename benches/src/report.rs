@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use reconciler::{Codec, Effort, PageCounts, Stats};
+use reconciler::{Codec, Effort, PageCounts, PageDelta, Stats};
 use serde::Serialize;
 
 use crate::deltas::DeltaRow;
@@ -150,7 +150,7 @@ pub struct Report {
     /// What the machine does by itself, if anything was measured over a line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub yardsticks: Option<Yardsticks>,
-    /// One for each delta codec and image, if `base` was measured.
+    /// One for each delta codec that was asked for and image.
     pub deltas: Vec<DeltaRow>,
     /// How far the target's replay is from the source's state, if there is one.
     pub diverged: Option<Diverged>,
@@ -265,9 +265,39 @@ pub fn name_of(codec: Codec) -> String {
     }
 }
 
-/// The codecs that are measured unless others are asked for.
-pub fn usual_codecs() -> Vec<Codec> {
-    vec![Codec::Zstd(3), Codec::Lzma(Effort::Fast)]
+/// Something that can be asked for by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Named {
+    /// A codec of the page streams.
+    Stream(Codec),
+    /// A delta codec of the papers.
+    Delta(PageDelta),
+}
+
+/// What is measured unless something is asked for.
+pub fn usual_codecs() -> Vec<Named> {
+    let streams = [Codec::Zstd(3), Codec::Lzma(Effort::Fast)].map(Named::Stream);
+    streams
+        .into_iter()
+        .chain(PageDelta::ALL.map(Named::Delta))
+        .collect()
+}
+
+/// Reads the name of a codec of either kind.
+///
+/// # Errors
+/// Says what would have been one.
+pub fn named(name: &str) -> Result<Named, String> {
+    let delta = PageDelta::ALL
+        .into_iter()
+        .find(|delta| delta.name() == name);
+    match delta {
+        Some(delta) => Ok(Named::Delta(delta)),
+        None => codec_of(name).map(Named::Stream).map_err(|why| {
+            let deltas = PageDelta::ALL.map(PageDelta::name).join(", ");
+            format!("{why}, or a delta codec: {deltas}")
+        }),
+    }
 }
 
 const fn effort_name(effort: Effort) -> &'static str {
@@ -314,6 +344,9 @@ mod tests {
         ] {
             assert_eq!(name_of(codec_of(name).unwrap()), name);
         }
+        assert_eq!(named("xbrle"), Ok(Named::Delta(PageDelta::Xbrle)));
+        assert_eq!(named("zstd:-5"), Ok(Named::Stream(Codec::Zstd(-5))));
+        assert!(named("xbz").unwrap_err().contains("changed-bytes"));
         for name in [
             "", "zstd", "zstd:0", "zstd:20", "zstd:x", "lzma", "lzma:9", "xz",
         ] {

@@ -185,6 +185,12 @@ impl<'a> StreamWriter<'a> {
         }
     }
 
+    /// Whether the governor learns from this stream: what it takes decides, and the others, rows of
+    /// zeros with islands, are so much quicker that they would mislead.
+    fn teaches(&self) -> bool {
+        self.stream == StreamId::Literal
+    }
+
     fn begin(&mut self, codec: Codec) -> io::Result<Packer> {
         let with = match codec {
             Codec::Zstd(level) => {
@@ -226,16 +232,16 @@ impl<'a> StreamWriter<'a> {
             None => self.begin(codec)?,
         };
         packer.run(bytes, action, &mut self.out)?;
-        packer.tell(self.governor);
+        if self.teaches() {
+            packer.tell(self.governor);
+        }
         self.packer = Some(packer);
         Ok(())
     }
 
     /// Ends a frame.
     fn end(&mut self, mut packer: Packer) -> io::Result<()> {
-        packer.run(&[], Action::Finish, &mut self.out)?;
-        packer.tell(self.governor);
-        Ok(())
+        packer.run(&[], Action::Finish, &mut self.out)
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
@@ -309,8 +315,10 @@ impl<'a> StreamWriter<'a> {
             ahead.pop_front();
             let packed = packed.map_err(|source| self.error(source))?;
             let (raw, written) = (packed.raw as u64, packed.bytes.len() as u64);
-            let codec = Codec::Zstd(packed.level);
-            self.governor.compressed(codec, raw, written, packed.took);
+            if self.teaches() {
+                let codec = Codec::Zstd(packed.level);
+                self.governor.compressed(codec, raw, written, packed.took);
+            }
             self.out
                 .write_all(&[ZSTD_TAG])
                 .and_then(|()| self.out.write_all(&packed.bytes))

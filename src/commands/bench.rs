@@ -1,7 +1,7 @@
 //! `replay-migrate bench`
 
 use anyhow::Context;
-use benches::{DeltaRow, Options, Report, Row, Strategy};
+use benches::{DeltaRow, Named, Options, Report, Row, Strategy};
 
 use crate::args::{BenchCommand, BenchStrategyArg};
 use crate::output::Output;
@@ -17,13 +17,21 @@ pub(crate) async fn run(command: BenchCommand, output: &Output) -> anyhow::Resul
         twin,
     } = command;
     let paced = codec.is_empty() && !rate.is_empty();
+    let named = match codec.is_empty() && !paced {
+        true => benches::usual_codecs(),
+        false => codec,
+    };
+    let (mut codecs, mut deltas) = (Vec::new(), Vec::new());
+    for name in named {
+        match name {
+            Named::Stream(codec) => codecs.push(codec),
+            Named::Delta(delta) => deltas.push(delta),
+        }
+    }
     let options = Options {
         strategies: strategy.into_iter().map(strategy_of).collect(),
-        codecs: if codec.is_empty() && rate.is_empty() {
-            benches::usual_codecs()
-        } else {
-            codec
-        },
+        codecs,
+        deltas,
         rates: rate,
         runs,
         replayed,

@@ -28,6 +28,7 @@ use crate::local::{self};
 use crate::peers::Peer;
 use crate::phase::Phase;
 use crate::protocol::{Hello, Kept, Plan, Purpose, Stage, ToSource, ToTarget, Welcome};
+use crate::report::Strategy;
 use crate::store::{Store, VmDir};
 use crate::work::{KeptNote, Received, Work, Workplace};
 
