@@ -16,7 +16,7 @@ use crate::diverged::Diverged;
 use crate::error::{Error, Result};
 use crate::kinds::{Asked, Done, Kinds};
 use crate::memory::peak;
-use crate::pace::{Pace, Yardsticks};
+use crate::pace::{Pace, Took, Yardsticks, processor_time};
 use crate::report::{Bytes, Report, Row, Seconds, Strategy, name_of};
 use crate::states::{Scratch, State, first_difference, tree_of};
 use crate::told::Told;
@@ -479,8 +479,8 @@ impl Run<'_> {
             apply: ApplyOptions::default(),
         };
         let mut asked = Asked::default();
-        let begun = Instant::now();
-        let mut scanned = 0.0;
+        let (begun, before) = (Instant::now(), processor_time());
+        let mut took = Took::default();
         let (done, peak_memory) = peak(|| match how {
             How::Codec(_) => Ok(reconcile_in_memory(
                 source,
@@ -493,7 +493,7 @@ impl Run<'_> {
             )),
             How::Line(bits_per_second, governor) => {
                 let tree = tree_of(image)?;
-                scanned = begun.elapsed().as_secs_f64();
+                took.scan = begun.elapsed().as_secs_f64();
                 let how = Overlapped {
                     governor,
                     bits_per_second,
@@ -507,7 +507,8 @@ impl Run<'_> {
                 ))
             }
         });
-        let total = begun.elapsed().as_secs_f64();
+        took.total = begun.elapsed().as_secs_f64();
+        took.processor = processor_time() - before;
         let (_, stats) = done?.map_err(|source| Error::Reconcile {
             strategy: self.strategy.name(),
             image: name.clone(),
@@ -517,7 +518,7 @@ impl Run<'_> {
             How::Codec(_) => None,
             How::Line(rate, governor) => {
                 let trees = (tree, base);
-                Some(Pace::of(governor, rate, trees, &stats, scanned, total))
+                Some(Pace::of(governor, rate, trees, &stats, took))
             }
         };
         let compared = first_difference(image, built.reader());

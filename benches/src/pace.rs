@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use reconciler::{Governor, ImageTree, PAGE_SIZE, SlicePages, Stats, no_progress};
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -38,8 +39,25 @@ pub struct Pace {
     pub pages: f64,
     /// From the scan to the verdict.
     pub total: f64,
+    /// What all of it took of processors, both ends together: beside other work it is what says
+    /// how long it would take alone.
+    pub processor: f64,
     /// How many runs there were, of which this is the median by `total`.
     pub runs: usize,
+}
+
+/// What a run took besides its stages.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Took {
+    pub(crate) scan: f64,
+    pub(crate) total: f64,
+    pub(crate) processor: f64,
+}
+
+/// What this process has had of all processors, in seconds.
+pub(crate) fn processor_time() -> f64 {
+    let now = clock_gettime(ClockId::ProcessCPUTime);
+    now.tv_sec as f64 + now.tv_nsec as f64 * 1e-9
 }
 
 impl Pace {
@@ -48,8 +66,7 @@ impl Pace {
         bits_per_second: u64,
         trees: (&ImageTree, &ImageTree),
         stats: &Stats,
-        scan: f64,
-        total: f64,
+        took: Took,
     ) -> Self {
         let (tree, base) = trees;
         Self {
@@ -57,10 +74,11 @@ impl Pace {
             codecs: governor.taken().into_iter().map(name_of).collect(),
             scanned: tree.pages() * PAGE_SIZE as u64,
             changed: tree.differing(base).len() * PAGE_SIZE as u64,
-            scan,
+            scan: took.scan,
             line: stats.times.line.as_secs_f64(),
             pages: stats.times.pages.as_secs_f64(),
-            total,
+            total: took.total,
+            processor: took.processor,
             runs: 1,
         }
     }

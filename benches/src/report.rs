@@ -209,7 +209,7 @@ impl Row {
     /// The heads of [`Row::pace_line`]'s columns: seconds but where it says otherwise.
     pub fn pace_heads() -> String {
         format!(
-            "{:8} {:8} {:7} {:18} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>9} {:>9} {:>8}",
+            "{:8} {:8} {:7} {:18} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>9} {:>9} {:>8}",
             "strategy",
             "line",
             "image",
@@ -223,6 +223,7 @@ impl Row {
             "pages",
             "verify",
             "total",
+            "cpu",
             "scan MB/s",
             "chg. MB/s",
             "peak MiB"
@@ -236,7 +237,7 @@ impl Row {
             .peak_memory
             .map_or_else(|| "?".to_owned(), |bytes| (bytes >> 20).to_string());
         Some(format!(
-            "{:8} {:8} {:7} {:18} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} \
+            "{:8} {:8} {:7} {:18} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} {:>7.3} \
              {:>9.0} {:>9.0} {memory:>8}",
             self.strategy,
             rate_name(pace.bits_per_second),
@@ -251,6 +252,7 @@ impl Row {
             pace.pages,
             seconds.verify,
             pace.total,
+            pace.processor,
             pace.scanned_per_second() / 1e6,
             pace.changed_per_second() / 1e6,
         ))

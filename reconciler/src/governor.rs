@@ -61,7 +61,7 @@ const TELLING: f64 = (1 << 20) as f64;
 /// So many bytes go by before a change of codec is followed by another.
 const SETTLED: f64 = (8 << 20) as f64;
 /// Another codec has to be this much quicker to be worth a change, which begins a new frame.
-const WORTH: f64 = 1.08;
+const WORTH: f64 = 1.1;
 /// Codecs that are hardly slower than the quickest are taken for their fewer bytes.
 const NEARLY: f64 = 0.97;
 /// How long what the line takes is watched before it is believed.
