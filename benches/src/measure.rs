@@ -153,9 +153,10 @@ pub(crate) fn measure(
             })?;
         }
     }
-    let yardsticks = match options.rates.is_empty() {
-        true => None,
-        false => Some(Yardsticks::take(&source, &base)?),
+    let yardsticks = if options.rates.is_empty() {
+        None
+    } else {
+        Some(Yardsticks::take(&source, &base)?)
     };
     Ok(Report {
         rows,

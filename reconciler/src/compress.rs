@@ -100,16 +100,13 @@ fn pack(
     raw: &[u8],
 ) -> io::Result<Packed> {
     let begun = own_time();
-    let compressor = match compressor {
-        Some(compressor) => {
-            compressor.set_compression_level(level)?;
-            compressor
-        }
-        None => {
-            let mut new = Compressor::new(level)?;
-            new.set_parameter(CParameter::ChecksumFlag(true))?;
-            compressor.insert(new)
-        }
+    let compressor = if let Some(compressor) = compressor {
+        compressor.set_compression_level(level)?;
+        compressor
+    } else {
+        let mut new = Compressor::new(level)?;
+        new.set_parameter(CParameter::ChecksumFlag(true))?;
+        compressor.insert(new)
     };
     let bytes = compressor.compress(raw)?;
     Ok(Packed {

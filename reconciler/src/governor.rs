@@ -378,7 +378,7 @@ mod tests {
     /// Sends over a line of this rate for so many seconds, in chunks; `buffer` is what it swallows
     /// at once.
     fn send(governor: &Governor, rate: f64, seconds: f64, mut buffer: f64) {
-        let chunk = (256 << 10) as f64;
+        let chunk = f64::from(256 << 10);
         let mut now = governor.state().line.since;
         let end = now + Duration::from_secs_f64(seconds);
         while now < end {

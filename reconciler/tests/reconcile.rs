@@ -43,6 +43,17 @@ proptest! {
     }
 
     #[test]
+    fn both_ends_at_once_make_the_source_too(case in cases(), thin: bool) {
+        let rate = if thin { 5_000_000 } else { 10_000_000_000 };
+        let (image, stats) = run_over(&case, Some(rate), &mut |_| {});
+        let stats = stats.unwrap();
+        prop_assert!(image == case.source);
+        // What goes over is the same as where both take turns.
+        let (_, in_turn) = run(&case, &mut |_| {});
+        prop_assert_eq!(stats.pages, in_turn.unwrap().pages);
+    }
+
+    #[test]
     fn damage_on_the_way_never_passes(
         case in cases(),
         which in 0usize..10,

@@ -17,9 +17,10 @@ pub(crate) async fn run(command: BenchCommand, output: &Output) -> anyhow::Resul
         twin,
     } = command;
     let paced = codec.is_empty() && !rate.is_empty();
-    let named = match codec.is_empty() && !paced {
-        true => benches::usual_codecs(),
-        false => codec,
+    let named = if codec.is_empty() && !paced {
+        benches::usual_codecs()
+    } else {
+        codec
     };
     let (mut codecs, mut deltas) = (Vec::new(), Vec::new());
     for name in named {

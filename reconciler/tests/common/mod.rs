@@ -2,9 +2,9 @@
 
 use proptest::prelude::*;
 use reconciler::{
-    ApplyOptions, Codec, Effort, EncodeOptions, Error, Holdings, ImageTree, Known, Message,
-    OfferOptions, Options, PAGE_SIZE, Place, PlaceKind, Salt, SlicePages, SlicePagesMut, Source,
-    Stats, no_progress, reconcile_in_memory,
+    ApplyOptions, Codec, Effort, EncodeOptions, Error, Governor, Holdings, ImageTree, Known,
+    Message, OfferOptions, Options, Overlapped, PAGE_SIZE, Place, PlaceKind, Salt, SlicePages,
+    SlicePagesMut, Source, Stats, no_progress, reconcile_in_memory, reconcile_overlapped,
 };
 
 /// A change to an image, as guests and replays make them.
@@ -190,6 +190,16 @@ pub(crate) fn run(
     case: &Case,
     spoil: &mut dyn FnMut(Message<'_>),
 ) -> (Vec<u8>, Result<Stats, Error>) {
+    run_over(case, None, spoil)
+}
+
+/// The same, if there is a rate with both ends at work at once over a line that carries so many
+/// bits a second; then nothing is spoiled.
+pub(crate) fn run_over(
+    case: &Case,
+    bits_per_second: Option<u64>,
+    spoil: &mut dyn FnMut(Message<'_>),
+) -> (Vec<u8>, Result<Stats, Error>) {
     let (base_tree, disk_tree) = (tree(&case.base), tree(&case.disk));
     let (source_tree, replayed_tree) = (tree(&case.source), tree(&case.replayed));
     let (base, disk, source) = (
@@ -257,13 +267,18 @@ pub(crate) fn run(
     };
     let mut image = case.replayed.clone();
     image.resize(case.source.len(), 0);
-    let done = reconcile_in_memory(
-        from,
-        &holdings,
-        &mut SlicePagesMut(&mut image),
-        &options,
-        spoil,
-    );
+    let built = &mut SlicePagesMut(&mut image);
+    let done = match bits_per_second {
+        None => reconcile_in_memory(from, &holdings, built, &options, spoil),
+        Some(bits_per_second) => {
+            let governor = Governor::for_line(bits_per_second, options.encode.workers);
+            let how = Overlapped {
+                governor: &governor,
+                bits_per_second,
+            };
+            reconcile_overlapped(from, &holdings, built, &options, &how)
+        }
+    };
     let stats = done.map(|(verified, stats)| {
         assert_eq!(verified.root(), source_tree.root());
         stats
