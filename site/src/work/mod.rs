@@ -163,6 +163,7 @@ impl Work {
                 base_number,
                 base,
                 replayed: None,
+                hashing: None,
                 layout: None,
                 rearrangement: None,
                 laying: None,
