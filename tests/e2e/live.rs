@@ -39,8 +39,6 @@ fn assert_live(report: &Value) {
         assert!(of(round, "expected_downtime") > 0.0, "{live}");
     }
     assert!(live["last_pages"].as_u64().unwrap() > 0, "{live}");
-    let copied = of(&rounds[0], "bytes");
-    assert!(of(live, "last_bytes") * 4.0 < copied, "{live}");
     let (downtime, total) = (
         of(&report["seconds"], "downtime"),
         of(&report["seconds"], "total"),
@@ -60,6 +58,9 @@ async fn a_guest_that_writes_all_the_time_moves_live_there_and_back() {
     println!("{there:#}");
     assert_eq!(there["generation_from"], Value::Null);
     assert_live(&there);
+    let copied = there["live"]["rounds"][0]["bytes"].as_u64().unwrap();
+    let last = there["live"]["last_bytes"].as_u64().unwrap();
+    assert!(last * 10 < copied, "{there}");
     assert_same_images(a, b);
     assert_eq!(b.state(VM).await.unwrap(), "running");
     assert_eq!(a.state(VM).await.unwrap(), "elsewhere");

@@ -124,7 +124,7 @@ impl Work {
             talk.pages(|chunk| incoming.push(chunk, &mut disk, &mut tree))?;
             incoming.finish().map_err(malformed())?;
             disk.sync()?;
-            // As elsewhere, what is said of a disk is what can be read of it.
+            // What is said of an image is what can be read of it.
             tree.rehash(&disk, &pages)
                 .map_err(Error::reconcile("cannot hash a disk"))?;
         } else {
@@ -133,6 +133,8 @@ impl Work {
             let mut image = SlicePagesMut(&mut ram);
             talk.pages(|chunk| incoming.push(chunk, &mut image, &mut tree))?;
             incoming.finish().map_err(malformed())?;
+            tree.rehash(&image, &pages)
+                .map_err(Error::reconcile("cannot hash the guest's RAM"))?;
         }
         if let Some(rounds) = &mut self.rounds {
             if let ImageKind::Disk(index) = kind {
@@ -176,6 +178,9 @@ impl Work {
     }
 
     /// Verifies an image that rounds have brought on, against what the source says of it.
+    ///
+    /// All of it was read and hashed when the rounds began, and since then each page that they
+    /// wrote, which nobody else could: the user does not wait until all is read once more.
     pub(super) fn receive_ahead(
         &mut self,
         talk: &mut Talk<'_>,
@@ -200,7 +205,8 @@ impl Work {
         }
         let mut ram = RamMapMut::open(&self.ram_path())
             .map_err(Error::host("cannot write the guest's RAM"))?;
-        exchange(talk, offer, &holdings, &mut SlicePagesMut(&mut ram), None)
+        let mut image = SlicePagesMut(&mut ram);
+        exchange(talk, offer, &holdings, &mut image, Some(tree))
     }
 }
 
