@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use reconciler::{FilePages, ImageTree, Root, no_progress};
 use serde_json::Value;
-use testkit::site::{Difference, compare_disks, compare_files, newest_generation};
+use testkit::site::{Difference, Site, compare_disks, compare_files, newest_generation};
 
 use crate::case::Side;
 use crate::world::{VM, World};
 
 /// Cleaning up after a conversation that was cut off takes a moment.
-const CLEAN_LIMIT: Duration = Duration::from_secs(12);
+const CLEAN_LIMIT: Duration = Duration::from_secs(20);
 /// How often it is looked whether it is done.
 const STEP: Duration = Duration::from_millis(50);
 /// `replay-migrate` refused, and nothing changed.
@@ -58,12 +58,12 @@ pub(crate) async fn one_owner(world: &World, violations: &mut Violations) -> any
         ));
     }
     let site = world.site(side);
-    let found = site.state(VM).await?;
-    let (mut state, mut refusal) = (found.clone(), String::new());
     let end = Instant::now() + CLEAN_LIMIT;
+    let found = state(site, end).await?;
+    let (mut now, mut refusal) = (found.clone(), String::new());
     // The site's agent may be at it, too.
-    while state != "running" && Instant::now() < end {
-        let go_on: &[&str] = match state.as_str() {
+    while now != "running" && Instant::now() < end {
+        let go_on: &[&str] = match now.as_str() {
             "paused" => &["vm", "resume", VM],
             _ => &["vm", "start", VM],
         };
@@ -72,12 +72,22 @@ pub(crate) async fn one_owner(world: &World, violations: &mut Violations) -> any
             refusal = went_on.stderr;
             tokio::time::sleep(STEP).await;
         }
-        state = site.state(VM).await?;
+        now = state(site, end).await?;
     }
-    if state != "running" {
-        violations.push(format!("it is {state} at its owner: {refusal}"));
+    if now != "running" {
+        violations.push(format!("it is {now} at its owner: {refusal}"));
     }
     Ok(Owner { side, found })
+}
+
+/// What the VM does at a site. While an agent starts it, QEMU talks with nobody else.
+async fn state(site: &Site, end: Instant) -> anyhow::Result<String> {
+    loop {
+        match site.state(VM).await {
+            Err(_) if Instant::now() < end => tokio::time::sleep(STEP).await,
+            state => return Ok(state?),
+        }
+    }
 }
 
 const fn opposite(side: Side) -> Side {
