@@ -122,3 +122,75 @@ pub(crate) fn arguments(launch: &Launch, accelerator: Accelerator, paths: &Paths
     }
     args
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Hardware;
+
+    fn arguments_of(network: Option<Network>, incoming: bool) -> Vec<String> {
+        let mut hardware = Hardware::new("pc-q35-7.2");
+        hardware.network = network.is_some();
+        let launch = Launch {
+            name: "desk".into(),
+            hardware,
+            boot: None,
+            accelerator: Accelerator::Tcg,
+            runtime_dir: "/run/desk".into(),
+            ram: "/run/desk/ram.img".into(),
+            disks: vec!["/vm/disk0.qcow2".into()],
+            network: network.unwrap_or(Network::Connected),
+            incoming,
+        };
+        let paths = Paths::new(&launch.runtime_dir).unwrap();
+        arguments(&launch, Accelerator::Tcg, &paths)
+    }
+
+    /// What follows each mention of an option.
+    fn values<'a>(arguments: &'a [String], option: &str) -> Vec<&'a str> {
+        let pairs = arguments.windows(2).filter(|pair| pair[0] == option);
+        pairs.map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn every_qemu_runs_in_its_sandbox_with_what_was_asked_for_and_no_more() {
+        for incoming in [false, true] {
+            for network in [None, Some(Network::Connected), Some(Network::Unplugged)] {
+                let arguments = arguments_of(network, incoming);
+                let sandbox = values(&arguments, "-sandbox");
+                assert_eq!(sandbox.len(), 1);
+                let parts: Vec<_> = sandbox[0].split(',').collect();
+                for part in [
+                    "on",
+                    "obsolete=deny",
+                    "elevateprivileges=deny",
+                    "spawn=deny",
+                    "resourcecontrol=deny",
+                ] {
+                    assert!(parts.contains(&part), "{part} not in {parts:?}");
+                }
+                for alone in ["-nodefaults", "-no-user-config"] {
+                    assert!(arguments.iter().any(|word| word == alone), "{alone}");
+                }
+                let netdevs = values(&arguments, "-netdev");
+                let cards = arguments.iter().filter(|word| word.contains("virtio-net"));
+                match network {
+                    None => assert!(netdevs.is_empty() && cards.count() == 0),
+                    Some(_) => assert!(netdevs.len() == 1 && cards.count() == 1),
+                }
+                // A fork's network leads nowhere, and nothing leads into a guest from here.
+                let closed = network == Some(Network::Unplugged);
+                let restricted = |netdev: &&str| netdev.contains("restrict=on");
+                assert!(netdevs.iter().all(|netdev| restricted(netdev) == closed));
+                assert!(!arguments.iter().any(|word| word.contains("hostfwd")));
+                // What it listens on is a socket in a folder of this user alone.
+                for address in values(&arguments, "-vnc") {
+                    assert!(address.starts_with("unix:/run/desk/"), "{address}");
+                }
+                for device in values(&arguments, "-chardev") {
+                    assert!(device.contains("path=/run/desk/"), "{device}");
+                }
+            }
+        }
+    }
+}
