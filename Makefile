@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo capture bench-replay bench-stages bench-reconcile bench-live bench-viewer faults fmt lint clean
+.PHONY: help setup build test fuzz demo capture bench-replay bench-stages bench-reconcile bench-live bench-viewer faults fmt lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,11 @@ build: ## the replay-migrate command, optimised: target/release/replay-migrate
 test: setup ## all tests, the ones with real guests too
 	$(CARGO) build --workspace --bins --locked
 	$(CARGO) test --workspace --locked
+
+# Each parser of what others write; seconds for each target. It needs a C++ compiler, for libFuzzer.
+fuzz: ## every fuzz target, ten minutes each, and a table of what came of it: SECONDS=600
+	./scripts/setup --fuzz
+	./fuzz/run --all $(or $(SECONDS),600)
 
 # With a guest that chance is taken out of; ORDINARY=1 takes one as Debian makes it.
 demo: setup build ## a desktop roams between two sites; writes target/demo/report.json

@@ -109,6 +109,8 @@ async fn call(world: &World, input: &[u8]) {
         // Until the other end has had enough. That it says what is no message would be a finding.
         loop {
             match receiver.recv::<ToSource>().await {
+                // For whoever looks at a finding.
+                Ok(said) if std::env::var_os("FUZZ_SHOW").is_some() => eprintln!("{said:?}"),
                 Ok(_) => {}
                 Err(error) if error.is_disconnect() => return,
                 Err(error) => panic!("{error:?}"),
@@ -143,8 +145,10 @@ fuzz_target!(|input: &[u8]| {
         if let Ok(lock) = File::open(vm.join("lock")) {
             lock.lock().expect("a lock");
         }
-        if let Ok(incoming) = fs::read_dir(vm.join("incoming")) {
-            assert_eq!(incoming.count(), 0, "something is left of what arrived");
+        let incoming = vm.join("incoming");
+        if incoming.exists() {
+            let left = names(&incoming);
+            assert!(left.is_empty(), "{left:?} is left of what arrived");
         }
         let _ = fs::remove_dir_all(vm);
     }
@@ -156,5 +160,6 @@ fuzz_target!(|input: &[u8]| {
             "{name} was not there before"
         );
     }
-    assert_eq!(names(&world.store.root().join("images")).len(), 2, "the disk and its tree");
+    let images = names(&world.store.root().join("images"));
+    assert!((1..=2).contains(&images.len()), "more than the disk and its tree: {images:?}");
 });

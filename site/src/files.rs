@@ -153,18 +153,29 @@ pub(crate) fn remove_file(path: &Path) -> Result<()> {
 /// A reflink or the kernel's own copy would keep holes only where the source has them; guest
 /// RAM on tmpfs has most of its zero pages allocated.
 pub(crate) fn copy_sparse(from: &Path, to: &Path) -> Result<File> {
+    copy_sparse_into(from, to, create_private(to)?)
+}
+
+/// An empty file that only this user can open, in place of what was there.
+pub(crate) fn create_private(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(Error::file("create", path))
+}
+
+/// The same as [`copy_sparse`], into an empty file that is open already; `to` is for messages.
+/// Whoever deletes it meanwhile does not see it come back.
+pub(crate) fn copy_sparse_into(from: &Path, to: &Path, mut target: File) -> Result<File> {
     const BLOCK: usize = 1 << 20;
     const PAGE: usize = 4096;
-    let copy = || -> io::Result<File> {
+    let copy = move || -> io::Result<File> {
         let mut source = File::open(from)?;
         let length = source.metadata()?.len();
-        let mut target = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(to)?;
         target.set_len(length)?;
         let mut block = vec![0; BLOCK];
         let mut at = 0;
@@ -237,6 +248,19 @@ mod tests {
         copy_sparse(&from, &to).unwrap();
         assert!(fs::read(&to).unwrap() == content);
         assert!(fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20);
+    }
+
+    #[test]
+    fn what_is_deleted_while_it_is_copied_does_not_come_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("a"), dir.path().join("in/b"));
+        fs::write(&from, vec![7; 3 << 20]).unwrap();
+        make_dir(to.parent().unwrap()).unwrap();
+        let target = create_private(&to).unwrap();
+        remove_dir(to.parent().unwrap()).unwrap();
+        let copied = copy_sparse_into(&from, &to, target).unwrap();
+        assert_eq!(copied.metadata().unwrap().len(), 3 << 20);
+        assert!(!to.parent().unwrap().exists());
     }
 
     #[test]

@@ -84,7 +84,7 @@ impl Work {
     ) -> Result<Self> {
         let mut work =
             Self::prepare_fork(vm, record, Workplace::Incoming, transfer, base_number).await?;
-        work.laying = Some(work.lay_ram());
+        work.laying = Some(work.lay_ram()?);
         Ok(work)
     }
 
@@ -226,22 +226,25 @@ impl Work {
 
     /// Lays the base's RAM down on the disk, durable: once the new RAM is known, only the pages
     /// that differ from the base are left to write while the user waits.
-    fn lay_ram(&self) -> JoinHandle<Result<()>> {
+    ///
+    /// The file is made before this returns, and never again: where the conversation ends while
+    /// it is written, it goes with its folder.
+    fn lay_ram(&self) -> Result<JoinHandle<Result<()>>> {
         let kept = self.kept_ram();
+        let file = files::create_private(&kept)?;
         let from = self
             .base_number
             .map(|number| self.vm.generation(number).ram());
         let bytes = self.record.hardware.memory_bytes();
-        tokio::spawn(blocking(move || {
+        Ok(tokio::spawn(blocking(move || {
             let file = if let Some(from) = from {
-                files::copy_sparse(&from, &kept)?
+                files::copy_sparse_into(&from, &kept, file)?
             } else {
-                let file = File::create(&kept).map_err(Error::file("create", &kept))?;
                 file.set_len(bytes).map_err(Error::file("size", &kept))?;
                 file
             };
             file.sync_all().map_err(Error::file("write", &kept))
-        }))
+        })))
     }
 
     /// Hashes the working copy of RAM, which nobody changes until images come: that it is what
