@@ -19,8 +19,8 @@ use site::generation::{ImageInfo, Manifest};
 use site::lease::Lease;
 use site::peers::Peer;
 use site::protocol::{
-    CommitRequest, Hello, ImageHead, ImageKind, ImageOutcome, Plan, Purpose, ToSource, ToTarget,
-    Welcome,
+    CommitRequest, Hello, ImageHead, ImageKind, ImageOutcome, Kept, Plan, Purpose, Stage, ToSource,
+    ToTarget, Welcome,
 };
 use site::report::{ReplaySummary, StandbyCost, Strategy};
 use site::transport::PROTOCOL_VERSION;
@@ -150,16 +150,25 @@ impl Images {
                 kind,
                 bytes: bytes.len() as u64,
             }));
-            let base = ImageTree::zero((bytes.len() / PAGE_SIZE) as u64)?;
+            let base = base_of(kind, bytes)?;
             let offer = Offer::new(&tree(bytes)?, &base, &options)?.encode()?;
             messages.extend(blob_parts(&offer).map(ToTarget::Offer));
         }
-        for (_, bytes) in self.each() {
-            let base = ImageTree::zero((bytes.len() / PAGE_SIZE) as u64)?;
+        for (kind, bytes) in self.each() {
+            let base = base_of(kind, bytes)?;
             messages.extend(pages_of(bytes, &tree(bytes)?.differing(&base))?);
         }
         Ok(messages)
     }
+}
+
+/// What a target has of an image that has only the disks: zeros, and no device state at all.
+fn base_of(kind: ImageKind, image: &[u8]) -> Result<ImageTree> {
+    let pages = match kind {
+        ImageKind::Device => 0,
+        ImageKind::Disk(_) | ImageKind::Ram => image.len() / PAGE_SIZE,
+    };
+    Ok(ImageTree::zero(pages as u64)?)
 }
 
 /// These pages as they are.
@@ -347,7 +356,16 @@ fn frames(corpus: &Path, images: &Images) -> Result<()> {
             lacks: vec![images.record.disks[0].hash],
             qemu: "7.2.0".into(),
             standby: Some(7),
+            kept: Some(Kept {
+                plan: Plan {
+                    strategy: Strategy::Replay,
+                    base: None,
+                    quick: false,
+                },
+                stage: Stage::Replaying { records: 7 },
+            }),
         })),
+        ToSource::Superseded { fence: 9 },
         ToSource::Refused("no room".into()),
         ToSource::Replayed(ReplaySummary {
             diverged: Some("it did".into()),

@@ -23,7 +23,7 @@ pub(crate) fn may_stay(now: &[Peer], then: &Peer) -> bool {
 }
 
 /// The peers as they are now; none, where the list can't be believed.
-fn trusted(peers: &PeerStore) -> Vec<Peer> {
+pub(crate) fn trusted(peers: &PeerStore) -> Vec<Peer> {
     peers.list().unwrap_or_else(|error| {
         let error = crate::chain_of(&error);
         tracing::error!(error, "nobody is trusted: the list of sites is of no use");

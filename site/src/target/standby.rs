@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::Session;
-use crate::admission::may_stay;
+use crate::admission::{may_stay, trusted};
 use crate::error::{Error, Result};
 use crate::identity::SiteKey;
 use crate::line::TargetLine;
@@ -125,12 +125,15 @@ impl Standbys {
     pub(super) fn park_for(&self, session: Session, patience: Duration) {
         let name = session.hello.vm.name.clone();
         tracing::info!(vm = %name, kept = ?session.kept(), "it waits here for another call");
+        let peers = session.store.peers();
         let turn = Arc::new(());
         let parked = Parked {
             session: Box::new(session),
             turn: turn.clone(),
         };
         self.parked().insert(name.clone(), parked);
+        // Whoever is trusted no longer may be so since the line was lost, when it was not here yet.
+        self.retain(&trusted(&peers));
         let standbys = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(patience).await;

@@ -189,7 +189,7 @@ impl Work {
             Ok(work)
         })
         .await?;
-        work.laying = Some(work.lay_ram());
+        work.laying = Some(work.lay_ram()?);
         work.take_stock().await
     }
 
@@ -305,7 +305,7 @@ impl Work {
             if let Some(laying) = self.laying.take() {
                 joined(laying).await?;
             }
-            self.laying = Some(self.lay_ram());
+            self.laying = Some(self.lay_ram()?);
         }
         let device = self.device.clone();
         self.replayed(device).await.map(|work| Self {
