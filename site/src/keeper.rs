@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generations::seen;
 use crate::identity::SiteKey;
 use crate::lease::Lease;
@@ -93,11 +93,15 @@ async fn look_after(
                 if asked.contains(&question) || !calls.due(&what) {
                     continue;
                 }
-                let answered = source::ask_whether_superseded(vm, &peer).await;
-                if answered.is_ok() {
+                let answered = match source::ask_whether_superseded(vm, &peer).await {
+                    // It does not say, and will not another time.
+                    Ok(()) | Err(Error::PeerRefused { .. }) => true,
+                    Err(_) => false,
+                };
+                if answered {
                     asked.insert(question);
                 }
-                calls.note(what, answered.is_ok());
+                calls.note(what, answered);
             }
         }
         Lease::Elsewhere { .. } => {}

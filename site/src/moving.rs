@@ -139,6 +139,17 @@ pub async fn recover(vm: &VmDir) -> Result<()> {
     .store(vm)
 }
 
+/// Waits a moment for whoever lets go of a VM right now that is another site's: they drive its
+/// QEMU, which serves one at a time.
+pub async fn let_others_finish(vm: &VmDir) -> Result<()> {
+    let away = vm.try_record()?.is_some() && !matches!(vm.lease()?, Lease::Held { .. });
+    if away && vm.runtime_dir("live")?.exists() {
+        // Whoever takes longer is met as ever.
+        let _ = vm.lock_soon().await;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

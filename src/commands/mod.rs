@@ -84,6 +84,12 @@ async fn vm_of(store: &Store, name: &str) -> anyhow::Result<VmDir> {
             "a move that was killed is not put right yet"
         );
     }
+    if let Err(error) = moving::let_others_finish(&vm).await {
+        tracing::warn!(
+            error = error.chain(),
+            "whether somebody lets go of it is unclear"
+        );
+    }
     Ok(vm)
 }
 

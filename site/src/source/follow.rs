@@ -487,7 +487,7 @@ impl Follower<'_> {
         let (vm, peer) = (self.vm, self.peer);
         let moving = Moving::of(self.transfer, peer, local::require_lease(vm)?);
         let gone = caller.gone.clone();
-        let moved = persist(vm, peer, &moving, options, Some(opened), &caller, &gone);
+        let moved = persist(vm, peer, moving, options, Some(opened), &caller, &gone);
         let outcome = moved.await.map(Some);
         Workplace::Following.clear(vm).await?;
         let here = matches!(vm.lease()?, Lease::Held { .. });

@@ -139,7 +139,7 @@ pub async fn migrate(
         _ => options,
     };
     let moving = Moving::begin(vm, peer, local::require_lease(vm)?)?;
-    let moved = persist(vm, peer, &moving, options, None, progress, cancel).await;
+    let moved = persist(vm, peer, moving, options, None, progress, cancel).await;
     give_way_if_so(vm, peer, moved).await
 }
 
@@ -272,7 +272,10 @@ async fn migrate_from(attempt: Attempt<'_>, opened: Option<Opened>) -> Result<Mi
     }
     warn_unclean(Workplace::Incoming.clear(vm).await);
     if undone? {
-        run.note(Phase::Hello, false)?;
+        // One that was offered is settled, and its note is gone.
+        if run.moving.phase != Phase::Commit {
+            run.note(Phase::Hello, false)?;
+        }
         Err(error)
     } else {
         Err(Error::NotResumed {
@@ -633,6 +636,8 @@ impl Migration<'_> {
         } = prepared;
         self.clock.enter(Phase::Commit);
         self.view.guest(Guest::HandedOver);
+        // Not written: from here on the lease says how far it is.
+        self.moving.phase = Phase::Commit;
         self.commit(&mut line, &manifest).await?;
         self.clock.enter(Phase::Resume);
         let resumed = self.resume(&mut line).await;

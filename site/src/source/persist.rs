@@ -23,6 +23,7 @@ use crate::progress::Progress;
 use crate::report::{ByteReport, MigrationReport};
 use crate::store::VmDir;
 use crate::transport::{Condition, LineHandle};
+use crate::vm::Id;
 
 /// How long a guest stands still for a line that is lost. A person waits so long for a page.
 pub(super) const STAND_STILL: Duration = Duration::from_secs(15);
@@ -157,13 +158,14 @@ pub(super) struct Attempt<'a> {
 pub(super) async fn persist(
     vm: &VmDir,
     peer: &Peer,
-    moving: &Moving,
+    moving: Moving,
     options: MigrateOptions,
     mut opened: Option<Opened>,
     progress: &dyn Progress,
     cancel: &CancellationToken,
 ) -> Result<MigrationReport> {
     let _lock = vm.lock()?;
+    let mut moving = moving;
     let mut reached = opened.is_some();
     let mut carried = ByteReport::default();
     let mut wait = BACK_OFF[0];
@@ -175,7 +177,7 @@ pub(super) async fn persist(
         let attempt = Attempt {
             vm,
             peer,
-            moving,
+            moving: &moving,
             options,
             view: view.clone(),
             progress,
@@ -209,6 +211,10 @@ pub(super) async fn persist(
         } else if !reached {
             // At first a person looks on: what can't be done is said at once.
             return Err(error);
+        }
+        if Moving::load(vm)?.is_none() {
+            // It was settled that the hand-over did not take place: it never will.
+            moving = Moving::of(Id::random()?, peer, moving.fence);
         }
         let waited = error.waited();
         let since = *lost.get_or_insert_with(|| {
