@@ -120,7 +120,10 @@ async fn a_line_that_is_cut_in_every_phase_costs_a_move_only_time() {
     let once = sent - resent;
     let arrived = link.bytes_up();
     eprintln!("sent {sent}, of it again {resent}; arrived {arrived}, to be said {once}");
-    assert!(arrived <= once + once / 50, "{arrived} arrived of {once}");
+    // Of a move of this size one cut is 2 % at most.
+    let cuts = phases.len() as u64;
+    let more = cuts * (once / 50).max(8 << 10);
+    assert!(arrived <= once + more, "{arrived} arrived of {once}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
