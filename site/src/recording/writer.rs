@@ -53,7 +53,8 @@ pub(super) fn write(
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
-                let records = log.records() + log.pending() as u64;
+                // Those that wait are among them.
+                let records = log.records();
                 return Ok((records, log.close().map_err(failed)?));
             }
         }
@@ -93,6 +94,13 @@ mod tests {
             sent += 1;
             std::thread::sleep(every / 20);
         }
+        // One is still to be written when recording ends.
+        let record = Record {
+            at: GuestTime { micros: sent },
+            event: Event::Gap,
+        };
+        sender.send(ToWriter::Record(record)).unwrap();
+        sent += 1;
         drop(sender);
         let (records, bytes) = writing.join().unwrap().unwrap();
         assert_eq!((records, bytes), (sent, length()));
