@@ -16,12 +16,13 @@ use traces::Record;
 
 use super::control::{self, Caller, Control, Request};
 use super::hand_over::give_way_if_so;
+use super::open::ship_base;
 use super::opening::{begin, hello, live};
 use super::persist::persist;
 use super::replay::without_twin;
 use super::standing::{FollowOptions, Followed, Standing};
 use super::twin::Twin;
-use super::{MigrateOptions, Opened, TwinTurn, settle, ship_base};
+use super::{MigrateOptions, Opened, TwinTurn, settle};
 use crate::error::{Error, Result};
 use crate::files::FileLock;
 use crate::fork::following_from;

@@ -6,10 +6,12 @@
 //! [`persist`]; what a process leaves that is killed is put right by [`crate::moving::recover`].
 
 mod account;
+mod complete;
 mod control;
 mod follow;
 mod hand_over;
 mod live;
+mod open;
 mod opening;
 mod persist;
 mod replay;
@@ -27,17 +29,15 @@ use vm_host::{Status, Vm};
 use crate::error::{Error, Result};
 use crate::exchange::{self, Outgoing, Sent};
 use crate::generation::{GenerationId, Manifest};
-use crate::generations::seen;
 use crate::lease::Lease;
-use crate::line::{CALL_AGAIN, Line, LinkHistory};
+use crate::line::{CALL_AGAIN, Line};
 use crate::local::{self, Live};
 use crate::moving::Moving;
-use crate::ownership::{self, Offer};
 use crate::peers::{Peer, Permission};
 use crate::phase::Phase;
-use crate::plan::{self, Feasible, Lesson};
+use crate::plan::{self};
 use crate::progress::Progress;
-use crate::protocol::{CommitRequest, Kept, Plan, Purpose, Stage, ToSource, ToTarget, Welcome};
+use crate::protocol::Stage;
 use crate::report::{
     ByteReport, LiveReport, MigrationReport, PhaseClock, ReplaySummary, Roots, Strategy,
 };
@@ -46,12 +46,10 @@ use crate::store::VmDir;
 use crate::vm::VmRecord;
 use crate::work::Workplace;
 
-use account::{account, finish_traffic, pages};
-use hand_over::{ask_target, give_way_if_so, keep};
-use opening::{begin, hello};
-use persist::{Attempt, Guest, View, persist};
+use account::account;
+use hand_over::{ask_target, give_way_if_so};
+use persist::{Attempt, View, persist};
 use replay::{realign, tell, without_twin};
-use seed::{ship_files, ship_generation};
 pub(crate) use stop::CLOSE;
 use stop::Stopped;
 use twin::Twin;
@@ -362,131 +360,6 @@ impl Migration<'_> {
         self.view.line(line.handle());
     }
 
-    /// Whether what a target has kept is what is wanted now.
-    fn suits(&self, kept: &Kept) -> Result<bool> {
-        let Plan {
-            strategy,
-            base,
-            quick,
-        } = kept.plan;
-        let wanted = self
-            .options
-            .strategy
-            .is_none_or(|wanted| wanted == strategy)
-            && (strategy != Strategy::Replay || quick == self.options.quick);
-        let here = match base {
-            None => true,
-            Some(base) => {
-                let here = self.vm.generation(base.number).load_manifest()?;
-                here.is_some_and(|here| here.identity() == base)
-            }
-        };
-        Ok(wanted && here)
-    }
-
-    /// Calls the target, and hears what it has.
-    async fn call(&mut self, next: u64) -> Result<(Line, Welcome, f64)> {
-        let mut line = Line::connect(self.vm.store(), self.peer).await?;
-        self.goes_over(&mut line);
-        let hello = hello(
-            self.vm,
-            self.record,
-            Purpose::Migrate,
-            self.moving.transfer,
-            self.fence,
-            next,
-            &self.qemu_version,
-        )?;
-        let (welcome, rate) = begin(&mut line, self.vm, hello).await?;
-        Ok((line, welcome, rate))
-    }
-
-    /// Hello, Plan and Base: the target has all that it needs to begin.
-    async fn open(&mut self, live: &Live, next: u64) -> Result<Opened> {
-        self.clock.enter(Phase::Hello);
-        let (mut line, mut welcome, mut rate) = self.call(next).await?;
-        if let Some(kept) = &welcome.kept
-            && !self.suits(kept)?
-        {
-            self.progress.note(&format!(
-                "{} has kept what is not wanted now, and clears it away",
-                self.peer.name
-            ));
-            line.close().await;
-            (line, welcome, rate) = self.call(next).await?;
-        }
-
-        self.clock.enter(Phase::Plan);
-        if let Some(kept) = &welcome.kept {
-            let has = match kept.stage {
-                Stage::Prepared => "its working copy".to_owned(),
-                Stage::Replaying { records } => format!("its replay, of {records} records"),
-                Stage::Frozen => "the copy that it was building".to_owned(),
-            };
-            self.progress.note(&format!(
-                "strategy {}: going on with what {} has kept: {has}",
-                kept.plan.strategy, self.peer.name
-            ));
-            let records = match kept.stage {
-                Stage::Replaying { records } => records,
-                Stage::Prepared | Stage::Frozen => 0,
-            };
-            return Ok(Opened {
-                line,
-                strategy: kept.plan.strategy,
-                base: kept.plan.base,
-                rate,
-                records: usize::try_from(records).unwrap_or(usize::MAX),
-                bytes: ByteReport::default(),
-                twin: None,
-                behind: None,
-                kept: Some(kept.stage),
-            });
-        }
-        let feasible = Feasible::of(self.vm, live, &welcome)?;
-        let strategy = if let Some(strategy) = self.options.strategy {
-            strategy
-        } else {
-            let estimates =
-                plan::estimate(self.vm, self.record, live, feasible.clone(), rate, None).await?;
-            self.progress.note(&estimates.why());
-            estimates.choice
-        };
-        let base = match strategy {
-            // A replay begins where the log does.
-            Strategy::Live if self.options.live.replay => {
-                feasible.base_for(self.vm, Strategy::Replay)?
-            }
-            _ => feasible.base_for(self.vm, strategy)?,
-        };
-        line.send(ToTarget::Plan(Plan {
-            strategy,
-            base,
-            quick: self.options.quick,
-        }))
-        .await?;
-
-        self.clock.enter(Phase::Base);
-        let (vm, record) = (self.vm, self.record);
-        let shipped = ship_base(&mut line, vm, record, &welcome, base, rate, self.progress).await?;
-        line.send(ToTarget::Prepare).await?;
-        line.flush().await?;
-        Ok(Opened {
-            line,
-            strategy,
-            base,
-            rate,
-            records: 0,
-            bytes: ByteReport {
-                base: shipped,
-                ..ByteReport::default()
-            },
-            twin: None,
-            behind: None,
-            kept: None,
-        })
-    }
-
     /// Everything up to the commit.
     async fn prepare(&mut self, opened: Option<Opened>) -> Result<Prepared> {
         let live = Live::of_running(self.vm, self.qemu).await?;
@@ -615,108 +488,6 @@ impl Migration<'_> {
             pieced: kept.is_some(),
         })
     }
-
-    /// The commit, and what comes after it.
-    async fn complete(&mut self, prepared: Prepared) -> Result<(MigrationReport, Option<Lesson>)> {
-        let Prepared {
-            mut line,
-            live,
-            state,
-            base_images,
-            manifest,
-            strategy,
-            base,
-            rate,
-            sent,
-            mut bytes,
-            verified,
-            replay,
-            rounds,
-            pieced,
-        } = prepared;
-        self.clock.enter(Phase::Commit);
-        self.view.guest(Guest::HandedOver);
-        // Not written: from here on the lease says how far it is.
-        self.moving.phase = Phase::Commit;
-        self.commit(&mut line, &manifest).await?;
-        self.clock.enter(Phase::Resume);
-        let resumed = self.resume(&mut line).await;
-        finish_traffic(&mut bytes, &line.handle());
-        line.close().await;
-        // The VM is at the target, whether or not it runs there yet: nothing that fails from
-        // here on changes that.
-        let generation = manifest.generation;
-        seen::warn_unnoted(seen::shared(self.vm, self.peer, manifest.identity()));
-        warn_unclean(Workplace::Incoming.clear(self.vm).await);
-        let lesson = (!pieced).then(|| Lesson {
-            state: state.clone(),
-            base: base_images,
-            rate,
-        });
-        if let Err(error) = keep(self.vm, self.qemu, &live, state, manifest).await {
-            tracing::warn!(error = error.chain(), "no stale copy was kept here");
-        }
-        if let Err(error) = Moving::forget(self.vm) {
-            tracing::warn!(error = error.chain(), "the move is still noted");
-        }
-        resumed?;
-        let report = MigrationReport {
-            vm: self.vm.name().clone(),
-            strategy,
-            generation_from: base.map(|base| base.number),
-            generation_to: generation,
-            bytes,
-            pages: pages(&sent),
-            seconds: std::collections::BTreeMap::new(),
-            verified,
-            refetched: sent.iter().map(|sent| sent.outcome.refetched).sum(),
-            replay,
-            live: rounds,
-        };
-        let noted = LinkHistory::load(self.vm.store())
-            .and_then(|history| history.note(self.vm.store(), self.peer, &sent));
-        if let Err(error) = noted {
-            tracing::warn!(error = error.chain(), "the line's rate was not noted");
-        }
-        Ok((report, lesson))
-    }
-
-    /// Has the target go on with the VM, which is its own by now.
-    async fn resume(&mut self, line: &mut Line) -> Result<()> {
-        let paused = self.options.paused || !self.was_running;
-        line.send(ToTarget::Resume { paused }).await?;
-        match line.recv(Phase::Resume).await? {
-            ToSource::Resumed => {
-                self.clock.up();
-                Ok(())
-            }
-            _ => Err(line.unexpected(Phase::Resume, "no word that the VM runs")),
-        }
-    }
-
-    /// The step that decides. From the moment the lease is offered until the answer, this site
-    /// does not run the VM.
-    async fn commit(&mut self, line: &mut Line, manifest: &Manifest) -> Result<()> {
-        let offer = Offer {
-            fence: self.fence,
-            transfer: self.moving.transfer,
-            to: self.peer.key,
-            to_name: self.peer.name.to_string(),
-            was_running: self.was_running,
-        };
-        let request = CommitRequest {
-            manifest: manifest.clone(),
-            fence: self.fence + 1,
-        };
-        let asked = async {
-            line.send(ToTarget::Commit(Box::new(request))).await?;
-            match line.recv(Phase::Commit).await? {
-                ToSource::Committed => Ok(()),
-                _ => Err(line.unexpected(Phase::Commit, "no word that it took the VM")),
-            }
-        };
-        ownership::give(self.vm, offer, asked).await
-    }
 }
 
 /// What a replay here left behind hinders nobody, and the next migration clears it away.
@@ -727,25 +498,4 @@ fn warn_unclean(cleaned: Result<()>) {
             "a replay at this site left something"
         );
     }
-}
-
-/// Sends the base files and the generation that the target lacks; the bytes it took.
-async fn ship_base(
-    line: &mut Line,
-    vm: &VmDir,
-    record: &VmRecord,
-    welcome: &Welcome,
-    base: Option<GenerationId>,
-    rate: f64,
-    progress: &dyn Progress,
-) -> Result<u64> {
-    let traffic = line.traffic();
-    let before = traffic.sent();
-    ship_files(line, vm, record, welcome, progress).await?;
-    if let Some(base) = base
-        && !welcome.common.contains(&base)
-    {
-        ship_generation(line, vm, record, base.number, welcome, rate, progress).await?;
-    }
-    Ok(traffic.sent() - before)
 }
