@@ -141,8 +141,9 @@ pub enum Error {
     },
     /// Who owns the VM could not be found out.
     #[error(
-        "the hand-over of {vm} to {site} was cut off at its last step, and {site} can't be asked \
-         now; {vm} stays stopped here until it answers: run the command again when it does"
+        "the hand-over of {vm} to {site} was cut off at its last step, and whose it is can't be \
+         settled now; {vm} stays stopped here until it is: the agent asks {site}, and so does the \
+         same command"
     )]
     InDoubt {
         /// The VM.

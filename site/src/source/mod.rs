@@ -288,7 +288,21 @@ async fn migrate_from(attempt: Attempt<'_>, opened: Option<Opened>) -> Result<Mi
 async fn undo(vm: &VmDir, qemu: &Vm, resume: bool) -> Result<bool> {
     let here = match vm.lease()? {
         Lease::Held { .. } => true,
-        Lease::Offered { .. } => ask_target(vm, Some(qemu)).await?,
+        Lease::Offered { to_name, .. } => match ask_target(vm, Some(qemu)).await {
+            Ok(here) => here,
+            // What was answered could not be noted: it may be the target's.
+            Err(error)
+                if !matches!(error, Error::InDoubt { .. })
+                    && matches!(vm.lease(), Ok(Lease::Offered { .. })) =>
+            {
+                return Err(Error::InDoubt {
+                    vm: vm.name().to_string(),
+                    site: to_name,
+                    source: Some(Box::new(error)),
+                });
+            }
+            Err(error) => return Err(error),
+        },
         Lease::Elsewhere { .. } => false,
     };
     if here && resume {
