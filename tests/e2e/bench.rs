@@ -47,7 +47,8 @@ fn a_capture_is_measured_by_every_strategy() {
     state(dir.path(), "source", &source, 2);
     state(dir.path(), "replayed", &replayed, 3);
     state(dir.path(), "twin", &source, 4);
-    let ended = bench(dir.path(), &["--codec", "zstd:3"]).assert().success();
+    let codecs = ["--codec", "zstd:3", "--codec", "xbzrle"];
+    let ended = bench(dir.path(), &codecs).assert().success();
     let report: Value = serde_json::from_slice(&ended.get_output().stdout).unwrap();
     let rows = report["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 4 * 3);
