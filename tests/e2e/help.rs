@@ -53,6 +53,7 @@ fn the_commands_are_those_of_the_design() {
                 "list",
                 "status",
                 "screenshot",
+                "takeover",
                 "delete",
             ],
         ),
