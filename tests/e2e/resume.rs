@@ -1,5 +1,7 @@
 //! A move whose line is cut, or one of whose processes is killed, goes on where it was.
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -61,13 +63,30 @@ async fn replays(migration: &mut Running) {
 
 /// Waits until something was noted.
 async fn noted(migration: &mut Running, words: &str) {
+    let last = Mutex::new(Value::Null);
     let said = |line: &Value| {
+        *last.lock().unwrap() = line.clone();
         line["note"]
             .as_str()
             .is_some_and(|note| note.contains(words))
     };
     let found = migration.until("say so", PHASE_LIMIT, said).await.unwrap();
-    assert!(found.is_some(), "no {words:?}: {}", migration.stderr());
+    let (last, stderr) = (last.into_inner().unwrap(), migration.stderr());
+    assert!(found.is_some(), "no {words:?}, at last {last}: {stderr}");
+}
+
+/// Waits until the line is back and a phase has begun, in whichever order: what the source does
+/// alone goes on without a line, and another cut before it is back would be the same one.
+async fn back_and_in(migration: &mut Running, phase: &str) {
+    let (back, begun) = (AtomicBool::new(false), AtomicBool::new(false));
+    let both = |line: &Value| {
+        let note = line["note"].as_str();
+        back.fetch_or(note.is_some_and(|it| it.contains("is back")), Relaxed);
+        begun.fetch_or(line["phase"] == phase, Relaxed);
+        back.load(Relaxed) && begun.load(Relaxed)
+    };
+    let found = migration.until("go on", PHASE_LIMIT, both).await.unwrap();
+    assert!(found.is_some(), "{phase}: {}", migration.stderr());
 }
 
 async fn done(migration: Running) -> Value {
@@ -93,8 +112,8 @@ async fn a_line_that_is_cut_in_every_phase_costs_a_move_only_time() {
     let (a, b) = (&world.a, &world.b);
     let mut migration = a.spawn(&REPLAY).unwrap();
     let phases = ["plan", "replay", "stop", "device", "ram", "commit"];
-    for phase in phases {
-        reach(&mut migration, phase).await;
+    reach(&mut migration, phases[0]).await;
+    for (index, phase) in phases.into_iter().enumerate() {
         if phase == "replay" {
             replays(&mut migration).await;
         }
@@ -106,10 +125,16 @@ async fn a_line_that_is_cut_in_every_phase_costs_a_move_only_time() {
         link.cut();
         noted(&mut migration, "calling again").await;
         link.mend();
+        let Some(next) = phases.get(index + 1) else {
+            break;
+        };
         if phase == "replay" {
-            // The fork has gone on meanwhile, and is the same.
             noted(&mut migration, "is back").await;
+            // The fork has gone on meanwhile, and is the same.
             assert!(qemus_on(b.dir()) == 1);
+            reach(&mut migration, next).await;
+        } else {
+            back_and_in(&mut migration, next).await;
         }
     }
     let report = done(migration).await;
