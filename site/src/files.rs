@@ -15,6 +15,16 @@ const JSON_LIMIT: u64 = 4 << 20;
 
 /// Replaces a file's content in one step; mode 0600.
 pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
+    replace(path, content, true)
+}
+
+/// Replaces a file's content in one step, for as long as this host runs; mode 0600. Nothing is
+/// waited for.
+pub(crate) fn replace_for_now(path: &Path, content: &[u8]) -> Result<()> {
+    replace(path, content, false)
+}
+
+fn replace(path: &Path, content: &[u8], durable: bool) -> Result<()> {
     let partial = partial_name(path);
     let result = (|| {
         let mut file = OpenOptions::new()
@@ -24,34 +34,16 @@ pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
             .mode(0o600)
             .open(&partial)?;
         file.write_all(content)?;
-        file.sync_all()?;
+        if durable {
+            file.sync_all()?;
+        }
         fs::rename(&partial, path)?;
-        sync_parent(path)
+        if durable { sync_parent(path) } else { Ok(()) }
     })();
     if result.is_err() {
         let _ = fs::remove_file(&partial);
     }
     result.map_err(Error::file("write", path))
-}
-
-/// Replaces a file's content in one step, for as long as this host runs; mode 0600. Nothing is
-/// waited for.
-pub(crate) fn replace_for_now(path: &Path, content: &[u8]) -> Result<()> {
-    let partial = partial_name(path);
-    let written = (|| {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&partial)?;
-        file.write_all(content)?;
-        fs::rename(&partial, path)
-    })();
-    if written.is_err() {
-        let _ = fs::remove_file(&partial);
-    }
-    written.map_err(Error::file("write", path))
 }
 
 /// A name beside `path` that no other process uses at the same time.
