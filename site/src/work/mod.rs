@@ -98,22 +98,8 @@ impl Work {
             files::make_dir(&dir)?;
             files::make_dir(&runtime)?;
             let base = Arc::new(Base::load(&vm, &record, base_number)?);
-            let work = Self {
-                device: base.device().to_vec(),
-                vm,
-                record,
-                dir,
-                runtime,
-                base_number,
-                base,
-                replayed: None,
-                hashing: None,
-                layout: None,
-                rearrangement: None,
-                laying: None,
-                rounds: None,
-                note: None,
-            };
+            let device = base.device().to_vec();
+            let work = Self::fresh(vm, record, (dir, runtime), (base_number, base), device);
             if let Some(number) = base_number {
                 files::copy_sparse(&work.vm.generation(number).ram(), &work.ram_path())?;
             } else {
@@ -128,6 +114,32 @@ impl Work {
             Ok(work)
         })
         .await
+    }
+
+    /// A copy of which nothing is known but what is in its folders.
+    fn fresh(
+        vm: VmDir,
+        record: VmRecord,
+        (dir, runtime): (PathBuf, PathBuf),
+        (base_number, base): (Option<u64>, Arc<Base>),
+        device: Vec<u8>,
+    ) -> Self {
+        Self {
+            vm,
+            record,
+            dir,
+            runtime,
+            base_number,
+            base,
+            device,
+            replayed: None,
+            hashing: None,
+            layout: None,
+            rearrangement: None,
+            laying: None,
+            rounds: None,
+            note: None,
+        }
     }
 
     /// Takes up a working copy that an agent left that died, into which images came.
@@ -146,22 +158,7 @@ impl Work {
             let base = Arc::new(Base::load(&vm, &record, base_number)?);
             let path = dir.join("device.bin");
             let device = std::fs::read(&path).map_err(Error::file("read", &path))?;
-            let work = Self {
-                device,
-                vm,
-                record,
-                dir,
-                runtime,
-                base_number,
-                base,
-                replayed: None,
-                hashing: None,
-                layout: None,
-                rearrangement: None,
-                laying: None,
-                rounds: None,
-                note: None,
-            };
+            let work = Self::fresh(vm, record, (dir, runtime), (base_number, base), device);
             let ram = vm_host::RamMap::open(&work.ram_path())
                 .map_err(Error::host("cannot read the guest's RAM"))?;
             if ram.len() as u64 != work.record.hardware.memory_bytes() {
