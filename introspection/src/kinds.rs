@@ -19,7 +19,7 @@ use std::ops::{Index, IndexMut};
 use crate::memory_map::{MemoryMap, State};
 use crate::physical::Physical;
 use crate::tables::Tables;
-use crate::{Linux, spaces, survey};
+use crate::{Linux, free, spaces, survey};
 
 const PAGE: usize = 4096;
 
@@ -27,8 +27,8 @@ const PAGE: usize = 4096;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Kind {
-    /// In a block of the buddy allocator. Pages that wait to be used again by one processor
-    /// (its page lists) are [`Kind::Other`].
+    /// In a block of the buddy allocator, or waiting to be used again by one processor (its page
+    /// lists, see [`crate::free`]).
     Free,
     /// Of a file that lies on a disk.
     FileCache,
@@ -191,6 +191,11 @@ pub fn of(linux: &Linux<'_>) -> Option<PageKinds> {
     let unknown = |kind: &Kind| matches!(kind, Kind::Other | Kind::Reserved);
     if kinds.iter().all(unknown) {
         return None;
+    }
+    for range in free::waiting_pages(linux, tables, &mut map) {
+        if let Some(waiting) = kinds.get_mut(range.start / PAGE..range.end / PAGE) {
+            waiting.fill(Kind::Free);
+        }
     }
     image(linux, &mut kinds);
     survey::name(linux, tables, &mut map, &mut kinds);

@@ -7,9 +7,11 @@
 //!
 //! All of it is the guest's to forge: nothing here trusts a length, an address or a number, and
 //! whatever is not as it should be makes [`Linux::find`] find nothing. What is found may only
-//! ever serve to do better, never to be right.
+//! ever serve to do better, never to be right; [`free`] alone is more than that, and says why it
+//! may be.
 
 pub mod entropy;
+pub mod free;
 pub mod freelists;
 mod kallsyms;
 pub mod kinds;
@@ -107,6 +109,9 @@ mod tests {
                 if let Some(kinds) = kinds::of(&linux) {
                     prop_assert_eq!(kinds.all().len(), ram.len() / 4096);
                     slabs::of(&linux, &kinds);
+                }
+                for range in free::pages(&ram).into_iter().flatten() {
+                    prop_assert!(range.end <= ram.len() && range.start % 4096 == 0);
                 }
                 let orders = freelists::random_orders(&ram);
                 prop_assert!(orders.iter().all(|at| at + 8 <= ram.len()));

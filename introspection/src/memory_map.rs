@@ -214,6 +214,19 @@ impl<'a> MemoryMap<'a> {
         })
     }
 
+    /// The virtual address of a page's `struct page`.
+    pub(crate) fn entry(&mut self, physical: u64) -> Option<u64> {
+        self.page(physical)
+    }
+
+    /// The physical address of the page whose `struct page` is there, if it is one.
+    pub(crate) fn page_of(&mut self, entry: u64) -> Option<u64> {
+        // One array of all memory: each section says where it would begin.
+        let number = entry.checked_sub(self.origin(0)?)? / self.fields.size;
+        let physical = number.checked_mul(PAGE)?;
+        (self.page(physical)? == entry).then_some(physical)
+    }
+
     /// How many words of eight bytes a `struct page` has.
     pub(crate) fn words(&self) -> u64 {
         self.fields.size / 8

@@ -42,6 +42,18 @@ pub(crate) const VMALLOC: usize = 0x28000;
 pub(crate) const MODULE: usize = 0x29000;
 /// Free from here on, with this many pages.
 pub(crate) const FREE: (usize, u64) = (0x2c000, 4);
+/// The list of memory nodes, what is kept of the only one, and in it of its first zone's free
+/// blocks, by size.
+pub(crate) const NODES: usize = 0x9000;
+const NODE: usize = 0x9100;
+const FREE_AREAS: usize = NODE + 256;
+/// What its first zone has for each of two processors, and what that is without an offset.
+pub(crate) const LISTS: [usize; 2] = [0x9e10, 0x9f00];
+const PER_PROCESSOR: u64 = 0x100;
+const PER_PROCESSOR_OFFSETS: usize = 0x9030;
+const PROCESSORS: usize = 0x9040;
+/// Not zero where free pages get a pattern.
+pub(crate) const POISONING: usize = 0x9020;
 
 /// Caches of `kmalloc` and one of something else, as addresses.
 pub(crate) const CACHES: [u64; 2] = [DIRECT + 0xe100, DIRECT + 0xee00];
@@ -62,6 +74,9 @@ const NUMBERS: &str = "LENGTH(mem_section)=4096\nSIZE(mem_section)=32\n\
     OFFSET(page.private)=40\nOFFSET(page.compound_head)=8\nLENGTH(zone.free_area)=11\n\
     NUMBER(PG_private)=13\nNUMBER(PG_swapbacked)=19\nNUMBER(PG_slab)=9\n\
     NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)=-129\nNUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)=-257\n\
+    OFFSET(page.lru)=8\nOFFSET(page._refcount)=52\nSIZE(zone)=1536\nSIZE(free_area)=88\nSIZE(list_head)=16\nOFFSET(zone.free_area)=256\n\
+    OFFSET(free_area.free_list)=0\nLENGTH(free_area.free_list)=5\nLENGTH(node_data)=2\n\
+    OFFSET(pglist_data.node_zones)=0\nOFFSET(pglist_data.nr_zones)=3328\n\
     NUMBER(pgtable_l5_enabled)=0\nNUMBER(KERNEL_IMAGE_SIZE)=1073741824\n";
 
 /// An entry of the kernel's account of pages.
@@ -98,6 +113,35 @@ impl Entry {
             ram[at + offset..][..8].copy_from_slice(&value.to_le_bytes());
         }
         ram[at + 48..][..4].copy_from_slice(&self.mapcount.to_le_bytes());
+    }
+
+    /// Puts pages into one of a processor's lists, which counts so many then.
+    pub(crate) fn wait(
+        self,
+        ram: &mut [u8],
+        lists: usize,
+        list: usize,
+        pages: &[usize],
+        counted: u32,
+    ) {
+        let head = DIRECT + (lists + 24 + list * 16) as u64;
+        let entries = pages.iter().map(|page| {
+            self.put(ram, *page);
+            ACCOUNT + (*page / 4096 * MAP_ENTRY) as u64 + 8
+        });
+        let ring: Vec<u64> = std::iter::once(head).chain(entries).collect();
+        let place = |at: u64| {
+            let at = at
+                .checked_sub(ACCOUNT)
+                .map_or(at.wrapping_sub(DIRECT), |at| at + MAP as u64);
+            at as usize
+        };
+        for (number, at) in ring.iter().enumerate() {
+            let next = ring[(number + 1) % ring.len()];
+            ram[place(*at)..][..8].copy_from_slice(&next.to_le_bytes());
+            ram[place(next) + 8..][..8].copy_from_slice(&at.to_le_bytes());
+        }
+        ram[lists + 4..][..4].copy_from_slice(&counted.to_le_bytes());
     }
 
     /// One that belongs to the page at this offset.
@@ -140,6 +184,9 @@ pub(crate) fn kernel() -> Vec<u8> {
         ("dnormalized_sysctl_sched_min_granularity", TURNS + 12),
         ("dsysctl_sched_wakeup_granularity", TURNS + 16),
         ("dnormalized_sysctl_sched_wakeup_granularity", TURNS + 20),
+        ("D_page_poisoning_enabled", POISONING),
+        ("d__per_cpu_offset", PER_PROCESSOR_OFFSETS),
+        ("Dnr_cpu_ids", PROCESSORS),
     ];
     let mut names = Vec::new();
     let mut offsets = Vec::new();
@@ -151,7 +198,7 @@ pub(crate) fn kernel() -> Vec<u8> {
         offsets.extend_from_slice(&(offset as i32).to_le_bytes());
     }
     let parts: [(&str, usize, Vec<u8>); 6] = [
-        ("kallsyms_num_syms", 0x5000, 15_u32.to_le_bytes().to_vec()),
+        ("kallsyms_num_syms", 0x5000, 18_u32.to_le_bytes().to_vec()),
         (
             "kallsyms_relative_base",
             0x5008,
@@ -166,6 +213,8 @@ pub(crate) fn kernel() -> Vec<u8> {
     text += &format!("SYMBOL(mem_section)={:x}\n", DIRECT + 0x1a000);
     let top = KERNEL_MAP + TOP as u64 - BASE;
     text += &format!("SYMBOL(init_top_pgt)={top:x}\n");
+    let nodes = KERNEL_MAP + NODES as u64 - BASE;
+    text += &format!("SYMBOL(node_data)={nodes:x}\n");
     for (name, at, bytes) in parts {
         put(at, &bytes);
         let address = KERNEL_MAP + at as u64 - BASE;
@@ -241,6 +290,24 @@ pub(crate) fn kernel() -> Vec<u8> {
         put(name, text.as_bytes());
         put(cache + CACHE_NAME, &entry(DIRECT + name as u64));
     }
+    // Its memory: one node with two zones, of which the second is empty.
+    put(NODES, &(DIRECT + NODE as u64).to_le_bytes());
+    put(NODE + 3328, &2_u32.to_le_bytes());
+    put(PROCESSORS, &2_u32.to_le_bytes());
+    put(NODE + 0x40, &PER_PROCESSOR.to_le_bytes());
+    for (processor, lists) in LISTS.into_iter().enumerate() {
+        let offset = DIRECT + lists as u64 - PER_PROCESSOR;
+        put(PER_PROCESSOR_OFFSETS + processor * 8, &offset.to_le_bytes());
+        // A lock, a number of pages, some limits; and lists of which each is empty.
+        put(lists + 8, &[0x3f, 0, 0, 0, 0x20, 0, 0, 0, 1, 0, 0, 0]);
+        for head in (lists + 24..).step_by(16).take(13) {
+            let at = DIRECT + head as u64;
+            put(head, &at.to_le_bytes());
+            put(head + 8, &at.to_le_bytes());
+        }
+    }
+    let order = FREE.1.trailing_zeros() as usize;
+    put(FREE_AREAS + order * 88 + 80, &1_u64.to_le_bytes());
     // A process: four tables, and a stack with its name at the top.
     let mut table = 0x10000;
     for (level, next) in [(27, 0x11000), (18, 0x12000), (9, 0x13000)] {

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::hardware::{Accelerator, Launch, Network};
 use crate::runtime::Paths;
+use crate::snapshot::file_node;
 
 /// Translated code kept by TCG, in MiB. QEMU's default is an eighth of the RAM up to 1 GiB.
 const TB_SIZE_MIB: u32 = 256;
@@ -85,7 +86,7 @@ pub(crate) fn arguments(launch: &Launch, accelerator: Accelerator, paths: &Paths
             "driver": "qcow2",
             "node-name": format!("disk{index}"),
             "discard": "unmap",
-            "file": { "driver": "file", "filename": disk },
+            "file": { "driver": "file", "filename": disk, "node-name": file_node(&format!("disk{index}")) },
         });
         let slot = FIRST_DISK_SLOT + index;
         add(&["-blockdev", &node.to_string(), "-device"]);

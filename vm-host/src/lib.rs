@@ -4,7 +4,7 @@
 //! we map ([`ram`]), disks are chains of qcow2 overlays that we read and write ([`disk`]), and
 //! what is left, the device state, goes through a socket as an array of bytes
 //! ([`Vm::save_device_state`]). How QEMU is made to do this is in [`Vm`]; what this host can do
-//! at all, in [`probe`].
+//! at all, in [`probe`]. Folders that the kernel encrypts are [`fscrypt`]'s.
 //!
 //! Promises: a QEMU outlives us and is found again ([`Vm::attach`]); one that dies says why in
 //! the error; a guest started from equal [`Hardware`] loads the other's state. QEMU 7.2 to 10.x.
@@ -17,6 +17,7 @@ mod command_line;
 mod device_state;
 pub mod disk;
 mod error;
+pub mod fscrypt;
 mod hardware;
 mod input;
 pub mod keys;
@@ -39,7 +40,7 @@ pub use error::{Error, Result};
 pub use hardware::{Accelerator, Boot, DISKS_MAX, Hardware, Launch, Network};
 pub use input::Input;
 pub use process::Death;
-pub use ram::{RamMap, RamMapMut};
+pub use ram::{RamMap, RamMapMut, clear_ram};
 pub use vcpus::Vcpus;
 pub use vm::{Status, Vm};
 

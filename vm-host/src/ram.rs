@@ -6,10 +6,11 @@
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::path::Path;
 
 use memmap2::{Mmap, MmapMut};
+use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::Result;
 use crate::error::Context as _;
@@ -40,6 +41,24 @@ impl Deref for RamMap {
     fn deref(&self) -> &[u8] {
         &self.0
     }
+}
+
+/// Makes ranges of a RAM file zero, for all who have it mapped, the guest among them; what they took
+/// of memory is given back. In bytes; the guest stands still.
+///
+/// # Errors
+/// The file can't be written, or its file system has no holes. Some ranges may be zero then.
+pub fn clear_ram(path: &Path, ranges: &[Range<usize>]) -> Result<()> {
+    let file = OpenOptions::new().write(true).open(path);
+    let file = file.context("open", path)?;
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    for range in ranges.iter().filter(|range| !range.is_empty()) {
+        let cleared = fallocate(&file, hole, range.start as u64, range.len() as u64);
+        cleared
+            .map_err(std::io::Error::from)
+            .context("clear pages of", path)?;
+    }
+    Ok(())
 }
 
 /// Guest RAM, to write: for a VM that isn't started yet, or waits for its device state.
@@ -102,6 +121,26 @@ impl DerefMut for RamMapMut {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cleared_pages_are_zero_for_who_has_them_mapped_and_others_stay() {
+        const PAGE: usize = 4096;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ram");
+        std::fs::write(&path, vec![7; 8 * PAGE]).unwrap();
+        let map = RamMap::open(&path).unwrap();
+        clear_ram(
+            &path,
+            &[PAGE..3 * PAGE, 4 * PAGE..4 * PAGE, 5 * PAGE..6 * PAGE],
+        )
+        .unwrap();
+        assert_eq!(map.len(), 8 * PAGE);
+        for (number, page) in map.chunks(PAGE).enumerate() {
+            let expected = if matches!(number, 1 | 2 | 5) { 0 } else { 7 };
+            assert!(page.iter().all(|byte| *byte == expected), "page {number}");
+        }
+        assert!(clear_ram(&dir.path().join("none"), &[]).is_err());
+    }
 
     #[test]
     fn what_is_written_is_read() {

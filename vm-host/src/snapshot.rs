@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::disk::{Format, create_overlay};
-use crate::qmp::commands::{BlockInfo, BlockdevAdd, BlockdevDel, QueryBlock, Transaction};
+use crate::qmp::commands::{
+    BlockInfo, BlockNode, BlockdevAdd, BlockdevDel, QueryBlock, QueryNamedBlockNodes, Transaction,
+};
 use crate::{Error, Result, Status, Vm};
 
 /// The topmost image of a disk: QEMU's name for it, and its file.
@@ -23,8 +25,14 @@ impl Vm {
 
     async fn tops(&self) -> Result<Vec<Top>> {
         let blocks = self.ask("list its disks", QueryBlock {}).await?;
-        let find = |index| find_top(&blocks, index).ok_or_else(|| missing(index));
+        let nodes = self.nodes().await?;
+        let find = |index| find_top(&blocks, &nodes, index).ok_or_else(|| missing(index));
         (0..self.launch.disks.len()).map(find).collect()
+    }
+
+    async fn nodes(&self) -> Result<Vec<BlockNode>> {
+        let all = QueryNamedBlockNodes { flat: true };
+        self.ask("list its block nodes", all).await
     }
 
     /// Puts a fresh overlay on each disk, on all of them or on none: what the guest wrote so
@@ -72,6 +80,7 @@ impl Vm {
         added: &mut Vec<String>,
     ) -> Result<()> {
         let mut actions: Vec<Value> = Vec::new();
+        let nodes = self.nodes().await?;
         for (top, overlay) in tops.iter().zip(overlays) {
             let overlay = std::path::absolute(overlay).map_err(|source| Error::Io {
                 doing: "make absolute",
@@ -83,13 +92,17 @@ impl Vm {
                 let name = top.file.file_name().filter(|_| same_dir).map(Path::new);
                 create_overlay(&overlay, name.unwrap_or(&top.file), Format::Qcow2)?;
             }
-            let node_name = next_node(&top.node);
+            let node_name = free_node(&top.node, &nodes);
             let command = BlockdevAdd {
                 driver: "qcow2",
                 node_name: node_name.clone(),
                 read_only: false,
                 discard: "unmap",
-                file: json!({ "driver": "file", "filename": overlay }),
+                file: json!({
+                    "driver": "file",
+                    "filename": overlay,
+                    "node-name": file_node(&node_name),
+                }),
                 // It gets the old one, as it is open already, by the snapshot.
                 backing: None,
             };
@@ -105,7 +118,12 @@ impl Vm {
     }
 }
 
-fn find_top(blocks: &[BlockInfo], index: usize) -> Option<Top> {
+/// The name of the node below that of an image: that of its file.
+pub(crate) fn file_node(node: &str) -> String {
+    format!("{node}-file")
+}
+
+fn find_top(blocks: &[BlockInfo], nodes: &[BlockNode], index: usize) -> Option<Top> {
     let component = format!("disk{index}");
     let block = blocks.iter().find(|block| {
         block
@@ -114,10 +132,18 @@ fn find_top(blocks: &[BlockInfo], index: usize) -> Option<Top> {
             .is_some_and(|path| path.split('/').any(|c| c == component))
     });
     let inserted = block?.inserted.as_ref()?;
-    Some(Top {
-        node: inserted.node_name.clone()?,
-        file: file_of(&inserted.file)?,
-    })
+    let node = inserted.node_name.clone()?;
+    // Of a node of its own QEMU tells the file as it is. Before those had names, an image was told by a
+    // description of all that it rests on, which QEMU cuts off at 4,096 bytes.
+    let own = file_node(&node);
+    let own = nodes
+        .iter()
+        .find(|one| one.node_name.as_ref() == Some(&own));
+    let file = match own {
+        Some(own) => own.file.clone().into(),
+        None => file_of(&inserted.file)?,
+    };
+    Some(Top { node, file })
 }
 
 /// The file behind QEMU's name of an image, which is a `json:` description where the image's
@@ -143,10 +169,19 @@ fn missing(index: usize) -> Error {
     }
 }
 
-/// A name for the node above one: `disk0`, `disk0-1`, `disk0-2`.
-fn next_node(node: &str) -> String {
+/// A name for the node above one: `disk0`, `disk0-1`, `disk0-2`. One that is taken was added by a process
+/// that died before it was put on top.
+fn free_node(node: &str, taken: &[BlockNode]) -> String {
     let (disk, number) = node.split_once('-').unwrap_or((node, "0"));
-    format!("{disk}-{}", number.parse::<u64>().unwrap_or(0) + 1)
+    let mut number = number.parse::<u64>().unwrap_or(0);
+    loop {
+        number += 1;
+        let name = format!("{disk}-{number}");
+        let is_it = |one: &BlockNode| one.node_name.as_ref() == Some(&name);
+        if !taken.iter().any(is_it) {
+            return name;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -164,7 +199,12 @@ mod tests {
 
     #[test]
     fn nodes_get_new_names() {
-        assert_eq!(next_node("disk0"), "disk0-1");
-        assert_eq!(next_node("disk0-9"), "disk0-10");
+        let node = |name: &str| BlockNode {
+            node_name: Some(name.to_owned()),
+            file: String::new(),
+        };
+        assert_eq!(free_node("disk0", &[]), "disk0-1");
+        let taken = ["disk0-9", "disk0-10", "disk1-11"].map(node);
+        assert_eq!(free_node("disk0-9", &taken), "disk0-11");
     }
 }

@@ -8,7 +8,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use qapi::Command;
 
@@ -163,7 +163,21 @@ impl Vm {
         let Some(record) = Record::read(&paths)? else {
             return Ok(None);
         };
-        match Qmp::connect(&paths.control, ATTACH_LIMIT).await {
+        let begun = Instant::now();
+        let connected = loop {
+            match Qmp::connect(&paths.control, ATTACH_LIMIT).await {
+                // Somebody may have started it this very moment.
+                Err(error)
+                    if is_not_there_yet(&error)
+                        && begun.elapsed() < ATTACH_LIMIT
+                        && record.living(&paths)?.is_some() =>
+                {
+                    tokio::time::sleep(SOCKET_POLL).await;
+                }
+                outcome => break outcome,
+            }
+        };
+        match connected {
             Ok(qmp) => {
                 // Whoever listens at the socket is the one to hold, says the kernel.
                 let pid = qmp.peer().unwrap_or_default();
@@ -379,6 +393,21 @@ const DYING_LIMIT: Duration = Duration::from_secs(10);
 /// How long a living QEMU may take to greet.
 const ATTACH_LIMIT: Duration = Duration::from_secs(10);
 
+/// How often a QEMU that starts is called: between its bind and its listen nothing can be waited
+/// for but time.
+const SOCKET_POLL: Duration = Duration::from_millis(5);
+
+/// Whether nobody listens at a control socket.
+fn is_not_there_yet(error: &Error) -> bool {
+    let Error::Io { source, .. } = error else {
+        return false;
+    };
+    matches!(
+        source.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+    )
+}
+
 /// A lost connection has a reason: QEMU's death, which has one too.
 async fn blame(process: &Process, name: &str, doing: &str, error: Error) -> Error {
     if !matches!(error, Error::Disconnected { .. } | Error::Io { .. }) {
@@ -399,15 +428,7 @@ async fn bring_up(process: &Process, launch: &Launch, paths: &Paths) -> Result<(
     let connect = async {
         loop {
             match Qmp::connect(&paths.control, START_LIMIT).await {
-                // Between QEMU's bind and listen nothing can be waited for but time.
-                Err(Error::Io { source, .. })
-                    if matches!(
-                        source.kind(),
-                        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-                    ) =>
-                {
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
+                Err(error) if is_not_there_yet(&error) => tokio::time::sleep(SOCKET_POLL).await,
                 outcome => return outcome,
             }
         }

@@ -104,6 +104,37 @@ async fn a_running_vm_gets_overlays() {
     }
 }
 
+#[tokio::test]
+async fn a_running_vm_gets_more_overlays_than_a_name_of_qemus_holds() {
+    // QEMU tells a chain that no header alone tells as a description of all of it, in 4,096 bytes.
+    let bare = Bare::new("chain");
+    let vm = Vm::start(&bare.launch).await.unwrap();
+    let mut top = bare.launch.disks[0].clone();
+    for number in 0..40 {
+        // What stands still gets another name, which the overlay's header has and QEMU has not.
+        let kept = bare.path(&format!("a-name-that-the-headers-have-{number}.qcow2"));
+        std::fs::hard_link(&top, &kept).unwrap();
+        let overlay = bare.path(&format!("a-name-that-qemu-has-{number}.qcow2"));
+        disk::create_overlay(
+            &overlay,
+            Path::new(kept.file_name().unwrap()),
+            Format::Qcow2,
+        )
+        .unwrap();
+        vm.snapshot_disks(std::slice::from_ref(&overlay))
+            .await
+            .unwrap();
+        assert_eq!(
+            vm.disks().await.unwrap(),
+            std::slice::from_ref(&overlay),
+            "{number}"
+        );
+        std::fs::remove_file(&top).unwrap();
+        top = overlay;
+    }
+    vm.quit().await.unwrap();
+}
+
 #[test]
 fn bases_are_imported() {
     let dir = tempfile::tempdir().unwrap();

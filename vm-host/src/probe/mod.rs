@@ -3,14 +3,17 @@
 //! Each [`Check`] says what was found and, if that won't do, what to do about it.
 
 mod kvm;
+pub mod storage;
 
 use std::path::Path;
 
 use serde::Serialize;
 
 pub use kvm::kvm;
+use storage::Storage;
 
 use crate::error::Context as _;
+use crate::fscrypt::Policy;
 use crate::programs::{Version, default_machine, qemu, qemu_img, run, version};
 use crate::{Accelerator, Result, SOCKET_PATH_MAX};
 
@@ -134,6 +137,7 @@ pub fn host(state_dir: &Path, ram_dir: &Path, guest_memory: u64) -> Vec<Check> {
             guest_memory.saturating_mul(4).max(4 << 30),
         ),
         check_socket_paths(state_dir),
+        check_encryption(existing),
     ]
 }
 
@@ -311,6 +315,32 @@ pub fn check_socket_paths(dir: &Path) -> Check {
     );
     let remedy = "use a directory with a shorter path: the kernel limits unix sockets to 107 bytes";
     Check::bad(NAME, Outcome::Fail, detail, remedy)
+}
+
+/// Would what is kept in a directory be encrypted where it is stored?
+pub fn check_encryption(dir: &Path) -> Check {
+    const NAME: &str = "at rest";
+    let (policy, storage) = (crate::fscrypt::policy(dir), storage::of(dir));
+    let place = dir.display();
+    match (policy, storage) {
+        (Ok(Policy::Encrypted(_) | Policy::Other), _) => {
+            Check::ok(NAME, format!("{place} is encrypted by its file system"))
+        }
+        (_, Storage::Encrypted(name)) => {
+            Check::ok(NAME, format!("{place} lies on {name}, encrypted"))
+        }
+        (_, Storage::Memory) => Check::ok(NAME, format!("{place} lies in memory")),
+        (Ok(Policy::None), _) => Check::ok(
+            NAME,
+            format!("the file system of {place} encrypts what is kept from now on"),
+        ),
+        (_, Storage::Clear(name) | Storage::Unknown(name)) => Check::bad(
+            NAME,
+            Outcome::Warn,
+            format!("{place} lies on {name} in the clear, as far as can be seen"),
+            "use ext4 with encryption switched on (`tune2fs -O encrypt`), or dm-crypt",
+        ),
+    }
 }
 
 /// An error and its causes.

@@ -37,6 +37,8 @@ commands! {
     "query-migrate" QueryMigrate {} -> MigrationInfo;
     /// Block devices and what they hold.
     "query-block" QueryBlock {} -> Vec<BlockInfo>;
+    /// All block nodes, each by itself.
+    "query-named-block-nodes" QueryNamedBlockNodes { flat: bool } -> Vec<BlockNode>;
     /// Adds a block node.
     "blockdev-add" BlockdevAdd { driver: &'static str, node_name: String, read_only: bool,
         discard: &'static str, file: Value, backing: Option<String> } -> Empty;
@@ -74,6 +76,13 @@ pub(crate) struct BlockInfo {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct Inserted {
+    pub(crate) node_name: Option<String>,
+    pub(crate) file: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct BlockNode {
     pub(crate) node_name: Option<String>,
     pub(crate) file: String,
 }
