@@ -41,5 +41,5 @@ pub use handshake::approach;
 pub use journal::{Clock, RecordSink, SinkClosed};
 pub use listen::Listen;
 pub use messages::{CUT_TEXT_MAX, ClientMessage, Malformed};
-pub use recorder::{Recorder, RecorderConfig, RecorderError, RecorderHandle};
+pub use recorder::{Held, Recorder, RecorderConfig, RecorderError, RecorderHandle};
 pub use stats::{Histogram, Statistics};

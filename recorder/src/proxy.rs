@@ -12,6 +12,7 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::RwLock;
 use tokio_util::codec::Decoder;
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +31,9 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 const SCREEN_BUFFER: usize = 64 << 10;
 /// Input bytes taken from a viewer at once; longer messages grow it.
 const INPUT_BUFFER: usize = 4 << 10;
+
+/// How long a viewer that has left waits for input to pass.
+const LEAVE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why a viewer's connection ended, other than by its own wish.
 #[derive(Debug, Error)]
@@ -61,6 +65,8 @@ pub(crate) struct Proxy {
     pub(crate) max_viewers: usize,
     pub(crate) journal: Arc<Journal>,
     pub(crate) stop: CancellationToken,
+    /// Read while input is handed to QEMU; written while it is to wait.
+    pub(crate) gate: Arc<RwLock<()>>,
 }
 
 impl Proxy {
@@ -167,7 +173,7 @@ impl Proxy {
             },
         };
         let _ = to_viewer.shutdown().await;
-        self.journal.leave(input, Some(&to_qemu));
+        self.leave(input, &to_qemu).await;
         close(screen.into_inner(), to_qemu).await;
         drop(seat);
         ended
@@ -190,7 +196,7 @@ impl Proxy {
                 Err(ViewerError::UpstreamClosed)
             }
         };
-        self.journal.leave(input, Some(&to_qemu));
+        self.leave(input, &to_qemu).await;
         close(screen.into_inner(), to_qemu).await;
         ended
     }
@@ -242,6 +248,13 @@ impl Proxy {
         }
     }
 
+    /// What a viewer held is released, once the guest can be told.
+    async fn leave(&self, input: ViewerInput, qemu: &OwnedWriteHalf) {
+        // One that stands still for longer is told when QEMU looks.
+        let _may_pass = tokio::time::timeout(LEAVE_LIMIT, self.gate.read()).await;
+        self.journal.leave(input, Some(qemu));
+    }
+
     async fn forward(
         &self,
         framed: &Framed,
@@ -250,7 +263,9 @@ impl Proxy {
         input: &mut ViewerInput,
     ) -> std::io::Result<()> {
         let mut sent = 0;
+        let mut may_pass = None;
         if framed.message.is_input() {
+            may_pass = Some(self.gate.read().await);
             loop {
                 match self.journal.forward(input, framed, read_at, qemu) {
                     Ok(written) => {
@@ -263,6 +278,7 @@ impl Proxy {
             }
         }
         write_all(qemu, &framed.bytes[sent..]).await?;
+        drop(may_pass);
         if !framed.message.is_input() {
             self.journal.note(input, &framed.message);
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::sync::OwnedRwLockWriteGuard;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use vm_host::screen::{Observer, ScreenError};
@@ -127,6 +128,7 @@ impl Recorder {
             max_viewers,
             journal: Arc::clone(&journal),
             stop: stop.clone(),
+            gate: Arc::default(),
         });
         let sizes = tokio::spawn(follow_size(
             Arc::clone(&observer),
@@ -151,6 +153,12 @@ impl Recorder {
         }
         Ok(handle)
     }
+}
+
+/// Input waits for as long as this is there.
+#[derive(Debug)]
+pub struct Held {
+    _none_passes: OwnedRwLockWriteGuard<()>,
 }
 
 /// A running recorder. Dropping it stops it without waiting; [`RecorderHandle::shutdown`] waits.
@@ -191,6 +199,14 @@ impl RecorderHandle {
     /// Goes on logging.
     pub fn resume(&self) {
         self.proxy.journal.resume();
+    }
+
+    /// Has all input wait until the answer is dropped: QEMU would lose what it gets while the guest
+    /// stands still. Returns once none is on its way to QEMU.
+    pub async fn hold(&self) -> Held {
+        Held {
+            _none_passes: Arc::clone(&self.proxy.gate).write_owned().await,
+        }
     }
 
     /// Returns once everything that went to QEMU before is in the sink, and the sink flushed.

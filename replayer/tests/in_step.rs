@@ -188,13 +188,30 @@ async fn record(guest: &Guest, thought: Duration) -> Vec<Record> {
     records
 }
 
-async fn replay(records: &[Record], options: &Options, ticks: u16) -> (ReplayReport, Anchor) {
+/// Replays, and what the screen shows then: once it shows this, if that is what is waited for. A guest at
+/// rest has drawn all of it; that QEMU tells so may take a while.
+async fn replay(
+    records: &[Record],
+    options: &Options,
+    ticks: u16,
+    wanted: Option<&Anchor>,
+) -> (ReplayReport, Anchor) {
+    const LIMIT: Duration = Duration::from_secs(10);
     let copy = Guest::start(ticks).await;
     let report = replayer::replay(&copy.vm, &copy.observer, records, options, |_| ())
         .await
         .unwrap();
-    let shown = whole(&copy.observer, Anchor::capture);
-    (report, shown)
+    let end = Instant::now() + LIMIT;
+    loop {
+        let version = copy.observer.frame().version;
+        let shown = whole(&copy.observer, Anchor::capture);
+        let there = wanted.is_none_or(|wanted| differing(wanted, &shown) <= 2);
+        let left = end.saturating_duration_since(Instant::now());
+        if there || left.is_zero() {
+            return (report, shown);
+        }
+        let _ = tokio::time::timeout(left, copy.observer.changed(version)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -204,7 +221,7 @@ async fn a_slower_copy_gets_every_key() {
     let wanted = whole(&original.observer, Anchor::capture);
     drop(original);
 
-    let (report, shown) = replay(&records, &Options::default(), SLOW).await;
+    let (report, shown) = replay(&records, &Options::default(), SLOW, Some(&wanted)).await;
     eprintln!("{report:?}");
     assert_eq!((report.matched, report.missed.len()), (TYPED.len(), 0));
     assert_eq!(
@@ -226,7 +243,7 @@ async fn a_slower_copy_gets_every_key() {
         anchor_limit: Duration::ZERO,
         ..Options::default()
     };
-    let (report, shown) = replay(&records, &options, SLOW).await;
+    let (report, shown) = replay(&records, &options, SLOW, None).await;
     assert!(!report.missed.is_empty());
     assert!(differing(&wanted, &shown) > 2);
 }
@@ -244,7 +261,7 @@ async fn a_copy_that_is_ready_is_not_kept_waiting_and_one_that_is_not_loses_no_k
     };
     let mut saved = Vec::new();
     for ticks in [1, SLOW] {
-        let (report, shown) = replay(&records, &options, ticks).await;
+        let (report, shown) = replay(&records, &options, ticks, Some(&wanted)).await;
         eprintln!("{report:?}");
         assert_eq!((report.matched, report.missed.len()), (TYPED.len(), 0));
         assert!(
