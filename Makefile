@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test fuzz demo capture bench-replay bench-stages bench-reconcile bench-live bench-viewer faults fmt lint clean
+.PHONY: help setup build test fuzz demo capture bench-replay bench-stages bench-reconcile bench-live bench-viewer faults power-cuts wire fmt lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ build: ## the replay-migrate command, optimised: target/release/replay-migrate
 # The programs come first: tests through the command line run them.
 test: setup ## all tests, the ones with real guests too
 	$(CARGO) build --workspace --bins --locked
-	$(CARGO) test --workspace --locked
+	$(CARGO) test --workspace --locked --no-fail-fast
 
 # Each parser of what others write; seconds for each target. It needs a C++ compiler, for libFuzzer.
 fuzz: ## every fuzz target, ten minutes each, and a table of what came of it: SECONDS=600
@@ -55,10 +55,21 @@ bench-live: setup build ## moving a VM that runs on, ours beside QEMU's own migr
 bench-viewer: ## what the recording proxy adds to an event, beside a direct connection
 	$(CARGO) test --release --locked --package recorder --test proxy an_event_takes -- --nocapture
 
+# After a change of a message, with PROTOCOL_VERSION raised before. PROGRAM is another replay-migrate: an older version's.
+wire: setup ## what two sites say to each other, recorded as test vectors: site/tests/wire/vN
+	$(CARGO) build --locked --workspace --bins
+	./target/debug/wire --program $(or $(PROGRAM),target/debug/replay-migrate)
+	$(CARGO) test --locked --package site --lib record_what_is_seldom_said -- --ignored
+
 # Most of an hour; what has been run and held is kept, so that it can be interrupted. Needs to mount, as root or in a
 # user namespace. FAULTS takes options: FAULTS="--only commit,fsync-error", FAULTS=--list.
 faults: setup build ## migrations struck by faults in each phase at each side; writes target/faults.json
 	$(CARGO) run --release --locked --package testkit --bin faults -- $(FAULTS)
+
+# A second or so each; needs root, to mount images. `make test` does fifty of them. CUTS takes options:
+# CUTS="--cuts 1000 --seed 7 --keep target/cuts".
+power-cuts: setup build ## power cuts at any moment of two sites' life with a VM: what they find, and go on with
+	$(CARGO) run --release --locked --package testkit --bin power -- $(CUTS)
 
 fmt: ## format the sources
 	$(CARGO) fmt --all

@@ -1,9 +1,18 @@
 //! What the command line understands.
 
+mod migrate;
+mod sync;
+mod values;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+use values::{duration, size};
+
+pub(crate) use migrate::{MigrateArgs, StrategyArg, TwinArg};
+pub(crate) use sync::SyncArgs;
 
 /// Moves a person's running desktop between sites over a thin line.
 ///
@@ -15,6 +24,11 @@ pub(crate) struct Args {
     /// This site's state directory [default: replay-migrate/site under $XDG_DATA_HOME]
     #[arg(long, global = true, env = "REPLAY_MIGRATE_SITE", value_name = "DIR")]
     pub(crate) site: Option<PathBuf>,
+    /// Keep this site's keys in this folder, apart from what they lock: on a token, on tmpfs, in a
+    /// credential of the service manager. It is noted, so that it need be said but once [default:
+    /// the folder that is noted, or else the state directory]
+    #[arg(long, global = true, env = "REPLAY_MIGRATE_KEYS", value_name = "DIR")]
+    pub(crate) keys: Option<PathBuf>,
     /// Print one JSON object, or JSON lines for progress
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -44,8 +58,16 @@ pub(crate) enum Command {
         /// prune` does: 12h, 30d, 8w [default: all are kept]
         #[arg(long, value_parser = duration, value_name = "TIME")]
         keep_logs: Option<Duration>,
+        /// Of a VM that another site has, keep so many of the newest generations that are shipped here
+        /// (`seed`, `sync`), besides those that somebody relies on; 0 for all
+        #[arg(long, value_name = "N", default_value_t = 2)]
+        keep_generations: u32,
+        /// Refuse to serve (exit code 3) unless all images and VMs here are encrypted where they
+        /// are stored: by the file system, or by dm-crypt beneath it. `site status` shows it
+        #[arg(long)]
+        require_encryption: bool,
     },
-    /// This site's identity, and the sites it trusts
+    /// This site's identity and state, and the sites it trusts
     #[command(subcommand)]
     Site(SiteCommand),
     /// The VMs of this site
@@ -73,6 +95,14 @@ pub(crate) enum Command {
         /// work come closer, and one that computes holds up the others
         #[arg(long)]
         long_turns: bool,
+        /// Have the recorder that runs log nothing from now on, as while a password is typed: it
+        /// reaches the guest, and no log. The log has a gap there, at which a replay goes astray;
+        /// a later checkpoint, as of a new recording, mends that
+        #[arg(long, conflicts_with_all = ["resume", "listen", "evdev", "long_turns"])]
+        pause: bool,
+        /// Have the recorder that runs go on logging
+        #[arg(long, conflicts_with_all = ["listen", "evdev", "long_turns"])]
+        resume: bool,
     },
     /// Ship the current generation to another site ahead of time
     Seed {
@@ -96,6 +126,20 @@ pub(crate) enum Command {
     },
     /// Move a VM to another site
     Migrate(MigrateArgs),
+    /// Keep standbys of a VM: sites that have a whole generation of it, and soon a newer one. Until
+    /// the VM moves, or this is ended
+    Sync(SyncArgs),
+    /// Move a VM to one of its standbys: what has changed since goes over while it runs
+    Switch {
+        /// The VM
+        name: String,
+        /// The standby
+        #[arg(long, value_name = "SITE")]
+        to: String,
+        /// Stop the VM once it is expected to stand still for no longer than this
+        #[arg(long, value_parser = duration, value_name = "TIME", default_value = "1s")]
+        downtime: Duration,
+    },
     /// Replay a log on a fork of a generation, and throw the fork away
     Replay {
         /// The VM
@@ -145,6 +189,9 @@ pub(crate) enum BenchCommand {
         /// What the source's own replay left
         #[arg(long, value_name = "STATE", default_value = "twin")]
         twin: PathBuf,
+        /// As if `migrate --drop-free` had made the source's free pages zero
+        #[arg(long)]
+        drop_free: bool,
     },
 }
 
@@ -241,6 +288,12 @@ pub(crate) enum SiteCommand {
     },
     /// The sites that are trusted
     List,
+    /// Whether what lies here is encrypted at rest, by what, and where the keys are
+    Status,
+    /// Take the key of what is encrypted here from the kernel: until it is given again, which the
+    /// next command does that has the keys at hand, nobody reads what lies here. No agent may
+    /// serve, and no VM run
+    Lock,
 }
 
 #[derive(Debug, Subcommand)]
@@ -301,8 +354,11 @@ pub(crate) enum VmCommand {
         name: String,
         /// The fencing number under which it goes on: at least 1000 beyond the one known here,
         /// which `vm status` shows, so that the lost site can have none as high
-        #[arg(long, value_name = "N")]
-        fence: u64,
+        #[arg(long, value_name = "N", required_unless_present = "by")]
+        fence: Option<u64>,
+        /// Not here: this trusted site took it over, and is believed when it offers the VM
+        #[arg(long, value_name = "SITE", conflicts_with = "fence")]
+        by: Option<String>,
         /// Do it: without this, it is only said what it would mean
         #[arg(long)]
         yes: bool,
@@ -380,16 +436,6 @@ pub(crate) struct CreateArgs {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum TwinArg {
-    /// At the same time as the target
-    Beside,
-    /// After the target, where both share processors
-    After,
-    /// Not at all
-    Never,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum AccelArg {
     /// KVM where it works, else software emulation
     Auto,
@@ -397,60 +443,6 @@ pub(crate) enum AccelArg {
     Kvm,
     /// Software emulation
     Tcg,
-}
-
-#[derive(Debug, ClapArgs)]
-pub(crate) struct MigrateArgs {
-    /// The VM
-    pub(crate) name: String,
-    /// The site to move it to
-    #[arg(long, value_name = "SITE")]
-    pub(crate) to: String,
-    /// How: by predicted time, or as said
-    #[arg(long, value_enum, default_value_t = StrategyArg::Auto)]
-    pub(crate) strategy: StrategyArg,
-    /// When this site replays as well, which saves bytes
-    #[arg(long, value_enum, default_value_t = TwinArg::Beside)]
-    pub(crate) twin: TwinArg,
-    /// Replay without waiting out the time in which the user thought: as fast as the guest can,
-    /// for some more bytes. A site that follows has replayed already
-    #[arg(long)]
-    pub(crate) quick: bool,
-    /// With `live`: stop the VM once it is expected to stand still for no longer than this. Where
-    /// that can't be reached, it is stopped when another round gains nothing
-    #[arg(long, value_parser = duration, value_name = "TIME", default_value = "1s")]
-    pub(crate) downtime: Duration,
-    /// With `live`: no more rounds than these
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub(crate) rounds: u32,
-    /// With `live`: first replay the log on the stale copy at the target, while the VM runs
-    #[arg(long)]
-    pub(crate) replay_first: bool,
-    /// Say what each strategy would cost, and stop
-    #[arg(long)]
-    pub(crate) dry_run: bool,
-    /// Leave the VM paused at the target
-    #[arg(long)]
-    pub(crate) paused: bool,
-    /// Call the target again for so long when the line is lost. After that it is exit code 4: the
-    /// VM goes on here, the target keeps what it has for some minutes, and the same command goes
-    /// on with that
-    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
-    pub(crate) give_up_after: u32,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum StrategyArg {
-    /// What is predicted to be quickest
-    Auto,
-    /// Replay the log on the stale copy, then reconcile
-    Replay,
-    /// Reconcile against the stale copy
-    Base,
-    /// Send everything but what is in the read-only base images
-    Full,
-    /// Send while the VM runs, against the stale copy if there is one, and again what changes
-    Live,
 }
 
 #[derive(Debug, Subcommand)]
@@ -504,60 +496,6 @@ pub(crate) struct LogFile {
     pub(crate) generation: Option<u64>,
 }
 
-/// A number of bytes as `4096`, `500M`, `1.5GiB`; units are powers of 1024.
-fn size(text: &str) -> Result<u64, String> {
-    let split = text
-        .find(|c: char| c.is_ascii_alphabetic())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let bad = || format!("{text:?} is no size; try 500M or 20G");
-    let number: f64 = number.trim().parse().map_err(|_| bad())?;
-    let unit = unit.to_ascii_lowercase();
-    let letter = unit
-        .strip_suffix("ib")
-        .or_else(|| unit.strip_suffix('b'))
-        .unwrap_or(&unit);
-    let power = match letter {
-        "" if unit != "ib" => 0,
-        "k" => 1,
-        "m" => 2,
-        "g" => 3,
-        "t" => 4,
-        _ => return Err(bad()),
-    };
-    let bytes = number * 1024_f64.powi(power);
-    if (0.0..1e18).contains(&bytes) {
-        Ok(bytes as u64)
-    } else {
-        Err(format!("{text:?} is out of range"))
-    }
-}
-
-/// A time as `90`, `90s`, `2m` or `1500ms`.
-fn duration(text: &str) -> Result<Duration, String> {
-    let split = text
-        .find(|c: char| c.is_ascii_alphabetic())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let number: f64 = number
-        .parse()
-        .map_err(|_| format!("{text:?} is no time; try 90s"))?;
-    let scale = match unit {
-        "" | "s" => 1.0,
-        "ms" => 1e-3,
-        "m" | "min" => 60.0,
-        "h" => 3600.0,
-        "d" => 86_400.0,
-        "w" => 604_800.0,
-        _ => {
-            return Err(format!(
-                "{unit:?} is no unit of time; use ms, s, m, h, d or w"
-            ));
-        }
-    };
-    Duration::try_from_secs_f64(number * scale).map_err(|_| format!("{text:?} is out of range"))
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -567,28 +505,5 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
-    }
-
-    #[test]
-    fn durations_have_units_and_bounds() {
-        assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
-        assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
-        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
-        assert_eq!(duration("30d"), Ok(Duration::from_secs(2_592_000)));
-        assert_eq!(duration("8w"), Ok(Duration::from_secs(4_838_400)));
-        for bad in ["", "s", "-1s", "1y", "1e400s"] {
-            assert!(duration(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn sizes_have_units_and_bounds() {
-        assert_eq!(size("4096"), Ok(4096));
-        assert_eq!(size("500M"), Ok(500 << 20));
-        assert_eq!(size("1.5GiB"), Ok(3 << 29));
-        assert_eq!(size("2 tb"), Ok(2 << 40));
-        for bad in ["", "G", "-1G", "1X", "1iB", "NaN", "9e9T"] {
-            assert!(size(bad).is_err(), "{bad}");
-        }
     }
 }

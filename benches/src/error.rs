@@ -20,6 +20,9 @@ pub enum Error {
     /// A file that could not be mapped.
     #[error("cannot read a state of the capture")]
     Map(#[source] vm_host::Error),
+    /// It is not known which pages are free.
+    #[error("no free pages can be dropped from the capture's source")]
+    Free(#[source] introspection::free::Unsure),
     /// There is no capture.
     #[error(
         "{} is no capture: it has no {missing}; `replay-migrate capture` makes one", dir.display()

@@ -46,6 +46,7 @@ fn report(dir: &Path, kinds: Option<&[Kind]>) -> Report {
         runs: 1,
         replayed: "replayed".into(),
         twin: "twin".into(),
+        drop_free: false,
     };
     let kinds_of = |_: &[u8]| kinds.map(<[Kind]>::to_vec);
     measure(dir, &options, &kinds_of, &mut |_| ()).unwrap()

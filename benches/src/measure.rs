@@ -44,6 +44,8 @@ pub struct Options {
     pub replayed: PathBuf,
     /// What the source's own left.
     pub twin: PathBuf,
+    /// Measure as if the source's free pages had been made zero before.
+    pub drop_free: bool,
 }
 
 /// Measures a capture; `on_row` hears each result as it comes.
@@ -93,10 +95,13 @@ pub(crate) fn measure(
             strategy: without.name(),
         });
     }
-    let (base, source) = (
-        State::open(&dir.join("base"))?,
-        State::open(&dir.join("source"))?,
-    );
+    let base = State::open(&dir.join("base"))?;
+    let mut source = State::open(&dir.join("source"))?;
+    let mut free_dropped = None;
+    if options.drop_free {
+        let (without, pages) = source.without_free()?;
+        (source, free_dropped) = (without, Some(pages));
+    }
     let replays = |strategy: &&Strategy| matches!(**strategy, Strategy::Replay | Strategy::Twin);
     let replayed = match strategies.iter().find(replays) {
         Some(_) => Some(State::open(&replayed_dir)?),
@@ -162,6 +167,7 @@ pub(crate) fn measure(
         rows,
         yardsticks,
         deltas,
+        free_dropped,
         diverged,
         kinds: kinds.map_or_else(Vec::new, Kinds::into_rows),
     })

@@ -24,6 +24,7 @@ fn options(strategies: &[Strategy]) -> Options {
         runs: 1,
         replayed: "replayed".into(),
         twin: "twin".into(),
+        drop_free: false,
     }
 }
 

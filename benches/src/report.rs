@@ -152,6 +152,9 @@ pub struct Report {
     pub yardsticks: Option<Yardsticks>,
     /// One for each delta codec that was asked for and image.
     pub deltas: Vec<DeltaRow>,
+    /// How many free pages of the source counted as zero, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub free_dropped: Option<u64>,
     /// How far the target's replay is from the source's state, if there is one.
     pub diverged: Option<Diverged>,
     /// What each kind of RAM page takes with a base, the last for all together; empty where the

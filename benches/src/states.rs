@@ -24,6 +24,8 @@ pub(crate) struct State {
     pub(crate) device: Vec<u8>,
     pub(crate) device_tree: ImageTree,
     ram_path: PathBuf,
+    /// A RAM that is not the capture's own.
+    _scratch: Option<Scratch>,
 }
 
 pub(crate) struct Disk {
@@ -72,7 +74,26 @@ impl State {
             device_tree: tree_of(&SlicePages(&device))?,
             device,
             ram_path,
+            _scratch: None,
         })
+    }
+
+    /// The same, with the pages zero that the guest's kernel says are free; how many those are.
+    pub(crate) fn without_free(self) -> Result<(Self, u64)> {
+        let free = introspection::free::pages(&self.ram).map_err(Error::Free)?;
+        let pages = free.iter().map(|range| range.len() / PAGE_SIZE);
+        let pages = pages.sum::<usize>() as u64;
+        let scratch = self.copy_ram()?;
+        vm_host::clear_ram(scratch.0.path(), &free).map_err(Error::Map)?;
+        let ram = RamMap::open(scratch.0.path()).map_err(Error::Map)?;
+        let state = Self {
+            ram_tree: tree_of(&SlicePages(&ram))?,
+            ram,
+            ram_path: scratch.0.path().to_owned(),
+            _scratch: Some(scratch),
+            ..self
+        };
+        Ok((state, pages))
     }
 
     /// A copy of its RAM, to build on.

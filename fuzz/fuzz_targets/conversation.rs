@@ -2,40 +2,45 @@
 //! order, the agent answers or hangs up, lets go of the VM once the site is trusted no longer, and
 //! has nothing in its state directory but what a conversation may leave.
 //!
-//! The input is a list of messages: a length (two bytes, little endian), then so many bytes of a
-//! frame. QEMU is a stand-in (`fuzz/stand-in-qemu`) that knows its version and its machines and
+//! The input is a list of messages: a length (two bytes, little endian), then so many bytes of one. They
+//! go as a line's stream, which ends in order or, where the input's length is odd, is cut off. QEMU is a stand-in (`fuzz/stand-in-qemu`) that knows its version and its machines and
 //! runs no guest; `qemu-img` is the real one.
 #![no_main]
 
 use std::fs::{self, File};
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use serde::ser::{Serialize, SerializeTuple, Serializer};
+use serde::{Deserialize, Serialize};
 use site::Store;
 use site::agent::Agent;
 use site::identity::{Identity, SiteKey};
 use site::peers::{Peer, PeerAddr};
 use site::protocol::ToSource;
+use site::transport::framing::{decode, frame_len};
 use site::transport::{PROTOCOL_VERSION, connect};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-/// Longer frames say no more.
-const FRAME: usize = 64 << 10;
+/// No message is longer.
+const LARGEST: usize = (1 << 20) + (64 << 10);
 
-/// Bytes as they are: postcard writes a tuple's parts and nothing else.
-struct Raw<'a>(&'a [u8]);
+/// No record carries more of the stream.
+const PIECE: usize = 16 << 10;
 
-impl Serialize for Raw<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut tuple = serializer.serialize_tuple(self.0.len())?;
-        for byte in self.0 {
-            tuple.serialize_element(byte)?;
-        }
-        tuple.end()
-    }
+/// What travels on a connection, see "A line and its connections" in `docs/protocol.md`.
+#[derive(Serialize, Deserialize)]
+enum Record {
+    Begin([u8; 16]),
+    Resume([u8; 16], u64),
+    Resumed(u64),
+    Unknown,
+    Data(#[serde(with = "serde_bytes")] Vec<u8>),
+    Ack(u64),
+    Farewell,
+    HangUp,
 }
 
 struct World {
@@ -58,10 +63,13 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     assert_eq!(PROTOCOL_VERSION, fuzz_seeds::VERSION, "make the seeds anew");
     let dir = tempfile::tempdir().expect("a folder");
     let store = Store::open(dir.path().join("site")).expect("a site");
+    fuzz_seeds::called(store.root()).expect("a key");
     let disk = dir.path().join("disk");
     fs::write(&disk, vec![0; fuzz_seeds::DISK]).expect("a disk");
     store.import_disk(&disk).expect("a base image");
-    let caller = Identity::ephemeral().expect("a key");
+    let keys = dir.path().join("caller");
+    fs::create_dir(&keys).expect("a folder");
+    let caller = fuzz_seeds::caller(&keys).expect("a key");
     let unused: PeerAddr = "127.0.0.1:1".parse().expect("an address");
     let peer = Peer::new("caller".parse().expect("a name"), unused, caller.key());
     store.peers().trust(peer.clone(), None).expect("trusted");
@@ -97,6 +105,14 @@ fn names(dir: &std::path::Path) -> Vec<String> {
     names
 }
 
+/// Another one for each line.
+fn name() -> [u8; 16] {
+    static LINES: AtomicU64 = AtomicU64::new(0);
+    let mut name = [0; 16];
+    name[..8].copy_from_slice(&LINES.fetch_add(1, Relaxed).to_le_bytes());
+    name
+}
+
 async fn call(world: &World, input: &[u8]) {
     let connection = connect(
         &world.addr,
@@ -109,24 +125,45 @@ async fn call(world: &World, input: &[u8]) {
     let (mut sender, mut receiver) = connection.split();
     let listening = async {
         // Until the other end has had enough. That it says what is no message would be a finding.
+        let mut stream = Vec::new();
         loop {
-            match receiver.recv::<ToSource>().await {
-                // For whoever looks at a finding.
-                Ok(said) if std::env::var_os("FUZZ_SHOW").is_some() => eprintln!("{said:?}"),
-                Ok(_) => {}
+            match receiver.recv::<Record>().await {
+                Ok(Record::Data(bytes)) => stream.extend(bytes),
+                Ok(_) => continue,
                 Err(error) if error.is_disconnect() => return,
                 Err(error) => panic!("{error:?}"),
+            }
+            while let Some(len) = frame_len(&stream, LARGEST)
+                .expect("no longer than any")
+                .filter(|len| stream.len() >= 4 + len)
+            {
+                let said: ToSource = decode(&stream[4..4 + len]).expect("a message");
+                // For whoever looks at a finding.
+                if std::env::var_os("FUZZ_SHOW").is_some() {
+                    eprintln!("{said:?}");
+                }
+                stream.drain(..4 + len);
             }
         }
     };
     let speaking = async {
+        let mut stream = Vec::new();
         let mut rest = input;
         while let Some((len, after)) = rest.split_first_chunk::<2>() {
-            let len = usize::from(u16::from_le_bytes(*len)).min(FRAME).min(after.len());
-            if sender.send(&Raw(&after[..len])).await.is_err() {
+            let len = usize::from(u16::from_le_bytes(*len)).min(after.len());
+            stream.extend((len as u32).to_le_bytes());
+            stream.extend(&after[..len]);
+            rest = &after[len..];
+        }
+        let mut records = vec![Record::Begin(name())];
+        records.extend(stream.chunks(PIECE).map(|piece| Record::Data(piece.to_vec())));
+        if input.len() % 2 == 0 {
+            records.push(Record::Farewell);
+        }
+        for record in &records {
+            if sender.send(record).await.is_err() {
                 break;
             }
-            rest = &after[len..];
         }
         let _ = sender.shutdown().await;
         sender
@@ -161,6 +198,8 @@ fuzz_target!(|input: &[u8]| {
             "{name} was not there before"
         );
     }
-    let images = names(&world.store.root().join("images"));
+    // Who takes in a file holds a lock, whose file stays.
+    let mut images = names(&world.store.root().join("images"));
+    images.retain(|name| name != ".import.lock");
     assert!((1..=2).contains(&images.len()), "more than the disk and its tree: {images:?}");
 });

@@ -64,7 +64,7 @@ fuzz_target!(|bytes: &[u8]| {
     let mut built = SlicePagesMut(&mut image);
     let resolution = resolve(&scene.offer, &holdings).expect("of the same base");
     let options = ApplyOptions::default();
-    let mut applier = Applier::new(&scene.offer, resolution, &holdings, &mut built, options)
+    let mut applier = Applier::new(&scene.offer, resolution, &holdings, &mut built, &options)
         .expect("an image of the right size");
     // Chunks: which stream (6 ends a round), a length, so many bytes.
     let mut rest = bytes;

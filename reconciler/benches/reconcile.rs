@@ -223,7 +223,7 @@ fn pages(c: &mut Criterion) {
                 let mut image = SlicePagesMut(image);
                 let options = ApplyOptions::default();
                 let mut applier =
-                    Applier::new(&offer, resolution.clone(), &holdings, &mut image, options)
+                    Applier::new(&offer, resolution.clone(), &holdings, &mut image, &options)
                         .unwrap();
                 for chunk in &chunks {
                     applier.push(chunk).unwrap();

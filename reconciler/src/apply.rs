@@ -12,6 +12,7 @@
 //! with hashes of the guess's lines, so that those which differ are laid over it, then whole.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use rayon::prelude::*;
 
@@ -35,17 +36,21 @@ const COPIED_AT_ONCE: usize = 1024;
 /// Runs of them that are worth another thread.
 const RUNS_AT_ONCE: usize = 16;
 
-/// How much the target may hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How much the target may hold, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApplyOptions {
     /// Bytes of pages set aside in memory; more go to a temporary file.
     pub spool_memory: usize,
+    /// The folder of that file, which has no name there. Who has images encrypted wants their
+    /// pages to lie in a folder that is, too.
+    pub spool_dir: PathBuf,
 }
 
 impl Default for ApplyOptions {
     fn default() -> Self {
         Self {
             spool_memory: 64 << 20,
+            spool_dir: std::env::temp_dir(),
         }
     }
 }
@@ -102,7 +107,7 @@ impl<'a> Applier<'a> {
         resolution: Resolution,
         holdings: &Holdings<'a>,
         image: &'a mut dyn Image,
-        options: ApplyOptions,
+        options: &ApplyOptions,
     ) -> Result<Self, Error> {
         if image.pages() != offer.pages() {
             return Err(Error::TooLarge {
@@ -121,7 +126,12 @@ impl<'a> Applier<'a> {
                 _ => None,
             })
             .collect();
-        let spool = Spool::fill(image.reader(), &aside, options.spool_memory)?;
+        let spool = Spool::fill(
+            image.reader(),
+            &aside,
+            options.spool_memory,
+            &options.spool_dir,
+        )?;
         let wanted: Vec<_> = resolution
             .wanted
             .iter()

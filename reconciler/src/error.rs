@@ -89,7 +89,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The temporary file for pages that are both read and overwritten failed.
-    #[error("cannot spool pages to a temporary file; check free space in the temporary folder")]
+    #[error("cannot spool pages to a temporary file; check free space in its folder")]
     Spool {
         /// What the system said.
         #[source]

@@ -125,7 +125,7 @@ pub struct Source<'a> {
 }
 
 /// Options of both ends.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// The source's.
     pub offer: OfferOptions,
@@ -276,7 +276,7 @@ impl Transfer<'_, '_> {
     ) -> Result<Applied, Error> {
         let total = image.pages();
         let mut applier = timed(&mut self.stats.times.decode, || {
-            Applier::new(offer, resolution, self.holdings, image, self.options.apply)
+            Applier::new(offer, resolution, self.holdings, image, &self.options.apply)
         })?;
         let shared = self.holdings.base_reader.is_some();
         let base = self.source.base_reader.filter(|_| shared);

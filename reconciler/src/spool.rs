@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use crate::error::Error;
 use crate::page::{PAGE_SIZE, Page, PageIndex, ReadPages, ZERO_PAGE};
@@ -21,11 +22,13 @@ pub(crate) struct Spool {
 }
 
 impl Spool {
-    /// Reads these pages of the image, holding at most `memory` bytes in memory.
+    /// Reads these pages of the image, holding at most `memory` bytes in memory and the rest in a
+    /// file without a name in `dir`.
     pub(crate) fn fill(
         image: &dyn ReadPages,
         pages: &PageSet,
         memory: usize,
+        dir: &Path,
     ) -> Result<Self, Error> {
         let pages: Vec<_> = pages.iter().collect();
         let in_memory = pages.len().min(memory / PAGE_SIZE);
@@ -51,7 +54,8 @@ impl Spool {
         }
         if in_memory < spool.pages.len() {
             let failed = |source| Error::Spool { source };
-            let mut out = BufWriter::with_capacity(1 << 20, tempfile::tempfile().map_err(failed)?);
+            let file = tempfile::tempfile_in(dir).map_err(failed)?;
+            let mut out = BufWriter::with_capacity(1 << 20, file);
             for &index in &spool.pages[in_memory..] {
                 out.write_all(&read(index)?).map_err(failed)?;
             }
@@ -76,5 +80,35 @@ impl Spool {
                 .map_err(|source| Error::Spool { source })?;
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::SlicePages;
+
+    #[test]
+    fn what_does_not_fit_into_memory_lies_in_the_folder_that_was_said() {
+        let image: Vec<u8> = (0..8).flat_map(|page| [page; PAGE_SIZE]).collect();
+        let pages: PageSet = [1, 2, 5].into_iter().map(PageIndex).collect();
+        let dir = tempfile::tempdir().unwrap();
+        let fill = |memory, dir: &Path| Spool::fill(&SlicePages(&image), &pages, memory, dir);
+        let spool = fill(PAGE_SIZE, dir.path()).unwrap();
+        let mut page = ZERO_PAGE;
+        for index in [1, 2, 5] {
+            assert!(spool.read(PageIndex(index), &mut page).unwrap());
+            assert_eq!(page, [index as u8; PAGE_SIZE]);
+        }
+        assert!(!spool.read(PageIndex(3), &mut page).unwrap());
+        // It has no name there, and goes with its process.
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+
+        let gone = dir.path().join("gone");
+        assert!(
+            fill(3 * PAGE_SIZE, &gone).is_ok(),
+            "nothing to be set aside"
+        );
+        assert!(matches!(fill(0, &gone), Err(Error::Spool { .. })));
     }
 }

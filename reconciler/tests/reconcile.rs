@@ -319,7 +319,7 @@ fn rounds(sources: [&[u8]; 3], case: &Case) -> (Vec<u8>, Result<Verification, Er
     let mut built = SlicePagesMut(&mut image);
     let resolution = resolve(&offer, &holdings).unwrap();
     let options = ApplyOptions::default();
-    let mut applier = Applier::new(&offer, resolution, &holdings, &mut built, options).unwrap();
+    let mut applier = Applier::new(&offer, resolution, &holdings, &mut built, &options).unwrap();
     assert!(applier.retry().is_err(), "no page has come");
     let push = |applier: &mut Applier<'_>, chunks: Vec<PageChunk>| {
         for chunk in chunks {

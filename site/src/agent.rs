@@ -11,7 +11,9 @@ use tokio_util::sync::CancellationToken;
 use crate::admission::{Admitted, MOST_CALLS};
 use crate::error::Result;
 use crate::files::FileLock;
+use crate::generations;
 use crate::keeper;
+use crate::leftovers;
 use crate::line::TargetLine;
 use crate::local;
 use crate::ownership;
@@ -33,6 +35,7 @@ pub struct Agent {
     watch: PeerWatch,
     standbys: Standbys,
     keep_logs: Option<Duration>,
+    keep_generations: usize,
     _only: FileLock,
 }
 
@@ -57,7 +60,7 @@ impl Agent {
             }
             target::revive(&vm, &standbys).await?;
         }
-        target::clear_half_files(store)?;
+        leftovers::clear(store)?;
         // No conversation is open yet, nor kept, that could still commit what was given up.
         ownership::forget_voids(store)?;
         Ok(Self {
@@ -66,6 +69,7 @@ impl Agent {
             watch,
             standbys,
             keep_logs: None,
+            keep_generations: usize::MAX,
             _only: only,
         })
     }
@@ -75,6 +79,16 @@ impl Agent {
     pub fn keep_logs(self, limit: Option<Duration>) -> Self {
         Self {
             keep_logs: limit,
+            ..self
+        }
+    }
+
+    /// Of a VM that another site has, and ships generations of here: keep so many of the newest,
+    /// besides those that somebody relies on. All are kept without a limit.
+    #[must_use]
+    pub fn keep_generations(self, limit: usize) -> Self {
+        Self {
+            keep_generations: limit,
             ..self
         }
     }
@@ -120,6 +134,7 @@ impl Agent {
                     let room = admitted.has_room_for(peer.key);
                     let (store, stop) = (self.store.clone(), token.child_token());
                     let (known, standbys) = (known.clone(), standbys.clone());
+                    let keep = self.keep_generations;
                     let (who, ends) = (peer.clone(), revoked.clone());
                     let task = conversations.spawn(async move {
                         // Nothing, where it carries on a conversation that has its task.
@@ -128,7 +143,10 @@ impl Agent {
                         };
                         let line = TargetLine::over(lasting, who, stop, ends);
                         if room {
-                            Box::pin(target::converse(&store, &standbys, line)).await;
+                            let talk = Box::pin(target::converse(&store, &standbys, line));
+                            if let Some(name) = talk.await {
+                                generations::tidy_standby(&store.vm(&name), keep).await;
+                            }
                         } else {
                             line.turn_away(&too_many()).await;
                         }

@@ -47,7 +47,8 @@ pub async fn ensure(cache: &Path, new: &NewVm, told: &dyn Fn(&str)) -> Result<Pa
         .prefix(".booting-")
         .tempdir_in(cache)
         .map_err(Error::file("write to", cache))?;
-    let store = Store::open(scratch.path())?;
+    // What is made is kept without this store's keys.
+    let store = Store::scratch(scratch.path())?;
     let vm = store.vm(&"booting".parse()?);
     let record = {
         let (vm, new) = (

@@ -117,7 +117,7 @@ pub async fn capture(
             options.out.display()
         )));
     }
-    let _lock = vm.lock()?;
+    let _lock = vm.lock_soon().await?;
     local::require_lease(vm)?;
     let qemu = local::attach_running(vm).await?;
     let live = Live::of_running(vm, &qemu).await?;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::chain::Chain;
 use crate::phase::Phase;
 
 /// Anything the site's own code can fail with.
@@ -35,6 +36,20 @@ pub enum Error {
     /// Refused before anything was changed.
     #[error("{0}")]
     Refused(String),
+    /// What lies here is encrypted, and the kernel has not got the key.
+    #[error(
+        "{} is encrypted and locked, and its key {} {why}: put the right one there, or say with \
+         --keys where this site's keys are",
+        dir.display(), key.display()
+    )]
+    Locked {
+        /// The folder.
+        dir: PathBuf,
+        /// The key's file.
+        key: PathBuf,
+        /// What is wrong with it, as in "is not there".
+        why: String,
+    },
     /// The other site refused before anything was changed.
     #[error("{site} refused: {reason}")]
     PeerRefused {
@@ -53,6 +68,8 @@ pub enum Error {
         site: String,
         /// Its fencing number.
         fence: u64,
+        /// How it came to it.
+        chain: Box<Chain>,
     },
     /// The other site gave up during a phase.
     #[error("{site} failed in phase {phase}: {reason}")]
@@ -127,8 +144,9 @@ pub enum Error {
     },
     /// The VM was handed over, but it is not known to run at the target.
     #[error(
-        "{vm} belongs to {site} now, but did not go on there or could not say so; look there with \
-         `replay-migrate vm status {vm}`, and if it is stopped, `vm start` it"
+        "{vm} belongs to {site} now, but did not go on there or could not say so: if the agent there \
+         was cut off, it goes on with it as soon as it serves again. Look there with \
+         `replay-migrate vm status {vm}`, and if it stays stopped, `vm start` it"
     )]
     NotResumed {
         /// The VM.
@@ -245,6 +263,7 @@ impl Error {
     pub fn class(&self) -> Class {
         match self {
             Self::Refused(_)
+            | Self::Locked { .. }
             | Self::PeerRefused { .. }
             | Self::Superseded { .. }
             | Self::Identity(_)
@@ -279,10 +298,11 @@ impl Error {
         }
     }
 
-    /// The number under which another site has taken the VM over, if that is what went wrong.
-    pub(crate) fn superseded(&self) -> Option<u64> {
+    /// The number under which another site has taken the VM over, if that is what went wrong, and
+    /// how it came to it.
+    pub(crate) fn superseded(&self) -> Option<(u64, &Chain)> {
         match self {
-            Self::Superseded { fence, .. } => Some(*fence),
+            Self::Superseded { fence, chain, .. } => Some((*fence, chain)),
             Self::Phase { source, .. } => source.superseded(),
             _ => None,
         }

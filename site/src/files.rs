@@ -108,6 +108,14 @@ pub(crate) fn make_dir(dir: &Path) -> Result<()> {
     make().map_err(Error::file("create the folder", dir))
 }
 
+/// As [`make_dir`], but one that is there stays as it is: it may be somebody else's to make.
+pub(crate) fn make_dir_unless_there(dir: &Path) -> Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    make_dir(dir)
+}
+
 /// Removes a folder and all in it; it is no error if it is not there.
 pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
@@ -201,8 +209,14 @@ pub(crate) fn copy_sparse_into(from: &Path, to: &Path, mut target: File) -> Resu
 
 /// An exclusive lock on a file, held until dropped; it goes with the process that holds it.
 #[derive(Debug)]
-pub(crate) struct FileLock {
-    _file: File,
+pub(crate) struct FileLock(File);
+
+impl Drop for FileLock {
+    fn drop(&mut self) {
+        // Not left to closing it: a program that another thread is just starting has the file open, too,
+        // until it is that program. Closed it is in any case.
+        let _ = self.0.unlock();
+    }
 }
 
 impl FileLock {
@@ -216,7 +230,7 @@ impl FileLock {
             .open(path)
             .map_err(Error::file("open", path))?;
         match file.try_lock() {
-            Ok(()) => Ok(Some(Self { _file: file })),
+            Ok(()) => Ok(Some(Self(file))),
             Err(fs::TryLockError::WouldBlock) => Ok(None),
             Err(fs::TryLockError::Error(error)) => Err(Error::file("lock", path)(error)),
         }
@@ -224,8 +238,78 @@ impl FileLock {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// From here on there is no room for another content of this file, once: the half of it is
+    /// written to `/dev/full`.
+    pub(crate) fn leave_no_room_for(path: &Path) {
+        std::os::unix::fs::symlink("/dev/full", partial_name(path)).unwrap();
+    }
+
+    /// Makes a file that can't be read: at 0 of its own memory no process has anything, and the
+    /// kernel says so as it does of a bad sector, with EIO.
+    pub(crate) fn make_unreadable(path: &Path) {
+        std::os::unix::fs::symlink("/proc/self/mem", path).unwrap();
+    }
+
+    /// It says that there was no room for this file.
+    pub(crate) fn assert_no_room(error: &Error, wanted: &Path) {
+        assert!(
+            matches!(error, Error::File { path, source, .. }
+                if path == wanted && source.kind() == io::ErrorKind::StorageFull),
+            "{error:?}"
+        );
+    }
+
+    /// It says that this file could not be read.
+    pub(crate) fn assert_read_error(error: &Error, wanted: &Path) {
+        let eio = rustix::io::Errno::IO.raw_os_error();
+        assert!(
+            matches!(error, Error::File { path, source, .. }
+                if path == wanted && source.raw_os_error() == Some(eio)),
+            "{error:?}"
+        );
+    }
+
+    #[test]
+    fn a_lock_is_let_go_of_though_another_process_has_its_file_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let lock = FileLock::try_take(&path).unwrap().unwrap();
+        assert!(FileLock::try_take(&path).unwrap().is_none());
+        // As a program has that is just being started.
+        let inherited = lock.0.try_clone().unwrap();
+        drop(lock);
+        assert!(FileLock::try_take(&path).unwrap().is_some());
+        drop(inherited);
+    }
+
+    #[test]
+    fn a_full_disk_is_named_and_leaves_what_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.json");
+        write_json(&path, &1).unwrap();
+        leave_no_room_for(&path);
+        let failed = write_json(&path, &2).unwrap_err();
+        assert_no_room(&failed, &path);
+        assert_eq!(read_json::<u32>(&path).unwrap(), Some(1));
+        // No half of it is left in the way of the next.
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        write_json(&path, &2).unwrap();
+        assert_eq!(read_json::<u32>(&path).unwrap(), Some(2));
+    }
+
+    #[test]
+    fn what_can_not_be_read_is_not_taken_for_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.json");
+        make_unreadable(&path);
+        let failed = read_json::<u32>(&path).unwrap_err();
+        assert_read_error(&failed, &path);
+        let copied = copy_sparse(dir.path(), &dir.path().join("copy")).unwrap_err();
+        assert!(matches!(copied, Error::File { .. }), "{copied:?}");
+    }
 
     #[test]
     fn a_sparse_copy_is_equal_and_leaves_holes() {

@@ -47,6 +47,10 @@ pub struct Manifest {
     pub device: ImageInfo,
     /// When it was made, in seconds since 1970.
     pub created: u64,
+    /// Pages of RAM that the guest had freed and that were made zero, as was asked for: what they
+    /// held before is not preserved.
+    #[serde(default)]
+    pub free_dropped: u64,
 }
 
 /// Size and root of one image.
@@ -83,6 +87,7 @@ impl Manifest {
             disks,
             device,
             created,
+            free_dropped: 0,
         }
     }
 
@@ -210,6 +215,8 @@ impl GenerationFiles {
         for path in &paths {
             files::sync_file(path)?;
         }
+        // Their names as well, before the one that makes them a generation.
+        files::sync_dir(&self.dir).map_err(Error::file("sync", &self.dir))?;
         files::write_json(&self.manifest(), manifest)?;
         let line = self.dir.parent().unwrap_or(&self.dir);
         files::sync_dir(line).map_err(Error::file("sync", line))
@@ -344,5 +351,39 @@ mod tests {
         let whole = manifest(Vec::new());
         files.publish(&whole).unwrap();
         assert_eq!(files.load_manifest().unwrap(), Some(whole));
+    }
+
+    #[test]
+    fn a_full_disk_makes_no_generation() {
+        use crate::files::tests::{assert_no_room, leave_no_room_for};
+        let dir = tempfile::tempdir().unwrap();
+        let files = GenerationFiles::at(dir.path());
+        let tree = ImageTree::zero(1).unwrap();
+        fs::write(files.ram(), [0; reconciler::PAGE_SIZE]).unwrap();
+        fs::write(files.device(), b"device").unwrap();
+        leave_no_room_for(&files.ram_tree());
+        let failed = files.save_trees(&tree, &[]).unwrap_err();
+        assert_no_room(&failed, &files.ram_tree());
+        files.save_trees(&tree, &[]).unwrap();
+        let image = ImageInfo {
+            bytes: reconciler::PAGE_SIZE as u64,
+            root: tree.root(),
+        };
+        let hardware = Hardware::new("pc-q35-7.2");
+        let of = [image, image];
+        let manifest = Manifest::new(
+            Id([1; 16]),
+            1,
+            None,
+            hardware,
+            String::new(),
+            of,
+            Vec::new(),
+        );
+        leave_no_room_for(&files.manifest());
+        let failed = files.publish(&manifest).unwrap_err();
+        assert_no_room(&failed, &files.manifest());
+        assert_eq!(files.load_manifest().unwrap(), None);
+        files.publish(&manifest).unwrap();
     }
 }

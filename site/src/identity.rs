@@ -13,6 +13,7 @@
 //! written; two processes that start at once on a new site agree on one key.
 
 mod base32;
+mod signing;
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
@@ -22,8 +23,12 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ED25519, PublicKeyData};
+use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+pub(crate) use signing::hex_or_bytes;
+pub use signing::{NewKey, PublicKey, Signature};
 
 /// The private key's file inside the directory of keys.
 const KEY_FILE: &str = "site.key";
@@ -193,6 +198,42 @@ pub struct Identity {
     key: SiteKey,
     certificate: CertificateDer<'static>,
     private: PrivatePkcs8KeyDer<'static>,
+    signer: Ed25519KeyPair,
+    public: PublicKey,
+}
+
+/// A key that is to take the place of a site's present one, kept beside it without a lasting name.
+pub(crate) struct Successor {
+    file: tempfile::NamedTempFile,
+    path: PathBuf,
+    key: SiteKey,
+}
+
+impl Successor {
+    /// What peers will know the site by.
+    pub(crate) const fn key(&self) -> SiteKey {
+        self.key
+    }
+
+    /// Puts it in the place of the present key, which is gone when this returns.
+    ///
+    /// On failure the key is as it was.
+    pub(crate) fn install(self) -> Result<Identity, IdentityError> {
+        let path = self.path;
+        let write = |source| IdentityError::Write {
+            path: path.clone(),
+            source,
+        };
+        self.file
+            .persist(&path)
+            .map_err(|failed| write(failed.error))?;
+        // Always there: a file name was joined to a directory.
+        let dir = path.parent().unwrap_or(Path::new("."));
+        File::open(dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(write)?;
+        Identity::load(&path)
+    }
 }
 
 impl Identity {
@@ -210,7 +251,7 @@ impl Identity {
             path: path.clone(),
             source,
         };
-        let file = Self::fresh(dir, &path)?;
+        let (file, _) = Self::fresh(dir, &path)?;
         match file.persist_noclobber(&path) {
             Ok(_) => File::open(dir)
                 .and_then(|dir| dir.sync_all())
@@ -222,26 +263,22 @@ impl Identity {
         Self::load(&path)
     }
 
-    /// Puts a new key in the place of the one kept in `dir`, which is gone when this returns.
-    /// Peers know this site again once they trust the new one under the name they have for it.
+    /// A new key for the site whose key is kept in `dir`. Peers know the site again once they trust
+    /// the new one under the name they have for it.
     ///
-    /// On failure the key is as it was.
-    pub fn rotate(dir: &Path) -> Result<Self, IdentityError> {
+    /// Nothing has changed until it is installed.
+    pub(crate) fn successor(dir: &Path) -> Result<Successor, IdentityError> {
         let path = dir.join(KEY_FILE);
-        let write = |source| IdentityError::Write {
-            path: path.clone(),
-            source,
-        };
-        let file = Self::fresh(dir, &path)?;
-        file.persist(&path).map_err(|failed| write(failed.error))?;
-        File::open(dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(write)?;
-        Self::load(&path)
+        let (file, pair) = Self::fresh(dir, &path)?;
+        Ok(Successor {
+            file,
+            path,
+            key: SiteKey::of_spki(&pair.subject_public_key_info()),
+        })
     }
 
     /// A new key, durable, in a file beside `path` that has no lasting name yet.
-    fn fresh(dir: &Path, path: &Path) -> Result<tempfile::NamedTempFile, IdentityError> {
+    fn fresh(dir: &Path, path: &Path) -> Result<(tempfile::NamedTempFile, KeyPair), IdentityError> {
         let pair = KeyPair::generate_for(&PKCS_ED25519).map_err(IdentityError::Generate)?;
         let write = |source| IdentityError::Write {
             path: path.to_owned(),
@@ -260,7 +297,7 @@ impl Identity {
         file.write_all(pair.serialize_pem().as_bytes())
             .map_err(write)?;
         file.as_file().sync_all().map_err(write)?;
-        Ok(file)
+        Ok((file, pair))
     }
 
     fn load(path: &Path) -> Result<Self, IdentityError> {
@@ -293,25 +330,37 @@ impl Identity {
         if pair.algorithm() != &PKCS_ED25519 {
             return Err(unusable());
         }
-        Self::from_pair(&pair)
+        Self::from_pair(&pair)?.ok_or_else(unusable)
     }
 
     /// An identity that is kept nowhere, for tests.
     pub fn ephemeral() -> Result<Self, IdentityError> {
         let pair = KeyPair::generate_for(&PKCS_ED25519).map_err(IdentityError::Generate)?;
-        Self::from_pair(&pair)
+        Self::from_pair(&pair)?.ok_or(IdentityError::Generate(rcgen::Error::CouldNotParseKeyPair))
     }
 
-    fn from_pair(pair: &KeyPair) -> Result<Self, IdentityError> {
+    /// Nothing, if it is no key to sign with.
+    fn from_pair(pair: &KeyPair) -> Result<Option<Self>, IdentityError> {
         // TLS 1.3 shows the certificate to whoever connects: it says nothing but the key.
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         let certificate = params.self_signed(pair).map_err(IdentityError::Generate)?;
-        Ok(Self {
+        let private = PrivatePkcs8KeyDer::from(pair.serialize_der());
+        // Written by this program or by another one: the older form has no public key in it.
+        let signer = Ed25519KeyPair::from_pkcs8_maybe_unchecked(private.secret_pkcs8_der());
+        let Ok(signer) = signer else {
+            return Ok(None);
+        };
+        let Ok(public) = signer.public_key().as_ref().try_into() else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
             key: SiteKey::of_spki(&pair.subject_public_key_info()),
             certificate: certificate.der().clone(),
-            private: PrivatePkcs8KeyDer::from(pair.serialize_der()),
-        })
+            private,
+            public: PublicKey(public),
+            signer,
+        }))
     }
 
     /// What peers know this site by.

@@ -1,8 +1,9 @@
 //! What an agent does by itself: it puts right what a process that died has left of a move from
-//! here, finds out who owns a VM whose hand-over was cut off, and asks once whether a VM that is
-//! held here was taken over elsewhere while this site was gone.
+//! here, goes on with a VM that came and was not seen to run, finds out who owns a VM whose
+//! hand-over was cut off, and asks once whether a VM that is held here was taken over elsewhere
+//! while this site was gone.
 //!
-//! Nobody need type anything for either: a guest that a killed process paused goes on within a
+//! Nobody need type anything for any of it: a guest that a killed process paused goes on within a
 //! second or so, and two agents that can talk agree on the owner.
 
 use std::collections::{HashMap, HashSet};
@@ -13,6 +14,7 @@ use crate::generations::seen;
 use crate::identity::SiteKey;
 use crate::lease::Lease;
 use crate::moving;
+use crate::resuming;
 use crate::source;
 use crate::store::{Store, VmDir};
 use crate::vm::VmName;
@@ -71,6 +73,14 @@ async fn look_after(
     asked: &mut HashSet<(VmName, SiteKey)>,
 ) -> Result<()> {
     moving::recover(vm).await?;
+    let what = (vm.name().clone(), None);
+    if calls.due(&what) {
+        let gone_on = resuming::go_on(vm).await;
+        if gone_on.is_err() {
+            calls.note(what, false);
+        }
+        gone_on?;
+    }
     match vm.lease()? {
         Lease::Offered { .. } => {
             let what = (vm.name().clone(), None);

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::chain::Chain;
 use crate::error::Result;
 use crate::files;
 use crate::identity::SiteKey;
@@ -65,8 +66,90 @@ impl Lease {
         files::read_json(path)
     }
 
+    /// Writes it without a chain, as a program of before there were any.
+    #[cfg(test)]
+    pub(crate) fn store(&self, path: &Path) -> Result<()> {
+        Title::from(self).store(path)
+    }
+}
+
+/// A lease, and what shows how it came about. Both are one file: neither is ever newer than the
+/// other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Title {
+    /// Whether this site may run the VM.
+    #[serde(flatten)]
+    pub lease: Lease,
+    /// The hand-overs up to the last that is known here. Where the VM is [`Lease::Offered`], that
+    /// one is the last. Empty for a VM of before there were chains.
+    #[serde(default, skip_serializing_if = "Chain::is_empty")]
+    pub chain: Chain,
+    /// The site that took the VM over from one that is lost, by the word of a person here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken_by: Option<SiteKey>,
+}
+
+impl Title {
+    /// A lease, and how it came about.
+    pub(crate) fn new(lease: Lease, chain: Chain) -> Self {
+        Self {
+            lease,
+            chain,
+            taken_by: None,
+        }
+    }
+
+    /// The highest number known here, of whichever.
+    pub(crate) fn fence(&self) -> u64 {
+        self.lease.fence().max(self.chain.fence().unwrap_or(0))
+    }
+
+    /// Reads it; `None` where the VM is not known.
+    pub fn load(path: &Path) -> Result<Option<Self>> {
+        files::read_json(path)
+    }
+
     /// Writes it, durable when this returns.
-    pub fn store(&self, path: &Path) -> Result<()> {
+    pub(crate) fn store(&self, path: &Path) -> Result<()> {
         files::write_json(path, self)
+    }
+}
+
+impl From<&Lease> for Title {
+    fn from(lease: &Lease) -> Self {
+        Self::new(lease.clone(), Chain::default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::Identity;
+
+    #[test]
+    fn a_lease_and_its_chain_are_one_file_and_older_ones_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lease.json");
+        let lease = Lease::Held {
+            fence: 3,
+            transfer: Some(Id([1; 16])),
+        };
+        // As it was written before there were chains.
+        std::fs::write(
+            &path,
+            format!(
+                "{{\"state\":\"held\",\"fence\":3,\"transfer\":\"{}\"}}",
+                Id([1; 16])
+            ),
+        )
+        .unwrap();
+        assert_eq!(Title::load(&path).unwrap(), Some(Title::from(&lease)));
+        let identity = Identity::ephemeral().unwrap();
+        let chain = Chain::start(Id([2; 16]), 3, &identity);
+        let mut title = Title::new(lease.clone(), chain);
+        title.taken_by = Some(identity.key());
+        title.store(&path).unwrap();
+        assert_eq!(Title::load(&path).unwrap(), Some(title));
+        assert_eq!(Lease::load(&path).unwrap(), Some(lease));
     }
 }

@@ -1,7 +1,7 @@
 //! A site: the VMs of a host, what is kept of them, and how they come and go.
 //!
 //! - [`Store`] and [`VmDir`]: the state directory. [`generation`], [`lease`] and [`vm`] are what
-//!   lies in it; [`generations`] says what of it may go.
+//!   lies in it; [`generations`] says what of it may go, [`at_rest`] what of it is encrypted.
 //! - [`local`]: VMs made, started, stopped and checkpointed here. [`recording`]: what is typed.
 //!   [`moving`]: what a move that was killed has left, put right.
 //! - [`identity`], [`peers`], [`transport`]: who the sites are, and how they talk safely.
@@ -14,8 +14,10 @@
 
 mod admission;
 pub mod agent;
+pub mod at_rest;
 pub mod booted;
 pub mod capture;
+pub mod chain;
 mod chance;
 mod control_socket;
 mod disks;
@@ -27,8 +29,10 @@ pub mod generation;
 pub mod generations;
 pub mod identity;
 mod keeper;
+mod keys;
 mod layout;
 pub mod lease;
+mod leftovers;
 mod line;
 pub mod local;
 pub mod moving;
@@ -42,6 +46,7 @@ pub mod recording;
 pub mod redaction;
 pub mod replaying;
 pub mod report;
+mod resuming;
 pub mod retention;
 pub mod source;
 mod state;

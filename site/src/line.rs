@@ -2,6 +2,7 @@
 //! fast the line to each peer was found to be.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -16,7 +17,7 @@ use crate::peers::Peer;
 use crate::phase::Phase;
 use crate::protocol::{ToSource, ToTarget};
 use crate::store::Store;
-use crate::transport::{self, CallError, Dial, Lasting, LineHandle, Traffic};
+use crate::transport::{self, CallError, Dial, Lasting, LineHandle, RateCap, Traffic};
 use crate::vm::Id;
 
 /// How long a call to a peer may take until both sides know each other.
@@ -45,8 +46,18 @@ pub(crate) type TargetLine = Conversation<ToTarget, ToSource>;
 impl Line {
     /// Calls a peer. A line that is cut later is called again by itself, for [`CALL_AGAIN`].
     pub(crate) async fn connect(store: &Store, peer: &Peer) -> Result<Self> {
+        Self::connect_capped(store, peer, None).await
+    }
+
+    /// The same, where no more is sent than this, with whatever else shares it.
+    pub(crate) async fn connect_capped(
+        store: &Store,
+        peer: &Peer,
+        cap: Option<Arc<RateCap>>,
+    ) -> Result<Self> {
         let guarded = Guarded::begin(&store.peers(), peer)?;
-        let called = Lasting::call(dial(store, peer), Id::random()?.0, CALL_AGAIN).await;
+        let (name, traffic) = (Id::random()?.0, Traffic::capped(cap));
+        let called = Lasting::call(dial(store, peer), name, CALL_AGAIN, traffic).await;
         let connection = called.map_err(|error| match error {
             CallError::Connect(error) => Error::Connect(error),
             CallError::Here(error) => *error,
@@ -107,9 +118,10 @@ impl Line {
                 phase,
                 reason: readable(&reason),
             }),
-            ToSource::Superseded { fence } => Err(Error::Superseded {
+            ToSource::Superseded { fence, chain } => Err(Error::Superseded {
                 site: site(),
                 fence,
+                chain: Box::new(chain),
             }),
             ToSource::Replayed(mut summary) => {
                 summary.diverged = summary.diverged.map(|why| readable(&why));

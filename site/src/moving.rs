@@ -94,12 +94,13 @@ impl Moving {
     }
 }
 
-/// Puts right what a process has left that died while it moved the VM: the guest that it paused
-/// goes on. Does nothing while one is at work, nor where there is nothing to put right.
+/// Puts right what a process has left that died while it moved the VM, or took its state: the guest
+/// that it paused goes on. Does nothing while one is at work, nor where there is nothing to put right.
 ///
 /// Who owns a VM whose hand-over was cut off at its last step is another question, see
 /// [`crate::source::settle`].
 pub async fn recover(vm: &VmDir) -> Result<()> {
+    local::still::recover(vm).await?;
     // Looked at without the lock, so that nobody is kept from work by somebody who only looks.
     if Moving::load(vm)?.is_none_or(|moving| moving.phase == Phase::Hello) {
         return Ok(());
@@ -160,13 +161,8 @@ mod tests {
         let store = Store::open(root).unwrap();
         let vm = store.vm(&"desk".parse().unwrap());
         let record = VmRecord {
-            id: Id([1; 16]),
-            name: vm.name().clone(),
-            hardware: vm_host::Hardware::new("pc-q35-7.2"),
             disks: Vec::new(),
-            boot: None,
-            ready_marker: None,
-            replay_friendly: false,
+            ..VmRecord::example()
         };
         vm.create(&record, lease).unwrap();
         let key = store.identity().unwrap().key();

@@ -7,16 +7,20 @@
 //! target: answers "not taken" only after it has made sure that it never will be (a void)
 //! ```
 //!
+//! With each hand-over goes a link of the VM's [`chain`](crate::chain), which the giver signs: by it
+//! others see that it was one.
+//!
 //! Each step is durable before the next begins; who dies between two has left a state from which
 //! the rest can be found out. What talks is handed in, so that the very same steps are driven
 //! through crashes and lost messages in tests, seed by seed.
 
 use std::sync::{Mutex, PoisonError};
 
+use crate::chain::{Chain, Link};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::identity::SiteKey;
-use crate::lease::Lease;
+use crate::lease::{Lease, Title};
 use crate::store::{Store, VmDir};
 use crate::vm::Id;
 
@@ -40,7 +44,41 @@ pub(crate) struct Offer {
     pub was_running: bool,
 }
 
-/// Gives a VM away: `asked` has the target take it, and succeeds when that says that it did.
+/// What shows that a VM is this site's, where it is: the chain of its hand-overs, up to the key that
+/// this site has now. Elsewhere, what is known of it.
+///
+/// A VM that has none, of before there were any, begins one with the number that it has. So it does
+/// where what is written down ends at another key (a key file that was lost, a folder that was
+/// copied): others will want a person's word then.
+pub(crate) fn proof(vm: &VmDir) -> Result<Chain> {
+    let Title { lease, chain, .. } = vm.title()?;
+    let Lease::Held { fence, .. } = lease else {
+        return Ok(chain);
+    };
+    let identity = vm.store().identity()?;
+    let mut whole = chain;
+    if whole.fence() == Some(fence) && whole.succeed(&vm.store().new_keys()?, identity.key()) {
+        return Ok(whole);
+    }
+    Ok(Chain::start(vm.record()?.id, fence, &identity))
+}
+
+/// Writes down the chain of a VM that has none, before the key goes with which it would begin.
+pub(crate) fn begin_chain(vm: &VmDir) -> Result<()> {
+    let lacks = |title: &Title| title.chain.is_empty() && matches!(title.lease, Lease::Held { .. });
+    if !lacks(&vm.title()?) {
+        return Ok(());
+    }
+    let _lock = vm.lock()?;
+    let title = vm.title()?;
+    if lacks(&title) {
+        Title::new(title.lease, proof(vm)?).store(&vm.lease_path())?;
+    }
+    Ok(())
+}
+
+/// Gives a VM away: `asked` has the target take it by the link that says so, and succeeds when that
+/// says that it did.
 ///
 /// # Errors
 /// Whatever failed, the lease says what is known. Where that is [`Lease::Offered`], the target is
@@ -48,27 +86,33 @@ pub(crate) struct Offer {
 pub(crate) async fn give(
     vm: &VmDir,
     offer: Offer,
-    asked: impl Future<Output = Result<()>>,
+    asked: impl AsyncFnOnce(Link) -> Result<()>,
 ) -> Result<()> {
-    Lease::Offered {
+    let mut chain = proof(vm)?;
+    let link = chain
+        .hand_over(vm.record()?.id, offer.to, &vm.store().identity()?)
+        .filter(|link| link.before == offer.fence)
+        .ok_or_else(|| Error::Refused(format!("{} is not this site's to give", vm.name())))?;
+    let lease = Lease::Offered {
         fence: offer.fence,
         transfer: offer.transfer,
         to: offer.to,
         to_name: offer.to_name.clone(),
         was_running: offer.was_running,
-    }
-    .store(&vm.lease_path())?;
-    asked.await?;
-    given(vm, offer)
+    };
+    let offered = Title::new(lease, chain);
+    offered.store(&vm.lease_path())?;
+    asked(link).await?;
+    given(vm, offer, offered.chain)
 }
 
-fn given(vm: &VmDir, offer: Offer) -> Result<()> {
-    Lease::Elsewhere {
+fn given(vm: &VmDir, offer: Offer, chain: Chain) -> Result<()> {
+    let lease = Lease::Elsewhere {
         fence: offer.fence + 1,
         owner: offer.to,
         owner_name: offer.to_name,
-    }
-    .store(&vm.lease_path())
+    };
+    Title::new(lease, chain).store(&vm.lease_path())
 }
 
 /// Whose a VM is that was in doubt.
@@ -112,34 +156,37 @@ pub(crate) fn decide(vm: &VmDir, offer: Offer, taken: bool) -> Result<Settled> {
         // Somebody else has asked meanwhile.
         return Ok(Settled::Known);
     }
+    let mut chain = vm.title()?.chain;
     if taken {
-        given(vm, offer)?;
+        given(vm, offer, chain)?;
         return Ok(Settled::Away);
     }
+    chain.take_back();
     let Offer {
         fence, was_running, ..
     } = offer;
-    Lease::Held {
+    let held = Lease::Held {
         fence,
         transfer: None,
-    }
-    .store(&vm.lease_path())?;
+    };
+    Title::new(held, chain).store(&vm.lease_path())?;
     Ok(Settled::Here { was_running })
 }
 
-/// The step that decides: the VM is this site's, unless the source has given the hand-over up.
-pub(crate) fn take(vm: &VmDir, transfer: Id, fence: u64) -> Result<()> {
+/// The step that decides: the VM is this site's, unless the source has given the hand-over up. The
+/// chain was checked, and ends here.
+pub(crate) fn take(vm: &VmDir, transfer: Id, fence: u64, chain: Chain) -> Result<()> {
     let _deciding = DECIDING.lock().unwrap_or_else(PoisonError::into_inner);
     if is_void(vm, transfer) {
         return Err(Error::Refused(
             "this hand-over was given up meanwhile".into(),
         ));
     }
-    Lease::Held {
+    let held = Lease::Held {
         fence,
         transfer: Some(transfer),
-    }
-    .store(&vm.lease_path())
+    };
+    Title::new(held, chain).store(&vm.lease_path())
 }
 
 /// Whether a hand-over took place that was offered under `fence`. If it did not, it never will.
@@ -149,8 +196,8 @@ pub(crate) fn take(vm: &VmDir, transfer: Id, fence: u64) -> Result<()> {
 pub(crate) fn was_taken(vm: &VmDir, id: Id, transfer: Id, fence: u64) -> Result<bool> {
     let _deciding = DECIDING.lock().unwrap_or_else(PoisonError::into_inner);
     let known = vm.try_record()?.is_some_and(|record| record.id == id);
-    let lease = if known { Some(vm.lease()?) } else { None };
-    let by_lease = lease.filter(|lease| match lease {
+    let title = if known { Some(vm.title()?) } else { None };
+    let by_lease = title.filter(|title| match &title.lease {
         Lease::Held {
             transfer: Some(by),
             fence: held,
@@ -158,8 +205,8 @@ pub(crate) fn was_taken(vm: &VmDir, id: Id, transfer: Id, fence: u64) -> Result<
         // It was taken, and handed on since.
         lease => lease.fence() > fence,
     });
-    if let Some(lease) = by_lease {
-        lease.store(&vm.lease_path())?;
+    if let Some(title) = by_lease {
+        title.store(&vm.lease_path())?;
         return Ok(true);
     }
     let deleted = vm.store().deleted_fence(id)?;
@@ -188,6 +235,8 @@ pub(crate) fn forget_voids(store: &Store) -> Result<()> {
     files::remove_dir(&store.void_dir())
 }
 
+#[cfg(test)]
+mod lies;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]

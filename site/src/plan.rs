@@ -4,10 +4,15 @@
 //! replayed would lack, as the exchange itself finds it, times what a sample of that takes in
 //! the real encoder, over the measured line ([`predict`]). What a replay would leave over can't
 //! be found out but by replaying; it is expected to be what it was in this VM's own earlier
-//! moves, and before those, what it was over a suite of sessions ([`history`]).
+//! moves, and before those, what it was over a suite of sessions ([`history`]). What live rounds
+//! would take is played through with the pace at which the guest changes its memory ([`rounds`]).
+//!
+//! What was predicted for a move is kept beside what it took, so that who predicts can say how far
+//! off the last ones were.
 
 mod history;
 mod predict;
+mod rounds;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,12 +26,14 @@ use crate::local::{Live, blocking};
 use crate::protocol::Welcome;
 use crate::recording;
 use crate::report::{MigrationReport, Strategy};
-use crate::source::CLOSE;
+use crate::source::{CLOSE, LiveOptions};
 use crate::state::{Base, State};
 use crate::store::VmDir;
 use crate::vm::VmRecord;
 
+pub use history::Off;
 use history::{History, Outcome};
+use rounds::Changing;
 
 /// A shorter stand-still is worth no other cost unless it is shorter by so many seconds.
 const WORTH: f64 = 1.0;
@@ -115,7 +122,8 @@ pub struct Estimates {
     pub strategies: Vec<Estimate>,
     /// The one that `auto` takes: it needs the least time with the guest standing still, or
     /// hardly more than that and less besides. A VM that is followed is always moved by who
-    /// follows it.
+    /// follows it. Never [`Strategy::Live`], which is for who asks for it: it sends for as long as
+    /// the user works on, and more in all.
     pub choice: Strategy,
     /// The target follows already: only the tail is left to replay.
     pub following: Option<Following>,
@@ -133,10 +141,12 @@ pub struct Assumed {
     /// Seconds of standing still beyond those of sending, as in earlier moves of this VM from
     /// here. Without any, only sending is counted.
     pub seconds_besides: Option<f64>,
+    /// How far off predictions for this VM were; none before there was one.
+    pub off: Option<Off>,
 }
 
 /// What one strategy would cost.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// Which.
     pub strategy: Strategy,
@@ -149,10 +159,16 @@ pub struct Estimate {
 }
 
 impl Estimates {
+    /// What is predicted of the choice.
+    pub(crate) fn chosen(&self) -> Option<Estimate> {
+        let mut all = self.strategies.iter();
+        all.find(|estimate| estimate.strategy == self.choice)
+            .copied()
+    }
+
     /// The choice in a sentence.
     pub fn why(&self) -> String {
-        let of = |strategy| self.strategies.iter().find(|e| e.strategy == strategy);
-        let Some(chosen) = of(self.choice) else {
+        let Some(chosen) = self.chosen() else {
             return String::new();
         };
         let before = match (&self.following, chosen.seconds_before) {
@@ -177,8 +193,11 @@ impl Estimates {
             .iter()
             .filter(|other| other.strategy != self.choice)
             .map(|other| {
-                let after = match other.seconds_before {
-                    wait if wait >= 1.0 => format!(" after {} of replaying", time(wait)),
+                let after = match (other.seconds_before, other.strategy) {
+                    (wait, Strategy::Live) => {
+                        format!(" after {} of sending while it runs on", time(wait))
+                    }
+                    (wait, _) if wait >= 1.0 => format!(" after {} of replaying", time(wait)),
                     _ => String::new(),
                 };
                 let (down, bytes) = (time(other.seconds_down), mebibytes(other.bytes));
@@ -221,7 +240,14 @@ impl Assumed {
             ),
             None => "what standing still takes beside sending is not known yet".to_owned(),
         };
-        format!("assumed: {}{besides}", leaves.unwrap_or_default())
+        let off = self.off.map_or_else(String::new, |off| {
+            format!(
+                "; the last {} of this VM's moves from here took {:.2} times the bytes and {:.2} times \
+                 the seconds of standing still that were predicted, in the median",
+                off.moves, off.bytes, off.seconds
+            )
+        });
+        format!("assumed: {}{besides}{off}", leaves.unwrap_or_default())
     }
 }
 
@@ -269,7 +295,8 @@ impl Ahead {
     }
 }
 
-/// Predicts; reads the RAM of the running guest, which is near enough for that.
+/// Predicts; reads the RAM of the running guest, which is near enough for that. With `rounds` also
+/// what those would take, for which the guest is watched for two seconds.
 pub(crate) async fn estimate(
     vm: &VmDir,
     record: &VmRecord,
@@ -277,6 +304,7 @@ pub(crate) async fn estimate(
     feasible: Feasible,
     rate: f64,
     following: Option<Following>,
+    rounds: Option<LiveOptions>,
 ) -> Result<Estimates> {
     let (vm, record, live) = (vm.clone(), record.clone(), live.clone());
     blocking(move || {
@@ -339,6 +367,17 @@ pub(crate) async fn estimate(
             Some(_) => Strategy::Replay,
             None => choose(&strategies),
         };
+        if let Some(options) = rounds {
+            let copy = since(feasible.common)?;
+            let changing = Changing::of(&ram)?;
+            let rounds = changing.rounds(copy, rate, besides.unwrap_or_default(), options);
+            strategies.push(Estimate {
+                strategy: Strategy::Live,
+                bytes: rounds.bytes as u64,
+                seconds_before: rounds.before,
+                seconds_down: rounds.down,
+            });
+        }
         Ok(Estimates {
             bits_per_second: rate,
             strategies,
@@ -348,6 +387,7 @@ pub(crate) async fn estimate(
                 replay_leaves,
                 replays: history.replays(),
                 seconds_besides: besides,
+                off: history.off(),
             },
         })
     })

@@ -62,6 +62,7 @@
 use reconciler::{BlobPart, NodesReply, NodesRequest, PageChunk, Root};
 use serde::{Deserialize, Serialize};
 
+use crate::chain::{Chain, Link};
 use crate::generation::{GenerationId, Manifest};
 use crate::phase::Phase;
 use crate::report::{ReplaySummary, StandbyCost, Strategy};
@@ -224,6 +225,8 @@ pub enum ToSource {
     Superseded {
         /// The target's fencing number.
         fence: u64,
+        /// How it came to it.
+        chain: Chain,
     },
 }
 
@@ -238,6 +241,9 @@ pub struct Hello {
     pub transfer: Id,
     /// The source's fencing number.
     pub fence: u64,
+    /// How the VM came to it, from where the target may know it on. Empty where it is only asked
+    /// whether a hand-over took place.
+    pub chain: Chain,
     /// The generations that the source has, oldest first.
     pub generations: Vec<GenerationId>,
     /// The number that the new generation will have.
@@ -372,9 +378,29 @@ pub struct CommitRequest {
     pub manifest: Manifest,
     /// The new fencing number.
     pub fence: u64,
+    /// The source's signature that the VM is the target's under that number.
+    pub link: Link,
 }
 
 /// What the receiving side checks before it believes anything in a `Hello`.
+#[cfg(test)]
+impl Hello {
+    /// What a site says first that has nothing of [`VmRecord::example`] but its disk.
+    pub(crate) fn example(purpose: Purpose) -> Self {
+        Self {
+            purpose,
+            vm: VmRecord::example(),
+            transfer: Id([3; 16]),
+            fence: 1,
+            chain: Chain::default(),
+            generations: Vec::new(),
+            next: 1,
+            qemu: "7.2.0".into(),
+            follows: false,
+        }
+    }
+}
+
 impl Hello {
     /// Bounds and consistency.
     pub fn validate(&self) -> crate::error::Result<()> {
@@ -407,32 +433,15 @@ impl Hello {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::BaseFile;
 
     fn hello() -> Hello {
         Hello {
-            purpose: Purpose::Migrate,
-            vm: VmRecord {
-                id: Id([1; 16]),
-                name: "desk".parse().unwrap(),
-                hardware: vm_host::Hardware::new("pc-q35-7.2"),
-                disks: vec![BaseFile {
-                    hash: FileHash([2; 32]),
-                    bytes: 4096,
-                }],
-                boot: None,
-                ready_marker: None,
-                replay_friendly: false,
-            },
-            transfer: Id([3; 16]),
-            fence: 1,
             generations: vec![GenerationId {
                 number: 1,
                 digest: [0; 32],
             }],
             next: 2,
-            qemu: "7.2.0".into(),
-            follows: false,
+            ..Hello::example(Purpose::Migrate)
         }
     }
 

@@ -1,8 +1,9 @@
 //! Recording a VM: a checkpoint, the recording proxy, and the log it writes.
 //!
 //! The recorder is a process of its own. A migration in another process reaches it over a
-//! control socket in the VM's runtime directory: one line a request (`flush`, `stop`), one line
-//! of JSON back. What it answers to `flush` is on disk.
+//! control socket in the VM's runtime directory: one line a request (`flush`, `stop`, `pause`,
+//! `resume`, `tell`, `viewers`, `hold`), one line of JSON back. What it answers to `flush` is on disk; once it has
+//! answered to `pause`, nothing that is typed gets into the log.
 
 mod writer;
 
@@ -12,7 +13,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use recorder::{Clock, Listen, RecordSink, SinkClosed};
+use recorder::{Clock, Listen, RecordSink, RecorderHandle, SinkClosed};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -29,6 +30,9 @@ use writer::{FLUSH_EVERY, ToWriter};
 
 /// How long a recorder may take to answer on its control socket.
 const CONTROL_LIMIT: Duration = Duration::from_secs(10);
+
+/// What is typed waits for no longer, whatever it waits for.
+const HOLD_LIMIT: Duration = Duration::from_secs(60);
 
 /// What to record, and where.
 #[derive(Clone, Debug)]
@@ -152,7 +156,34 @@ enum Answer {
         at: u64,
     },
     Stopping,
+    /// Whether it logs, from here on.
+    Logs {
+        paused: bool,
+        /// The guest time since the checkpoint, in microseconds.
+        at: u64,
+    },
+    Viewers(Viewers),
+    /// What is typed waits until the caller hangs up.
+    Held,
     Failed(String),
+}
+
+/// Who looks on through a recorder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Viewers {
+    /// How many do now.
+    pub(crate) now: usize,
+    /// How many have come since it began.
+    pub(crate) admitted: u64,
+}
+
+/// Whether what is typed gets into the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Logging {
+    /// It does not; it reaches the guest all the same.
+    pub paused: bool,
+    /// Since when, or when it was asked, in microseconds of guest time since the log began.
+    pub at: u64,
 }
 
 /// Records until `stop` ends, the VM moves away or QEMU ends.
@@ -177,7 +208,7 @@ pub async fn record(
         .map_err(Error::host(what("follow the clock of")))?;
     let still = Mutex::new((Duration::ZERO, None));
     let manifest = {
-        let _lock = vm.lock()?;
+        let _lock = vm.lock_soon().await?;
         let hold = || friendly.then(|| chance::hold(vm, options.long_turns));
         let prepare = || {
             if let Ok(mut still) = still.lock() {
@@ -187,7 +218,7 @@ pub async fn record(
         local::checkpoint_locked(vm, &qemu, Some(&prepare)).await
     };
     let (origin, held) = still.into_inner().unwrap_or_default();
-    let manifest = manifest?;
+    let manifest = manifest?.manifest;
     let vnc = qemu.vnc_socket().to_owned();
     let clock = SinceCheckpoint {
         clock: Arc::new(clock),
@@ -220,7 +251,7 @@ pub async fn record(
     });
     let ended = tokio::select! {
         () = stop => Ended::Stopped,
-        ended = serve_control(&socket.listener, &sender, &clock) => ended?,
+        ended = serve_control(&socket.listener, &sender, &clock, &recorder) => ended?,
         // Others drive QEMU meanwhile: a migration, before all.
         _ = qemu.death_from_afar() => Ended::VmEnded,
         // What it could not write is told below.
@@ -277,7 +308,9 @@ async fn serve_control(
     listener: &UnixListener,
     writer: &mpsc::Sender<ToWriter>,
     clock: &SinceCheckpoint,
+    recorder: &RecorderHandle,
 ) -> Result<Ended> {
+    let mut paused = false;
     loop {
         let (stream, _) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -290,7 +323,8 @@ async fn serve_control(
             }
         };
         // One after the other: an answer takes no time, and the next caller waits for it.
-        match tokio::time::timeout(CONTROL_LIMIT, answer(stream, writer, clock)).await {
+        let answered = answer(stream, writer, clock, recorder, &mut paused);
+        match tokio::time::timeout(CONTROL_LIMIT, answered).await {
             Ok(Ok(Some(ended))) => return Ok(ended),
             Ok(Ok(None)) => {}
             Ok(Err(error)) => tracing::warn!(%error, "control socket"),
@@ -303,6 +337,8 @@ async fn answer(
     stream: UnixStream,
     writer: &mpsc::Sender<ToWriter>,
     clock: &SinceCheckpoint,
+    recorder: &RecorderHandle,
+    paused: &mut bool,
 ) -> io::Result<Option<Ended>> {
     let mut stream = BufReader::new(stream);
     let mut line = String::new();
@@ -325,16 +361,64 @@ async fn answer(
             }
         }
         "stop" => (Answer::Stopping, Some(Ended::Moved)),
-        _ => (Answer::Failed("say flush or stop".into()), None),
+        word @ ("pause" | "resume" | "tell") => {
+            match word {
+                "pause" => recorder.pause(),
+                "resume" => recorder.resume(),
+                _ => {}
+            }
+            if word != "tell" {
+                *paused = word == "pause";
+            }
+            let (paused, at) = (*paused, clock.now().micros);
+            (Answer::Logs { paused, at }, None)
+        }
+        "viewers" => {
+            let recorded = recorder.statistics();
+            let viewers = Viewers {
+                now: recorded.viewers,
+                admitted: recorded.admitted,
+            };
+            (Answer::Viewers(viewers), None)
+        }
+        "hold" => {
+            let held = recorder.hold().await;
+            say(&mut stream, &Answer::Held).await?;
+            tokio::spawn(async move {
+                // Nothing is said: the end is waited for.
+                let mut rest = [0; 1];
+                let hung_up = tokio::io::AsyncReadExt::read(&mut stream, &mut rest);
+                let _ = tokio::time::timeout(HOLD_LIMIT, hung_up).await;
+                drop(held);
+            });
+            return Ok(None);
+        }
+        _ => (
+            Answer::Failed("say flush, stop, pause, resume, tell, viewers or hold".into()),
+            None,
+        ),
     };
-    let mut text = serde_json::to_string(&answer)?;
-    text.push('\n');
-    stream.get_mut().write_all(text.as_bytes()).await?;
+    say(&mut stream, &answer).await?;
     Ok(ended)
+}
+
+async fn say(stream: &mut BufReader<UnixStream>, answer: &Answer) -> io::Result<()> {
+    let mut text = serde_json::to_string(answer)?;
+    text.push('\n');
+    stream.get_mut().write_all(text.as_bytes()).await
 }
 
 /// Asks the recorder of a VM, if there is one.
 async fn ask(vm: &VmDir, request: &str) -> Result<Option<Answer>> {
+    let asked = ask_and_stay(vm, request).await?;
+    Ok(asked.map(|(answer, _)| answer))
+}
+
+/// The same; it is hung up when what comes with the answer is dropped.
+async fn ask_and_stay(
+    vm: &VmDir,
+    request: &str,
+) -> Result<Option<(Answer, BufReader<UnixStream>)>> {
     let path = control_path(vm)?;
     let Some(stream) = control_socket::call(&path, "reach the recorder at").await? else {
         return Ok(None);
@@ -349,7 +433,7 @@ async fn ask(vm: &VmDir, request: &str) -> Result<Option<Answer>> {
         tokio::io::AsyncReadExt::take(&mut stream, 4096)
             .read_line(&mut line)
             .await?;
-        Ok(serde_json::from_str(&line)?)
+        Ok((serde_json::from_str(&line)?, stream))
     };
     match tokio::time::timeout(CONTROL_LIMIT, talk).await {
         Ok(result) => result
@@ -368,14 +452,70 @@ pub(crate) async fn flush(vm: &VmDir) -> Result<Option<GuestTime>> {
     match ask(vm, "flush").await? {
         None => Ok(None),
         Some(Answer::Flushed { at }) => Ok(Some(GuestTime { micros: at })),
-        Some(Answer::Failed(reason)) => Err(Error::Refused(format!(
-            "the recorder of {} failed: {reason}",
+        Some(other) => Err(other.refusal(vm)),
+    }
+}
+
+impl Answer {
+    /// What it means where something else was asked for.
+    fn refusal(&self, vm: &VmDir) -> Error {
+        Error::Refused(match self {
+            Self::Failed(reason) => format!("the recorder of {} failed: {reason}", vm.name()),
+            _ => format!("the recorder of {} is just stopping; try again", vm.name()),
+        })
+    }
+}
+
+/// Has the recorder log nothing of what is typed and pointed at from now on, or go on. It reaches
+/// the guest all the same; the log notes the gap. To do so once more changes nothing.
+///
+/// # Errors
+/// When the VM is not being recorded.
+pub async fn set_paused(vm: &VmDir, paused: bool) -> Result<Logging> {
+    let word = if paused { "pause" } else { "resume" };
+    match ask(vm, word).await? {
+        Some(Answer::Logs { paused, at }) => Ok(Logging { paused, at }),
+        Some(other) => Err(other.refusal(vm)),
+        None => Err(Error::Refused(format!(
+            "{0} is not being recorded; `replay-migrate record {0}` begins to",
             vm.name()
         ))),
-        Some(Answer::Stopping) => Err(Error::Refused(format!(
-            "the recorder of {} is just stopping; try again",
-            vm.name()
-        ))),
+    }
+}
+
+/// Whether what is typed gets into a log; `None` if nobody records the VM, or does not answer.
+pub(crate) async fn logging(vm: &VmDir) -> Option<Logging> {
+    match ask(vm, "tell").await {
+        Ok(Some(Answer::Logs { paused, at })) => Some(Logging { paused, at }),
+        _ => None,
+    }
+}
+
+/// How many look on through the recorder; `None` if nobody records the VM, or does not answer.
+pub(crate) async fn viewers(vm: &VmDir) -> Option<Viewers> {
+    match ask(vm, "viewers").await {
+        Ok(Some(Answer::Viewers(viewers))) => Some(viewers),
+        _ => None,
+    }
+}
+
+/// What is typed and pointed at through the recorder waits until this is dropped.
+pub(crate) struct HeldInput {
+    _hung_up_then: BufReader<UnixStream>,
+}
+
+/// Has what is typed wait: QEMU would lose what it gets while the guest stands still. `None` if nobody
+/// records the VM; one that does not answer holds up nobody.
+pub(crate) async fn hold(vm: &VmDir) -> Option<HeldInput> {
+    match ask_and_stay(vm, "hold").await {
+        Ok(Some((Answer::Held, stream))) => Some(HeldInput {
+            _hung_up_then: stream,
+        }),
+        Ok(None) => None,
+        Ok(Some(_)) | Err(_) => {
+            tracing::warn!(vm = %vm.name(), "the recorder holds nothing back: keys may be lost");
+            None
+        }
     }
 }
 

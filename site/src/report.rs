@@ -7,6 +7,7 @@ use reconciler::Root;
 use serde::{Deserialize, Serialize};
 
 use crate::phase::Phase;
+use crate::plan::Estimate;
 use crate::progress::Progress;
 use crate::vm::VmName;
 
@@ -54,12 +55,18 @@ pub struct MigrationReport {
     pub seconds: BTreeMap<String, f64>,
     /// The roots that both sites computed of their own images.
     pub verified: Roots,
+    /// Free pages of the guest that were not zero and are now, as was asked for.
+    #[serde(default)]
+    pub free_dropped: u64,
     /// Pages that were wrong at the first verification, and were sent again.
     pub refetched: u64,
     /// What the replay did, if there was one.
     pub replay: Option<ReplaySummary>,
     /// How the rounds went, if there were some.
     pub live: Option<LiveReport>,
+    /// What was predicted for it, where the strategy was chosen by that.
+    #[serde(default)]
+    pub predicted: Option<Estimate>,
 }
 
 /// How rounds of pre-copy went.

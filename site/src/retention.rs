@@ -104,25 +104,14 @@ mod tests {
 
     use super::*;
     use crate::lease::Lease;
-    use crate::vm::{BaseFile, FileHash, Id, VmRecord};
+    use crate::vm::VmRecord;
 
     const DAY: Duration = Duration::from_secs(86_400);
 
     fn vm(dir: &std::path::Path, logs: &[u64]) -> VmDir {
         let store = Store::open(dir).unwrap();
         let vm = store.vm(&"desk".parse().unwrap());
-        let record = VmRecord {
-            id: Id([1; 16]),
-            name: vm.name().clone(),
-            hardware: vm_host::Hardware::new("pc-q35-7.2"),
-            disks: vec![BaseFile {
-                hash: FileHash([2; 32]),
-                bytes: 4096,
-            }],
-            boot: None,
-            ready_marker: None,
-            replay_friendly: false,
-        };
+        let record = VmRecord::example();
         let held = Lease::Held {
             fence: 1,
             transfer: None,

@@ -1,9 +1,10 @@
 //! The images of a VM's state, as both sides of a migration handle them.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use reconciler::{ImageTree, ReadPages, Shadow, SlicePages, no_progress, pages_for};
+use reconciler::{FilePages, ImageTree, ReadPages, Shadow, SlicePages, no_progress, pages_for};
 use vm_host::RamMap;
 
 use crate::disks::{self, DiskImage};
@@ -27,6 +28,9 @@ pub(crate) struct State {
 enum Ram {
     /// Of a VM that stands still.
     Mapped(RamMap),
+    /// Of a generation. Read and not mapped: a disk that fails is an error then, and not a signal
+    /// that ends the process.
+    Kept(FilePages),
     /// As it was copied from one that runs.
     Copied(Arc<Shadow>),
 }
@@ -104,7 +108,7 @@ impl State {
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
-            ram: Ram::Mapped(map(&files.ram())?),
+            ram: Ram::Kept(kept(&files.ram(), manifest.ram.bytes)?),
             ram_tree: files.load_ram_tree(manifest)?,
             disks,
             device_tree: tree_of(&SlicePages(&device), "the device state")?,
@@ -155,6 +159,7 @@ impl State {
             ImageKind::Disk(index) => look(&self.disks[usize::from(index)].0),
             ImageKind::Ram => match &self.ram {
                 Ram::Mapped(ram) => look(&SlicePages(ram)),
+                Ram::Kept(ram) => look(ram),
                 Ram::Copied(ram) => look(&**ram),
             },
         }
@@ -187,7 +192,7 @@ impl State {
     pub(crate) fn ram(&self) -> &[u8] {
         match &self.ram {
             Ram::Mapped(ram) => ram,
-            Ram::Copied(_) => &[],
+            Ram::Kept(_) | Ram::Copied(_) => &[],
         }
     }
 
@@ -195,6 +200,7 @@ impl State {
         match &self.ram {
             Ram::Mapped(ram) => ram.len() as u64,
             // Guests have whole pages of RAM.
+            Ram::Kept(ram) => ram.pages() * reconciler::PAGE_SIZE as u64,
             Ram::Copied(ram) => ram.pages() * reconciler::PAGE_SIZE as u64,
         }
     }
@@ -202,7 +208,7 @@ impl State {
 
 /// What both sides have before anything is sent: a common generation, or only the base images.
 pub(crate) struct Base {
-    ram: Option<RamMap>,
+    ram: Option<FilePages>,
     ram_tree: ImageTree,
     disks: Vec<(DiskImage, ImageTree)>,
     device: Vec<u8>,
@@ -243,7 +249,7 @@ impl Base {
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
-            ram: Some(map(&files.ram())?),
+            ram: Some(kept(&files.ram(), manifest.ram.bytes)?),
             ram_tree: files.load_ram_tree(&manifest)?,
             disks,
             device: files.load_device()?,
@@ -288,7 +294,7 @@ impl Base {
             ImageKind::Device => look(Some(&SlicePages(&self.device))),
             ImageKind::Disk(index) => look(Some(&self.disks[usize::from(index)].0)),
             ImageKind::Ram => match &self.ram {
-                Some(ram) => look(Some(&SlicePages(ram))),
+                Some(ram) => look(Some(ram)),
                 None => look(None),
             },
         }
@@ -324,6 +330,19 @@ fn map(path: &Path) -> Result<RamMap> {
     RamMap::open(path).map_err(Error::host(format!("cannot read {}", path.display())))
 }
 
+/// The RAM of a generation, which has to be as long as its manifest says.
+fn kept(path: &Path, bytes: u64) -> Result<FilePages> {
+    let file = File::open(path).map_err(Error::file("open", path))?;
+    let there = file.metadata().map_err(Error::file("measure", path))?.len();
+    if there != bytes {
+        return Err(Error::Damaged {
+            path: path.to_owned(),
+            reason: format!("it has {there} bytes, and its manifest says {bytes}"),
+        });
+    }
+    FilePages::new(file).map_err(Error::file("open", path))
+}
+
 pub(crate) fn tree_of(pages: &dyn ReadPages, what: &str) -> Result<ImageTree> {
     ImageTree::build(pages, &no_progress).map_err(Error::reconcile(format!("cannot hash {what}")))
 }
@@ -339,4 +358,107 @@ pub(crate) async fn with<S: Send + Sync + 'static, T: Send + 'static>(
 ) -> Result<T> {
     let shared = shared.clone();
     local::blocking(move || work(&shared)).await
+}
+
+#[cfg(test)]
+mod tests {
+    use reconciler::PageIndex;
+
+    use super::*;
+    use crate::files;
+    use crate::lease::Lease;
+    use crate::store::Store;
+
+    /// A VM without disks, and its first generation.
+    fn generation(root: &Path) -> (VmDir, VmRecord, Manifest) {
+        let vm = Store::open(root).unwrap().vm(&"desk".parse().unwrap());
+        let record = VmRecord {
+            disks: Vec::new(),
+            ..VmRecord::example()
+        };
+        let lease = Lease::Held {
+            fence: 1,
+            transfer: None,
+        };
+        vm.create(&record, &lease).unwrap();
+        let files = vm.generation(1);
+        files::make_dir(files.dir()).unwrap();
+        let ram = vec![7; 64 * reconciler::PAGE_SIZE];
+        std::fs::write(files.ram(), &ram).unwrap();
+        std::fs::write(files.device(), b"device").unwrap();
+        let image = |bytes: &[u8]| {
+            let tree = tree_of(&SlicePages(bytes), "it").unwrap();
+            let info = ImageInfo {
+                bytes: bytes.len() as u64,
+                root: tree.root(),
+            };
+            (info, tree)
+        };
+        let ((ram, tree), (device, _)) = (image(&ram), image(b"device"));
+        files.save_trees(&tree, &[]).unwrap();
+        let hardware = record.hardware.clone();
+        let images = [ram, device];
+        let manifest = Manifest::new(
+            record.id,
+            1,
+            None,
+            hardware,
+            String::new(),
+            images,
+            Vec::new(),
+        );
+        files.publish(&manifest).unwrap();
+        (vm, record, manifest)
+    }
+
+    #[test]
+    fn what_a_disk_does_not_give_back_is_an_error_and_ends_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (vm, record, manifest) = generation(dir.path());
+        let state = State::of_generation(&vm, &manifest).unwrap();
+        let base = Base::load(&vm, &record, Some(1)).unwrap();
+        let read = |pages: &dyn ReadPages| {
+            let mut page = [0; reconciler::PAGE_SIZE];
+            pages.read(PageIndex(40), &mut page).map(|()| page[0])
+        };
+        assert_eq!(state.with_pages(ImageKind::Ram, read).unwrap(), 7);
+        // Of a mapping, whose process would be ended by a signal here: what was there is not.
+        let ram = File::options().write(true).open(vm.generation(1).ram());
+        let shorter = 7 * reconciler::PAGE_SIZE as u64;
+        ram.unwrap().set_len(shorter).unwrap();
+        state.with_pages(ImageKind::Ram, read).unwrap_err();
+        let based = base.with_pages(ImageKind::Ram, |pages| read(pages.unwrap()));
+        based.unwrap_err();
+        // It is named where it is opened, and nothing takes it for the generation.
+        for again in [
+            State::of_generation(&vm, &manifest).map(drop),
+            Base::load(&vm, &record, Some(1)).map(drop),
+        ] {
+            let error = again.unwrap_err();
+            assert!(
+                matches!(&error, Error::Damaged { path, .. } if *path == vm.generation(1).ram())
+            );
+        }
+    }
+
+    #[test]
+    fn a_generation_that_can_not_be_read_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (vm, record, manifest) = generation(dir.path());
+        let files = vm.generation(1);
+        for path in [files.device(), files.dir().join("ram.tree")] {
+            let away = path.with_extension("away");
+            std::fs::rename(&path, &away).unwrap();
+            files::tests::make_unreadable(&path);
+            for failed in [
+                State::of_generation(&vm, &manifest).map(drop),
+                Base::load(&vm, &record, Some(1)).map(drop),
+            ] {
+                files::tests::assert_read_error(&failed.unwrap_err(), &path);
+            }
+            std::fs::remove_file(&path).unwrap();
+            std::fs::rename(&away, &path).unwrap();
+        }
+        Base::load(&vm, &record, Some(1)).unwrap();
+    }
 }

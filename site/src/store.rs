@@ -1,14 +1,17 @@
 //! The state directory of a site: where everything is.
 //!
 //! ```text
-//! keys/                    the site's identity and the key of its logs
+//! site.json                the form of all this, and where the keys lie if not here
+//! site.key, keys/          the site's identity, and the keys of its logs and of its state
+//! keys.json                how the site's key was followed by others
 //! peers.json               the sites it knows
 //! images/HASH              read-only base files: raw disk images, kernels; named by BLAKE3
 //! images/HASH.tree         hash tree of a disk image
 //! vms/NAME/vm.json         what the VM is
-//! vms/NAME/lease.json      whether this site may run it
+//! vms/NAME/lease.json      whether this site may run it, and the hand-overs that led there
 //! vms/NAME/lock            held while one process changes the VM
 //! vms/NAME/moving.json     a move from here that is under way, or was cut off
+//! vms/NAME/resuming.json   a move to here after which the VM was not seen to run yet
 //! vms/NAME/generations/N/  immutable states, and what is left of pruned ones
 //! vms/NAME/seen/KEY.json   the newest generations that a peer is known to have
 //! vms/NAME/live/run/       the overlays of the running VM, and what it rests on
@@ -20,24 +23,31 @@
 //!
 //! Overlays name their backing file relative to themselves, and all of them lie at the same
 //! depth, so that a folder can be renamed into place and a state directory can be moved.
+//! `images/` and `vms/` are encrypted where the file system can, see [`crate::at_rest`].
 //! Sockets and the RAM of running guests lie in a runtime directory outside, on tmpfs.
+
+mod vm_dir;
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use reconciler::{FilePages, ImageTree};
 use serde::{Deserialize, Serialize};
 
+use crate::at_rest;
 use crate::error::{Error, Result};
 use crate::files::{self, FileLock};
-use crate::generation::{self, GenerationFiles, Manifest};
-use crate::identity::{Identity, SiteKey};
+use crate::generation;
+use crate::identity::{Identity, NewKey, SiteKey};
+use crate::keys::Keys;
 use crate::lease::Lease;
+use crate::leftovers::Importing;
 use crate::peers::PeerStore;
-use crate::vm::{BaseFile, FileHash, Id, VmName, VmRecord};
+use crate::vm::{BaseFile, FileHash, Id, VmName};
+
+pub use vm_dir::VmDir;
 
 /// The version of the state directory's form.
 const VERSION: u32 = 1;
@@ -45,41 +55,100 @@ const VERSION: u32 = 1;
 #[derive(Serialize, Deserialize)]
 struct SiteFile {
     version: u32,
+    /// Where the site's keys lie, if not in the state directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    keys: Option<PathBuf>,
 }
 
 /// A site's state directory.
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
+    keys: Keys,
+    /// Nothing in it is encrypted, as others go on with it.
+    plain: bool,
 }
 
 impl Store {
     /// Opens a state directory, and makes it where there is none.
     ///
     /// # Errors
-    /// When it can't be made or is of another version.
+    /// When it can't be made, is of another version, or is locked.
     pub fn open(root: impl AsRef<Path>) -> Result<Self> {
-        let root = root.as_ref();
+        Self::open_with(root.as_ref(), None)
+    }
+
+    /// The same, with the site's keys in another folder, which is noted.
+    ///
+    /// # Errors
+    /// Also when the site has keys, and not in that folder.
+    pub fn open_with(root: &Path, keys: Option<&Path>) -> Result<Self> {
+        let store = Self::look(root, keys)?;
+        store.keys.settle()?;
+        store.note()?;
+        at_rest::open(&store.root, &store.keys)?;
+        Ok(store)
+    }
+
+    /// A state directory that is only made to be taken from: nothing in it is encrypted.
+    pub(crate) fn scratch(root: &Path) -> Result<Self> {
+        let store = Self {
+            plain: true,
+            ..Self::look(root, None)?
+        };
+        store.note()?;
+        Ok(store)
+    }
+
+    /// A state directory as it is, perhaps locked. Only its folder is made, where there is none.
+    ///
+    /// # Errors
+    /// When it is of another version, or its keys are not where they should be.
+    pub fn look(root: &Path, keys: Option<&Path>) -> Result<Self> {
         files::make_dir(root)?;
         let root = fs::canonicalize(root).map_err(Error::file("open", root))?;
-        let store = Self { root };
-        let path = store.root.join("site.json");
-        match files::read_json::<SiteFile>(&path)? {
-            None => {
-                files::make_dir(&store.root.join("images"))?;
-                files::make_dir(&store.root.join("vms"))?;
-                files::write_json(&path, &SiteFile { version: VERSION })?;
-            }
-            Some(site) if site.version == VERSION => {}
-            Some(site) => {
-                return Err(Error::Refused(format!(
-                    "{} is a state directory of version {}; this program reads version {VERSION}",
-                    store.root.display(),
-                    site.version
-                )));
-            }
+        let site = Self::site_file(&root)?;
+        let noted = site.and_then(|site| site.keys);
+        let keys = Keys::find(&root, keys, noted.as_deref())?;
+        Ok(Self {
+            root,
+            keys,
+            plain: false,
+        })
+    }
+
+    fn site_file(root: &Path) -> Result<Option<SiteFile>> {
+        match files::read_json::<SiteFile>(&root.join("site.json"))? {
+            Some(site) if site.version != VERSION => Err(Error::Refused(format!(
+                "{} is a state directory of version {}; this program reads version {VERSION}",
+                root.display(),
+                site.version
+            ))),
+            site => Ok(site),
         }
-        Ok(store)
+    }
+
+    /// Writes down what this state directory is, unless that is known.
+    fn note(&self) -> Result<()> {
+        let known = Self::site_file(&self.root)?;
+        let keys = self.keys.noted();
+        if known.is_none() {
+            files::make_dir(&self.root.join("images"))?;
+            files::make_dir(&self.root.join("vms"))?;
+        }
+        if known.is_none_or(|site| site.keys.as_deref() != keys) {
+            let site = SiteFile {
+                version: VERSION,
+                keys: keys.map(Path::to_owned),
+            };
+            files::write_json(&self.root.join("site.json"), &site)?;
+        }
+        Ok(())
+    }
+
+    /// Where its keys lie.
+    pub(crate) fn keys(&self) -> &Keys {
+        &self.keys
     }
 
     /// The state directory.
@@ -89,7 +158,7 @@ impl Store {
 
     /// This site's key, made on first use.
     pub fn identity(&self) -> Result<Identity> {
-        Ok(Identity::load_or_create(&self.root)?)
+        self.keys.identity()
     }
 
     /// Gives the site a new key; the former and the new one.
@@ -103,8 +172,31 @@ impl Store {
                 self.root.display()
             ))
         })?;
-        let former = self.identity()?.key();
-        Ok((former, Identity::rotate(&self.root)?.key()))
+        let former = self.identity()?;
+        for vm in self.vms()? {
+            crate::ownership::begin_chain(&vm)?;
+        }
+        let successor = self.keys.successor()?;
+        // Before the old key goes: it could not be said any more.
+        let mut keys = self.new_keys()?;
+        keys.push(NewKey::sign(&former, successor.key()));
+        let surplus = keys.len().saturating_sub(Self::NEW_KEYS);
+        keys.drain(..surplus);
+        files::write_json(&self.new_keys_path(), &keys)?;
+        Ok((former.key(), successor.install()?.key()))
+    }
+
+    /// As many of its own former keys are remembered.
+    const NEW_KEYS: usize = 64;
+
+    /// How this site's key was followed by others, oldest first. One that was announced may never
+    /// have come to be; another follows the same key then.
+    pub(crate) fn new_keys(&self) -> Result<Vec<NewKey>> {
+        Ok(files::read_json(&self.new_keys_path())?.unwrap_or_default())
+    }
+
+    fn new_keys_path(&self) -> PathBuf {
+        self.root.join("keys.json")
     }
 
     /// The sites it knows.
@@ -114,10 +206,7 @@ impl Store {
 
     /// The key that this site's logs are encrypted with, made on first use.
     pub fn log_key(&self) -> Result<traces::LogKey> {
-        let keys = self.root.join("keys");
-        files::make_dir(&keys)?;
-        traces::LogKey::load_or_create(&keys.join("log.key"))
-            .map_err(Error::log("cannot use this site's log key"))
+        self.keys.log()
     }
 
     /// The VM of this name, whether or not it exists.
@@ -186,10 +275,7 @@ impl Store {
     pub fn import_disk(&self, image: &Path) -> Result<BaseFile> {
         let what = || format!("cannot take in the disk image {}", image.display());
         let images = self.root.join("images");
-        let partial = tempfile::Builder::new()
-            .prefix(".import-")
-            .tempdir_in(&images)
-            .map_err(Error::file("write to", &images))?;
+        let partial = Importing::begin(&images)?;
         let raw = partial.path().join("raw");
         if !link_if_unchanging(image, &raw)? {
             vm_host::disk::import_base(image, None, &raw).map_err(Error::host(what()))?;
@@ -200,10 +286,7 @@ impl Store {
     /// Takes a kernel or another plain file into the store.
     pub fn import_file(&self, path: &Path) -> Result<BaseFile> {
         let images = self.root.join("images");
-        let partial = tempfile::Builder::new()
-            .prefix(".import-")
-            .tempdir_in(&images)
-            .map_err(Error::file("write to", &images))?;
+        let partial = Importing::begin(&images)?;
         let copy = partial.path().join("file");
         fs::copy(path, &copy).map_err(Error::file("read", path))?;
         self.adopt(&copy)
@@ -228,8 +311,10 @@ impl Store {
 
     fn identify(file: &Path) -> Result<BaseFile> {
         let mut hasher = blake3::Hasher::new();
-        hasher
-            .update_mmap_rayon(file)
+        // Read and not mapped: a disk that fails is an error then, and not a signal that ends the
+        // process.
+        fs::File::open(file)
+            .and_then(|file| hasher.update_reader(file).map(drop))
             .map_err(Error::file("read", file))?;
         let hash = FileHash(*hasher.finalize().as_bytes());
         let bytes = fs::metadata(file).map_err(Error::file("read", file))?.len();
@@ -278,214 +363,6 @@ fn link_if_unchanging(image: &Path, to: &Path) -> Result<bool> {
         && metadata.mode() & 0o222 == 0
         && metadata.uid() == rustix::process::getuid().as_raw();
     Ok(raw && unchanging && metadata.len() % 4096 == 0 && fs::hard_link(image, to).is_ok())
-}
-
-/// A VM's folder in the state directory.
-#[derive(Clone, Debug)]
-pub struct VmDir {
-    dir: PathBuf,
-    name: VmName,
-    store: Store,
-}
-
-impl VmDir {
-    /// Its name.
-    pub fn name(&self) -> &VmName {
-        &self.name
-    }
-
-    /// The site's store.
-    pub fn store(&self) -> &Store {
-        &self.store
-    }
-
-    /// The folder.
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    fn record_path(&self) -> PathBuf {
-        self.dir.join("vm.json")
-    }
-
-    pub(crate) fn lease_path(&self) -> PathBuf {
-        self.dir.join("lease.json")
-    }
-
-    pub(crate) fn moving_path(&self) -> PathBuf {
-        self.dir.join("moving.json")
-    }
-
-    /// What the VM is; `None` if there is none of this name.
-    pub fn try_record(&self) -> Result<Option<VmRecord>> {
-        files::read_json(&self.record_path())
-    }
-
-    /// What the VM is.
-    pub fn record(&self) -> Result<VmRecord> {
-        self.try_record()?.ok_or_else(|| {
-            Error::Refused(format!(
-                "there is no VM {} at {}; `replay-migrate vm list` shows those there are",
-                self.name,
-                self.store.root.display()
-            ))
-        })
-    }
-
-    /// Writes down a new VM, with its lease.
-    pub(crate) fn create(&self, record: &VmRecord, lease: &Lease) -> Result<()> {
-        for part in ["generations", "live", "log", "incoming"] {
-            files::make_dir(&self.dir.join(part))?;
-        }
-        lease.store(&self.lease_path())?;
-        files::write_json(&self.record_path(), record)?;
-        let vms = self.dir.parent().unwrap_or(&self.dir);
-        files::sync_dir(vms).map_err(Error::file("sync", vms))
-    }
-
-    /// Whether this site may run it.
-    pub fn lease(&self) -> Result<Lease> {
-        Lease::load(&self.lease_path())?.ok_or_else(|| Error::Damaged {
-            path: self.lease_path(),
-            reason: "it is missing".into(),
-        })
-    }
-
-    /// Writes down, outside the VM's folder, that it was here and by which lease: a giver that
-    /// asks later whether it was taken must not hear that it never was.
-    pub(crate) fn note_deleted(&self) -> Result<()> {
-        let path = self.store.deleted_path(self.record()?.id);
-        files::make_dir(path.parent().unwrap_or(&self.store.root))?;
-        // Without a readable lease there is nothing to answer by, and no reason to keep the rest.
-        self.lease().map_or(Ok(()), |lease| lease.store(&path))
-    }
-
-    /// Locks the VM against other processes of this site.
-    pub(crate) fn lock(&self) -> Result<FileLock> {
-        FileLock::try_take(&self.dir.join("lock"))?.ok_or_else(|| {
-            Error::Refused(format!(
-                "another replay-migrate process is changing {} at this site; try again when it \
-                 is done",
-                self.name
-            ))
-        })
-    }
-
-    /// As [`Self::lock`], but waits a little: a conversation that was just cut off is still
-    /// clearing away what it held.
-    pub(crate) async fn lock_soon(&self) -> Result<FileLock> {
-        const PATIENCE: Duration = Duration::from_secs(10);
-        // A file lock can be awaited by a thread only, and that thread could not be called off.
-        const STEP: Duration = Duration::from_millis(50);
-        let begun = Instant::now();
-        loop {
-            match self.lock() {
-                Err(Error::Refused(_)) if begun.elapsed() < PATIENCE => {
-                    tokio::time::sleep(STEP).await;
-                }
-                outcome => return outcome,
-            }
-        }
-    }
-
-    pub(crate) fn generation_dir(&self, number: u64) -> PathBuf {
-        self.dir.join("generations").join(number.to_string())
-    }
-
-    /// The files of a generation.
-    pub fn generation(&self, number: u64) -> GenerationFiles {
-        GenerationFiles::at(self.generation_dir(number))
-    }
-
-    /// The manifest of a generation that has to be there.
-    pub(crate) fn manifest(&self, number: u64) -> Result<Manifest> {
-        self.generation(number).load_manifest()?.ok_or_else(|| {
-            Error::Refused(format!(
-                "generation {number} of {} is not there any more",
-                self.name
-            ))
-        })
-    }
-
-    /// All generations that exist, oldest first.
-    pub fn generations(&self) -> Result<Vec<Manifest>> {
-        self.manifests(GenerationFiles::load_manifest)
-    }
-
-    /// The numbers of the generations that exist, and of those between them that were pruned:
-    /// from one to the next the VM went on with nothing in between. Oldest first.
-    pub(crate) fn line(&self) -> Result<Vec<u64>> {
-        let manifests = self.manifests(|files| match files.load_manifest()? {
-            None => files.load_pruned(),
-            manifest => Ok(manifest),
-        })?;
-        Ok(manifests.iter().map(|m| m.generation).collect())
-    }
-
-    fn manifests(
-        &self,
-        load: impl Fn(&GenerationFiles) -> Result<Option<Manifest>>,
-    ) -> Result<Vec<Manifest>> {
-        let dir = self.dir.join("generations");
-        let entries = match fs::read_dir(&dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.map_err(Error::file("list", &dir))?,
-        };
-        let mut generations = Vec::new();
-        for entry in entries {
-            let entry = entry.map_err(Error::file("list", &dir))?;
-            let number = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok());
-            if let Some(number) = number
-                && let Some(manifest) = load(&self.generation(number))?
-            {
-                generations.push(manifest);
-            }
-        }
-        generations.sort_by_key(|manifest| manifest.generation);
-        Ok(generations)
-    }
-
-    pub(crate) fn live_dir(&self) -> PathBuf {
-        self.dir.join("live").join("run")
-    }
-
-    /// The log of what was typed on top of a generation.
-    pub fn log_path(&self, generation: u64) -> PathBuf {
-        self.dir.join("log").join(format!("{generation}.rmlog"))
-    }
-
-    /// All logs, oldest first, with the generation that each continues.
-    pub fn logs(&self) -> Result<Vec<(u64, PathBuf)>> {
-        let dir = self.dir.join("log");
-        let mut logs = Vec::new();
-        for entry in fs::read_dir(&dir).map_err(Error::file("list", &dir))? {
-            let path = entry.map_err(Error::file("list", &dir))?.path();
-            let number = path
-                .file_name()
-                .and_then(|name| name.to_str()?.strip_suffix(".rmlog")?.parse().ok());
-            logs.extend(number.map(|number| (number, path)));
-        }
-        logs.sort();
-        Ok(logs)
-    }
-
-    pub(crate) fn incoming(&self) -> PathBuf {
-        self.dir.join("incoming")
-    }
-
-    /// Where sockets and the RAM of the running guest lie: short enough for socket paths, on
-    /// tmpfs, for this user only. `role` tells the VM apart from forks of it.
-    pub fn runtime_dir(&self, role: &str) -> Result<PathBuf> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(self.dir.as_os_str().as_encoded_bytes());
-        hasher.update(&[0]);
-        hasher.update(role.as_bytes());
-        let name = hasher.finalize().to_hex();
-        Ok(runtime_base()?.join(&name[..16]))
-    }
 }
 
 /// The folder that holds all runtime directories of this user.

@@ -137,7 +137,7 @@ impl TryFrom<String> for FileHash {
     }
 }
 
-fn decode_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+pub(crate) fn decode_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     if text.len() != 2 * N || !text.is_ascii() {
         return None;
     }
@@ -190,6 +190,25 @@ pub struct VmRecord {
     /// Chance is taken out of the guest as far as that goes, see
     /// [`crate::local::REPLAY_FRIENDLY`].
     pub replay_friendly: bool,
+}
+
+#[cfg(test)]
+impl VmRecord {
+    /// The VM that tests have: with a disk of a page, whose file is nowhere.
+    pub(crate) fn example() -> Self {
+        Self {
+            id: Id([1; 16]),
+            name: "desk".parse().unwrap(),
+            hardware: Hardware::new("pc-q35-7.2"),
+            disks: vec![BaseFile {
+                hash: FileHash([2; 32]),
+                bytes: 4096,
+            }],
+            boot: None,
+            ready_marker: None,
+            replay_friendly: false,
+        }
+    }
 }
 
 impl VmRecord {
@@ -271,17 +290,13 @@ mod tests {
             bytes: 1,
         };
         let with = |append: &str, marker: &str| VmRecord {
-            id: Id([0; 16]),
-            name: "desk".parse().unwrap(),
-            hardware: Hardware::new("pc-q35-7.2"),
-            disks: vec![file],
             boot: Some(BootFiles {
                 kernel: file,
                 initrd: None,
                 append: append.into(),
             }),
             ready_marker: Some(marker.into()),
-            replay_friendly: false,
+            ..VmRecord::example()
         };
         with("quiet", "desktop up").validate().unwrap();
         assert!(with("quiet\u{1b}[2J", "up").validate().is_err());

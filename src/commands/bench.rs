@@ -15,6 +15,7 @@ pub(crate) async fn run(command: BenchCommand, output: &Output) -> anyhow::Resul
         runs,
         replayed,
         twin,
+        drop_free,
     } = command;
     let paced = codec.is_empty() && !rate.is_empty();
     let named = if codec.is_empty() && !paced {
@@ -37,6 +38,7 @@ pub(crate) async fn run(command: BenchCommand, output: &Output) -> anyhow::Resul
         runs,
         replayed,
         twin,
+        drop_free,
     };
     // Rows come as they are measured; the table that is the result stands by itself.
     let (rows, mut heard) = tokio::sync::mpsc::unbounded_channel();
@@ -78,6 +80,10 @@ fn table(report: &Report) -> String {
     if !report.deltas.is_empty() {
         lines.extend([String::new(), DeltaRow::heads()]);
         lines.extend(report.deltas.iter().map(DeltaRow::line));
+    }
+    if let Some(pages) = report.free_dropped {
+        let dropped = format!("{pages} free pages of the source count as zero");
+        lines.extend([String::new(), dropped]);
     }
     if let Some(diverged) = &report.diverged {
         lines.extend([String::new(), diverged.to_string()]);

@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 use site::Store;
 use site::report::StandbyCost;
 use site::source::{self, FollowOptions, Followed, Standing};
-use tokio_util::sync::CancellationToken;
 
-use super::serve::stop_signal;
+use super::serve::OnSignal;
 use super::{peer_of, vm_of};
 use crate::output::{Output, bytes};
 
@@ -22,12 +21,7 @@ pub(crate) async fn run(
     let vm = vm_of(store, name).await?;
     vm.record()?;
     let peer = peer_of(store, to)?;
-    let stop = CancellationToken::new();
-    let on_signal = stop.clone();
-    let signals = tokio::spawn(async move {
-        stop_signal().await;
-        on_signal.cancel();
-    });
+    let stop = OnSignal::new();
     let progress = output.progress();
     let told = Mutex::new(Told::default());
     let standing = |standing: &Standing| {
@@ -38,9 +32,16 @@ pub(crate) async fn run(
         });
     };
     let options = FollowOptions { twin };
-    let following = source::follow(&vm, &peer, options, progress.as_ref(), &standing, &stop);
+    let following = source::follow(
+        &vm,
+        &peer,
+        options,
+        progress.as_ref(),
+        &standing,
+        &stop.token,
+    );
     let followed = Box::pin(following).await;
-    signals.abort();
+    drop(stop);
     drop(progress);
     output.result(&followed?, |followed| match followed {
         Followed::Left => format!(

@@ -29,6 +29,7 @@ pub(crate) async fn run(
             let limits = Limits {
                 keep: keep as usize,
                 max_bytes,
+                ..Limits::default()
             };
             let pruned = prune(&vm_of(store, &name).await?, limits, dry_run).await?;
             output.result(&pruned, |pruned| as_text(pruned, max_bytes))

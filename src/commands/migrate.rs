@@ -6,9 +6,8 @@ use site::plan::Estimates;
 use site::report::{MigrationReport, Strategy};
 use site::source::{self, LiveOptions, MigrateOptions, TwinTurn};
 use site::{Phase, Store};
-use tokio_util::sync::CancellationToken;
 
-use super::serve::stop_signal;
+use super::serve::OnSignal;
 use super::{peer_of, vm_of};
 use crate::args::{MigrateArgs, StrategyArg, TwinArg};
 use crate::output::{Output, bytes, table};
@@ -33,6 +32,7 @@ pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> a
         },
         paused: args.paused,
         quick: args.quick,
+        drop_free: args.drop_free,
         live: LiveOptions {
             downtime: args.downtime,
             rounds: args.rounds,
@@ -45,14 +45,9 @@ pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> a
         },
         give_up_after: Duration::from_secs(args.give_up_after.into()),
     };
-    let cancel = CancellationToken::new();
-    let on_signal = cancel.clone();
-    let signals = tokio::spawn(async move {
-        stop_signal().await;
-        on_signal.cancel();
-    });
-    let outcome = source::migrate(&vm, &peer, options, progress.as_ref(), &cancel).await;
-    signals.abort();
+    let cancel = OnSignal::new();
+    let outcome = source::migrate(&vm, &peer, options, progress.as_ref(), &cancel.token).await;
+    drop(cancel);
     drop(progress);
     let report = outcome?;
     output.result(&report, |report| show_report(report, peer.name.as_str()))
@@ -81,7 +76,7 @@ fn show_estimates(estimates: &Estimates) -> String {
     )
 }
 
-fn show_report(report: &MigrationReport, site: &str) -> String {
+pub(crate) fn show_report(report: &MigrationReport, site: &str) -> String {
     let seconds = |name: &str| report.seconds.get(name).copied().unwrap_or_default();
     let mut rows = vec![];
     for phase in Phase::ALL {
@@ -109,10 +104,14 @@ fn show_report(report: &MigrationReport, site: &str) -> String {
             live.scan_seconds,
         )
     });
+    let dropped = match report.free_dropped {
+        0 => String::new(),
+        pages => format!("\n{pages} free pages of the guest were made zero"),
+    };
     format!(
         "{} is at {site}, generation {}, verified\n{}\
          downtime {:.1} s, {:.1} s in all\n\
-         {} sent, {} received: log {}, hashes {}, RAM {}, disk {}, devices {}{}{}",
+         {} sent, {} received: log {}, hashes {}, RAM {}, disk {}, devices {}{}{}{dropped}",
         report.vm,
         report.generation_to,
         table(&rows),

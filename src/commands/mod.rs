@@ -14,6 +14,7 @@ mod replay;
 mod seed;
 mod serve;
 mod site;
+mod sync;
 mod vm;
 
 use std::path::PathBuf;
@@ -32,14 +33,26 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
         Some(dir) => dir,
         None => default_site()?,
     };
-    let store = || Store::open(&dir);
+    let keys = args.keys;
+    let store = || Store::open_with(&dir, keys.as_deref());
     match args.command {
         Command::Doctor => doctor::run(&dir, output),
         Command::Guest(command) => guest::run(command, output).await,
-        Command::Serve { listen, keep_logs } => {
-            serve::run(&store()?, &listen, keep_logs, output).await
+        Command::Serve {
+            listen,
+            keep_logs,
+            keep_generations,
+            require_encryption,
+        } => {
+            let options = serve::Options {
+                listen: &listen,
+                keep_logs,
+                keep_generations,
+                require_encryption,
+            };
+            serve::run(&store()?, options, output).await
         }
-        Command::Site(command) => site::run(&store()?, command, output),
+        Command::Site(command) => site::run(&dir, keys.as_deref(), command, output).await,
         Command::Vm(command) => vm::run(&store()?, command, output).await,
         Command::Checkpoint { name } => {
             checkpoint::run(&vm_of(&store()?, &name).await?, output).await
@@ -50,7 +63,12 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
             listen,
             evdev,
             long_turns,
+            pause,
+            resume,
         } => {
+            if pause || resume {
+                return record::set_paused(&vm_of(&store()?, &name).await?, pause, output).await;
+            }
             let options = RecordOptions {
                 listen,
                 evdev,
@@ -63,6 +81,10 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
             Box::pin(follow::run(&store()?, &name, &to, !no_twin, output)).await
         }
         Command::Migrate(args) => migrate::run(&store()?, &args, output).await,
+        Command::Sync(args) => Box::pin(sync::run(&store()?, &args, output)).await,
+        Command::Switch { name, to, downtime } => {
+            Box::pin(sync::switch(&store()?, &name, &to, downtime, output)).await
+        }
         Command::Replay { name, log, options } => {
             replay::run(&vm_of(&store()?, &name).await?, &log, options, output).await
         }

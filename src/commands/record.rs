@@ -1,5 +1,7 @@
 //! `replay-migrate record`
 
+use std::time::Duration;
+
 use site::recording::{self, Ended, RecordOptions};
 use site::{VmDir, source};
 
@@ -34,5 +36,23 @@ pub(crate) async fn run(
             recorded.records,
             bytes(recorded.log_bytes)
         )
+    })
+}
+
+/// Has the recorder that runs pause, or go on.
+pub(crate) async fn set_paused(vm: &VmDir, paused: bool, output: &Output) -> anyhow::Result<()> {
+    vm.record()?;
+    let logging = recording::set_paused(vm, paused).await?;
+    output.result(&logging, |logging| {
+        let at = Duration::from_micros(logging.at).as_secs_f64();
+        if logging.paused {
+            format!(
+                "paused after {at:.1} s: nothing that is typed gets into the log before \
+                 `replay-migrate record {} --resume`",
+                vm.name()
+            )
+        } else {
+            format!("recording goes on after {at:.1} s")
+        }
     })
 }

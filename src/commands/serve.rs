@@ -3,19 +3,36 @@
 use std::time::Duration;
 
 use serde_json::json;
+use site::at_rest::AtRest;
 use site::{Store, agent};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use crate::output::Output;
 
+/// How to serve.
+pub(crate) struct Options<'a> {
+    pub(crate) listen: &'a str,
+    pub(crate) keep_logs: Option<Duration>,
+    /// With 0 all are kept.
+    pub(crate) keep_generations: u32,
+    pub(crate) require_encryption: bool,
+}
+
 pub(crate) async fn run(
     store: &Store,
-    listen: &str,
-    keep_logs: Option<Duration>,
+    options: Options<'_>,
     output: &Output,
 ) -> anyhow::Result<()> {
-    let agent = agent::Agent::bind(store, listen)
+    if options.require_encryption {
+        AtRest::of(store)?.require()?;
+    }
+    let mut agent = agent::Agent::bind(store, options.listen)
         .await?
-        .keep_logs(keep_logs);
+        .keep_logs(options.keep_logs);
+    if options.keep_generations > 0 {
+        agent = agent.keep_generations(options.keep_generations as usize);
+    }
     let (address, key) = (
         agent.local_addr().to_string(),
         store.identity()?.key().to_string(),
@@ -25,6 +42,30 @@ pub(crate) async fn run(
     })?;
     agent.run(stop_signal()).await?;
     Ok(())
+}
+
+/// A token that Ctrl-C and SIGTERM cancel for as long as this is there.
+pub(crate) struct OnSignal {
+    pub(crate) token: CancellationToken,
+    waiting: JoinHandle<()>,
+}
+
+impl OnSignal {
+    pub(crate) fn new() -> Self {
+        let token = CancellationToken::new();
+        let cancelled = token.clone();
+        let waiting = tokio::spawn(async move {
+            stop_signal().await;
+            cancelled.cancel();
+        });
+        Self { token, waiting }
+    }
+}
+
+impl Drop for OnSignal {
+    fn drop(&mut self) {
+        self.waiting.abort();
+    }
 }
 
 /// Ends on Ctrl-C or SIGTERM.

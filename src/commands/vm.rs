@@ -9,7 +9,7 @@ use site::local::{self, NewVm, Takeover, VmState, VmStatus};
 use site::{Lease, Store, VmDir};
 use vm_host::{Accelerator, Hardware, programs};
 
-use super::vm_of;
+use super::{peer_of, vm_of};
 use crate::args::{AccelArg, CreateArgs, VmCommand};
 use crate::output::{Output, table};
 
@@ -83,10 +83,39 @@ pub(crate) async fn run(store: &Store, command: VmCommand, output: &Output) -> a
         }
         VmCommand::Takeover {
             name: vm,
-            fence,
+            fence: _,
+            by: Some(by),
             yes,
         } => {
             let vm = name(&vm).await?;
+            let peer = peer_of(store, &by)?;
+            if !yes {
+                bail!(site::Error::Refused(format!(
+                    "{} will be taken from {} though the site that has it by what is known here \
+                     did not give it: should that one not be lost, there are two. Say --yes to do \
+                     it",
+                    vm.name(),
+                    peer.name
+                )));
+            }
+            local::believe(&vm, &peer)?;
+            output.result(&json!({ "vm": vm.name(), "taken_by": peer.name }), |_| {
+                format!(
+                    "{} will be taken from {}; the stale copy here stays what it is until then",
+                    vm.name(),
+                    peer.name
+                )
+            })
+        }
+        VmCommand::Takeover {
+            name: vm,
+            fence,
+            by: None,
+            yes,
+        } => {
+            let vm = name(&vm).await?;
+            // The command line asks for the one or the other.
+            let fence = fence.context("a fencing number is needed")?;
             if !yes {
                 let meant = describe(&local::takeover_of(&vm, fence)?);
                 bail!(site::Error::Refused(format!("{meant}. Say --yes to do it")));
@@ -168,7 +197,11 @@ fn row(status: &VmStatus) -> Vec<String> {
     let state = match (&status.state, &status.lease) {
         (VmState::Elsewhere, Lease::Elsewhere { owner_name, .. }) => format!("at {owner_name}"),
         (VmState::InDoubt, Lease::Offered { to_name, .. }) => format!("here or at {to_name}"),
-        (VmState::Running, _) => "running".into(),
+        (VmState::Running, _) => match status.recording {
+            Some(logging) if logging.paused => "running, recording paused".into(),
+            Some(_) => "running, recorded".into(),
+            None => "running".into(),
+        },
         (VmState::Paused, _) => "paused".into(),
         _ => "stopped".into(),
     };

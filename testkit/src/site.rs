@@ -6,18 +6,21 @@
 
 mod compare;
 mod process;
+mod whole;
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 
 pub use compare::{Difference, compare_disks, compare_files, newest_generation};
 pub use process::{Finished, Qemu, Running, qemus_on};
+pub use whole::whole_generation;
 
 use crate::robot::VncAddr;
 
@@ -25,6 +28,8 @@ use crate::robot::VncAddr;
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(300);
 /// How long an agent or a recorder may take until it listens.
 const LISTEN_LIMIT: Duration = Duration::from_secs(120);
+/// A build of the guest downloads packages, and a first boot is emulated.
+const GUEST_LIMIT: Duration = Duration::from_secs(1800);
 
 /// Why a site can't be driven on.
 #[derive(Debug, Error)]
@@ -76,6 +81,14 @@ pub enum SiteError {
         path: PathBuf,
         /// Why not.
         source: std::io::Error,
+    },
+    /// A generation is not what its manifest says.
+    #[error("{}: {reason}", path.display())]
+    NotWhole {
+        /// Its file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
     },
 }
 
@@ -272,6 +285,19 @@ impl Site {
             vnc,
             begun,
         })
+    }
+
+    /// The folder of the demo's desktop, built from packages and booted once where the cache has none;
+    /// nothing of it is kept at the site.
+    pub async fn build_guest(&self, replay_friendly: bool) -> Result<String, SiteError> {
+        #[derive(Deserialize)]
+        struct Built {
+            dir: String,
+        }
+        let mut words = vec!["guest", "build"];
+        words.extend(replay_friendly.then_some("--replay-friendly"));
+        let built = self.spawn(&words)?.finish(GUEST_LIMIT).await?;
+        Ok(built.success()?.last::<Built>()?.dir)
     }
 
     /// Ends whatever a site in this directory has left running, as after a crash of the caller.

@@ -67,14 +67,8 @@ pub async fn record(
     kept: &Kept<'_>,
 ) -> anyhow::Result<Recording> {
     let friendly = guest.friendly.then_some("--replay-friendly");
-    let mut build = vec!["guest", "build"];
-    build.extend(friendly);
-    let built = site.spawn(&build)?.finish(GUEST_LIMIT).await?.success()?;
-    let built: Value = built.last()?;
-    let dir = built["dir"]
-        .as_str()
-        .context("`guest build` does not say where the guest is")?;
-    let mut create = vec!["vm", "create", VM, "--disk", dir];
+    let dir = site.build_guest(guest.friendly).await?;
+    let mut create = vec!["vm", "create", VM, "--disk", &dir];
     create.extend(friendly);
     create.extend((!guest.network).then_some("--no-network"));
     site.json(&create).await?;

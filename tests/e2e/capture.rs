@@ -4,7 +4,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use introspection::{Linux, Physical, address_spaces, entropy, freelists, turns};
-use serde_json::Value;
 
 use crate::common::{SOON, VM, World, program, qemus_on, work};
 use testkit::site::Site;
@@ -12,19 +11,7 @@ use testkit::site::Site;
 /// As [`crate::common::guest`], and booted once with the parameters for replay.
 async fn replay_friendly_guest(dir: &Path) -> String {
     let site = Site::new(program(), "builder", dir.join("builder"));
-    let build = site
-        .spawn(&["guest", "build", "--replay-friendly"])
-        .unwrap();
-    let limit = std::time::Duration::from_secs(1800);
-    let built: Value = build
-        .finish(limit)
-        .await
-        .unwrap()
-        .success()
-        .unwrap()
-        .last()
-        .unwrap();
-    built["dir"].as_str().unwrap().to_owned()
+    site.build_guest(true).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

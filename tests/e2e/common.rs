@@ -5,14 +5,13 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use testkit::robot::Robot;
+use testkit::sector;
 use testkit::session::{SHORT, Session};
 use testkit::site::{Difference, Recorder, Site, compare_disks, compare_files, newest_generation};
 use tokio::sync::{OnceCell, Semaphore, SemaphorePermit};
 
 /// The VM of every test.
 pub(crate) const VM: &str = "desk";
-/// Building the guest and booting it once.
-const GUEST_LIMIT: Duration = Duration::from_secs(1800);
 /// What only has to end does so within this.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 /// Cleaning up after a conversation that was cut off takes a moment.
@@ -39,14 +38,7 @@ pub(crate) async fn guest() -> &'static str {
     let build = async {
         let dir = tempfile::tempdir().unwrap();
         let site = Site::new(program(), "builder", dir.path());
-        let built = site
-            .spawn(&["guest", "build"])
-            .unwrap()
-            .finish(GUEST_LIMIT)
-            .await
-            .unwrap();
-        let built: serde_json::Value = built.success().unwrap().last().unwrap();
-        built["dir"].as_str().unwrap().to_owned()
+        site.build_guest(false).await.unwrap()
     };
     GUEST.get_or_init(|| build).await
 }
@@ -139,4 +131,20 @@ pub(crate) async fn eventually(what: &str, holds: impl Fn() -> bool) {
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// A disk of one sector that a PC's firmware runs: a guest that is up in seconds.
+pub(crate) fn boot_sector(dir: &Path, code: &[u8], after: &[u8]) -> PathBuf {
+    let path = dir.join("disk.raw");
+    sector::write_disk(&path, code, after).unwrap();
+    path
+}
+
+/// Makes and starts a VM with such a disk.
+pub(crate) async fn start_sector(site: &Site, disk: &Path) {
+    let disk = disk.to_str().unwrap();
+    let small = ["--memory", "64", "--no-network"];
+    let create = [&["vm", "create", VM, "--disk", disk][..], &small].concat();
+    site.json(&create).await.unwrap();
+    site.json(&["vm", "start", VM]).await.unwrap();
 }

@@ -33,6 +33,8 @@ fn the_commands_are_those_of_the_design() {
         "seed",
         "follow",
         "migrate",
+        "sync",
+        "switch",
         "replay",
         "log",
         "capture",
@@ -41,7 +43,10 @@ fn the_commands_are_those_of_the_design() {
     assert_eq!(commands(&help(&[])), all);
     for (command, parts) in [
         ("guest", &["build"][..]),
-        ("site", &["id", "trust", "untrust", "list"]),
+        (
+            "site",
+            &["id", "trust", "untrust", "list", "status", "lock"],
+        ),
         (
             "vm",
             &[

@@ -52,12 +52,27 @@ async fn a_guest_that_writes_all_the_time_moves_live_there_and_back() {
     let world = World::with_vm().await;
     let (a, b) = (&world.a, &world.b);
     keep_busy(a).await;
+    let asked = a.json(&["migrate", VM, "--to", "b", "--dry-run"]).await;
+    let asked = asked.unwrap();
+    let all = asked["strategies"].as_array().unwrap();
+    let of = |name: &str| all.iter().find(|one| one["strategy"] == name).unwrap();
+    let (full, rounds) = (of("full"), of("live"));
+    // It sends more, and stands still for less.
+    assert!(rounds["bytes"].as_u64() > full["bytes"].as_u64(), "{asked}");
+    assert!(rounds["seconds_before"].as_f64() > full["seconds_before"].as_f64());
+    assert_ne!(asked["choice"], "live");
+    let foreseen = rounds["bytes"].as_u64().unwrap();
     // From nothing: B has the read-only images alone.
     let live = ["migrate", VM, "--strategy", "live", "--downtime", "500ms"];
     let there = a.json(&[&live[..], &["--to", "b"]].concat()).await.unwrap();
     println!("{there:#}");
     assert_eq!(there["generation_from"], Value::Null);
     assert_live(&there);
+    let sent = there["bytes"]["sent"].as_u64().unwrap();
+    assert!(
+        (foreseen / 3..foreseen * 3).contains(&sent),
+        "{foreseen}: {sent}"
+    );
     let copied = there["live"]["rounds"][0]["bytes"].as_u64().unwrap();
     let last = there["live"]["last_bytes"].as_u64().unwrap();
     assert!(last * 10 < copied, "{there}");

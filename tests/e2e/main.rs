@@ -9,6 +9,7 @@
     reason = "what can't go on fails the test"
 )]
 
+mod at_rest;
 mod bad_input;
 mod bench;
 mod capture;
@@ -19,7 +20,10 @@ mod harmless;
 mod help;
 mod interrupt;
 mod live;
+mod ownership;
+mod pause;
 mod permissions;
 mod resume;
 mod roam;
 mod state;
+mod sync;

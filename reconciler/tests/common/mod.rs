@@ -242,6 +242,7 @@ pub(crate) fn run_over(
         },
         apply: ApplyOptions {
             spool_memory: case.spool_memory,
+            ..ApplyOptions::default()
         },
     };
     let twin = case.twin.as_deref().map(SlicePages);

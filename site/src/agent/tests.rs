@@ -10,8 +10,8 @@ use super::*;
 use crate::identity::Identity;
 use crate::peers::{Peer, PeerAddr, Permissions};
 use crate::protocol::{Hello, Purpose, ToSource, ToTarget};
-use crate::transport::{CallError, Dial, Lasting, WireError, connect_counted};
-use crate::vm::{BaseFile, FileHash, Id, VmRecord};
+use crate::transport::{CallError, Dial, Lasting, Traffic, WireError, connect_counted};
+use crate::vm::Id;
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -70,7 +70,9 @@ impl Running {
             })
         });
         let name = Id::random().unwrap().0;
-        Lasting::call(dial, name, Duration::ZERO).await.unwrap()
+        Lasting::call(dial, name, Duration::ZERO, Traffic::default())
+            .await
+            .unwrap()
     }
 
     /// What is answered to a first word.
@@ -79,30 +81,6 @@ impl Running {
         let hello = ToTarget::Hello(Box::new(hello));
         line.send(&hello).await.unwrap();
         line.recv().await.unwrap()
-    }
-}
-
-fn hello(purpose: Purpose) -> Hello {
-    Hello {
-        purpose,
-        vm: VmRecord {
-            id: Id([1; 16]),
-            name: "desk".parse().unwrap(),
-            hardware: vm_host::Hardware::new("pc-q35-7.2"),
-            disks: vec![BaseFile {
-                hash: FileHash([2; 32]),
-                bytes: 4096,
-            }],
-            boot: None,
-            ready_marker: None,
-            replay_friendly: false,
-        },
-        transfer: Id([3; 16]),
-        fence: 1,
-        generations: Vec::new(),
-        next: 1,
-        qemu: "7.2.0".into(),
-        follows: false,
     }
 }
 
@@ -117,7 +95,7 @@ async fn open_connections_of_who_is_trusted_no_longer_end_at_once() {
     let running = running("send").await;
     let (silent, talking) = (running.call().await, running.call().await);
     let mut talking = talking;
-    let asks = ToTarget::Hello(Box::new(hello(Purpose::Settle(Id([9; 16])))));
+    let asks = ToTarget::Hello(Box::new(Hello::example(Purpose::Settle(Id([9; 16])))));
     talking.send(&asks).await.unwrap();
     let answer: ToSource = talking.recv().await.unwrap();
     assert!(matches!(answer, ToSource::Settled { taken: false }));
@@ -141,7 +119,7 @@ async fn open_connections_of_who_may_do_less_end_at_once_and_others_live_on() {
     let less = running.call().await;
     trust(&running.store, &running.caller, "send");
     ended(less).await;
-    let asks = ToTarget::Hello(Box::new(hello(Purpose::Settle(Id([9; 16])))));
+    let asks = ToTarget::Hello(Box::new(Hello::example(Purpose::Settle(Id([9; 16])))));
     lives.send(&asks).await.unwrap();
     let answer: ToSource = lives.recv().await.unwrap();
     assert!(matches!(answer, ToSource::Settled { taken: false }));
@@ -151,14 +129,16 @@ async fn open_connections_of_who_may_do_less_end_at_once_and_others_live_on() {
 async fn who_may_not_send_learns_nothing_but_who_owns_what() {
     let running = running("receive,follow").await;
     for purpose in [Purpose::Migrate, Purpose::Seed, Purpose::Estimate] {
-        let said = running.said_to(hello(purpose)).await;
+        let said = running.said_to(Hello::example(purpose)).await;
         let ToSource::Refused(why) = said else {
             panic!("{said:?}");
         };
         assert!(why.contains("send VMs"), "{why}");
         assert!(!why.contains("desk"), "{why}");
     }
-    let said = running.said_to(hello(Purpose::Settle(Id([9; 16])))).await;
+    let said = running
+        .said_to(Hello::example(Purpose::Settle(Id([9; 16]))))
+        .await;
     assert!(matches!(said, ToSource::Settled { taken: false }));
     assert!(!running.store.root().join("vms/desk").exists());
 }
@@ -168,7 +148,7 @@ async fn who_may_not_follow_is_refused_at_the_beginning() {
     let running = running("send").await;
     let follows = Hello {
         follows: true,
-        ..hello(Purpose::Migrate)
+        ..Hello::example(Purpose::Migrate)
     };
     let said = running.said_to(follows).await;
     assert!(matches!(said, ToSource::Refused(ref why) if why.contains("followed")));
@@ -188,7 +168,7 @@ async fn a_peer_has_no_more_conversations_than_are_bounded() {
     ended_orderly(open.pop()).await;
     tokio::time::timeout(SOON, async {
         loop {
-            let asks = hello(Purpose::Settle(Id([9; 16])));
+            let asks = Hello::example(Purpose::Settle(Id([9; 16])));
             if let ToSource::Settled { .. } = running.said_to(asks).await {
                 return;
             }

@@ -109,6 +109,10 @@ pub struct Limits {
     /// Older ones go, the oldest first, until what is left takes no more than this. Without it
     /// all go that may.
     pub max_bytes: Option<u64>,
+    /// All from this number on stay.
+    pub from: Option<u64>,
+    /// Logs stay, also those that nothing can be replayed from any more.
+    pub keep_logs: bool,
 }
 
 /// What becomes of a folder.
@@ -159,18 +163,20 @@ pub(crate) fn decide(
     let mut whole: Vec<&Folder> = line.iter().filter(|f| f.kind == Kind::Whole).collect();
     whole.sort_by_key(|folder| folder.number);
     let older = whole.len().saturating_sub(limits.keep.max(1));
-    let may_go = whole[..older].iter().filter(|f| f.relied.is_empty());
+    let from = limits.from.unwrap_or(u64::MAX);
+    let may_go = whole[..older].iter();
+    let may_go = may_go.filter(|f| f.relied.is_empty() && f.number < from);
     let may_go: Vec<u64> = may_go.map(|folder| folder.number).collect();
     let Some(max_bytes) = limits.max_bytes else {
-        return without(line, in_use, logs, &may_go);
+        return without(line, in_use, logs, &may_go, limits.keep_logs);
     };
     for count in 0..=may_go.len() {
-        let decision = without(line, in_use, logs, &may_go[..count])?;
+        let decision = without(line, in_use, logs, &may_go[..count], limits.keep_logs)?;
         if decision.left <= max_bytes || count == may_go.len() {
             return Ok(decision);
         }
     }
-    without(line, in_use, logs, &may_go)
+    without(line, in_use, logs, &may_go, limits.keep_logs)
 }
 
 /// What becomes of everything when these generations are given up.
@@ -179,6 +185,7 @@ fn without(
     in_use: &BTreeSet<u64>,
     logs: &BTreeMap<u64, u64>,
     given_up: &[u64],
+    keep_logs: bool,
 ) -> Result<Decision, Unreadable> {
     let stays = |folder: &Folder| folder.kind == Kind::Whole && !given_up.contains(&folder.number);
     let by_number: BTreeMap<u64, &Folder> = line.iter().map(|f| (f.number, f)).collect();
@@ -229,7 +236,7 @@ fn without(
         decision.freed += (folder.own - left).total();
     }
     for (number, bytes) in logs {
-        if oldest.is_some_and(|oldest| *number < oldest) {
+        if !keep_logs && oldest.is_some_and(|oldest| *number < oldest) {
             decision.logs.insert(*number);
             decision.freed += bytes;
         } else {

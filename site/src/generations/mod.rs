@@ -29,6 +29,7 @@ pub(crate) use place::{make_place, unmark};
 use crate::error::{Error, Result};
 use crate::files::{self, FileLock};
 use crate::lease::Lease;
+use crate::leftovers;
 use crate::local::blocking;
 use crate::source;
 use crate::store::VmDir;
@@ -128,7 +129,59 @@ pub struct Taken {
 /// is not settled; then nothing was changed.
 pub async fn prune(vm: &VmDir, limits: Limits, dry_run: bool) -> Result<Pruned> {
     vm.record()?;
+    let _not_synced = source::syncing_lock(vm)?.ok_or_else(|| {
+        Error::Refused(format!(
+            "standbys of {0} are being kept, and what is on its way to them must stay. `sync {0}` \
+             prunes by itself",
+            vm.name()
+        ))
+    })?;
+    prune_locked(vm, lock(vm)?, limits, dry_run).await
+}
+
+/// The same, for who keeps standbys, but for logs. Generations stay from the one on that `shipped` tells,
+/// which is asked when nobody can make another one.
+pub(crate) async fn prune_synced(
+    vm: &VmDir,
+    keep: usize,
+    shipped: impl FnOnce() -> Option<u64>,
+) -> Result<Pruned> {
     let locks = lock(vm)?;
+    let limits = Limits {
+        keep,
+        from: shipped(),
+        keep_logs: true,
+        ..Limits::default()
+    };
+    prune_locked(vm, locks, limits, false).await
+}
+
+/// Takes what nobody relies on of a VM that another site has, but so many of the newest.
+pub(crate) async fn tidy_standby(vm: &VmDir, keep: usize) {
+    let elsewhere = || Ok::<_, Error>(matches!(vm.lease()?, Lease::Elsewhere { .. }));
+    let limits = Limits {
+        keep,
+        keep_logs: true,
+        ..Limits::default()
+    };
+    let tidied = async {
+        if keep < usize::MAX && elsewhere()? {
+            prune_locked(vm, lock(vm)?, limits, false).await?;
+        }
+        Ok::<_, Error>(())
+    };
+    if let Err(error) = tidied.await {
+        // The next time will do: somebody may be at work on it.
+        tracing::info!(vm = %vm.name(), error = error.chain(), "nothing was pruned");
+    }
+}
+
+async fn prune_locked(
+    vm: &VmDir,
+    locks: [FileLock; 2],
+    limits: Limits,
+    dry_run: bool,
+) -> Result<Pruned> {
     if let Lease::Offered { to_name, .. } = vm.lease()? {
         return Err(Error::Refused(format!(
             "the hand-over of {0} to {to_name} is not settled; run `vm resume {0}` first",
@@ -157,7 +210,7 @@ pub async fn prune(vm: &VmDir, limits: Limits, dry_run: bool) -> Result<Pruned> 
         if !dry_run {
             sweep(&vm, &survey, &decision)?;
             for note in &notes {
-                remove(note)?;
+                leftovers::remove(note)?;
             }
         }
         leftovers.extend(notes);
@@ -267,7 +320,7 @@ fn steps(vm: &VmDir, survey: &Survey, decision: &Decision) -> Result<Vec<Step>> 
 fn take(vm: &VmDir, step: &Step) -> Result<()> {
     match step {
         Step::GiveUp(number) => vm.generation(*number).mark_pruned(),
-        Step::Remove(path) => remove(path),
+        Step::Remove(path) => leftovers::remove(path),
     }
 }
 
@@ -283,7 +336,8 @@ fn sweep(vm: &VmDir, survey: &Survey, decision: &Decision) -> Result<()> {
     Ok(())
 }
 
-/// Notes of this site that no question can need any more.
+/// Notes of this site that no question can need any more, and what the dead have left. The VM's
+/// lock is held.
 ///
 /// `void/`: an agent that begins has no conversation that could still commit what was given up
 /// before, and clears the folder itself; here that is done where no agent serves.
@@ -301,7 +355,10 @@ fn outlived_notes(vm: &VmDir) -> Result<Vec<PathBuf>> {
     }
     if let Some(_no_agent) = store.agent_lock()? {
         notes.extend(files_in(&store.void_dir())?);
+        notes.extend(leftovers::of_agent(store)?);
     }
+    notes.extend(leftovers::of_site(store)?);
+    notes.extend(leftovers::of_vm(vm)?);
     Ok(notes)
 }
 
@@ -311,16 +368,6 @@ fn files_in(dir: &Path) -> Result<Vec<PathBuf>> {
         entries => entries
             .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
             .map_err(Error::file("list", dir)),
-    }
-}
-
-/// Removes a file, or a folder that has no place where it is; it is no error if it is not there.
-fn remove(path: &Path) -> Result<()> {
-    match fs::symlink_metadata(path) {
-        Ok(entry) if entry.is_dir() => files::remove_dir(path),
-        Ok(_) => fs::remove_file(path).map_err(Error::file("remove", path)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(Error::file("measure", path)(error)),
     }
 }
 

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::{GenerationFiles, Manifest};
 use crate::lease::Lease;
+use crate::leftovers;
 use crate::store::VmDir;
 
 use super::survey::is_rested_on;
@@ -42,6 +43,8 @@ pub(crate) fn make_place(vm: &VmDir, base: Option<u64>, manifest: Manifest) -> R
             _ => Err(in_the_way(vm, number)),
         };
     }
+    // What says that it is whole goes first, durable: the rest goes in whatever order.
+    files::remove_file(&files.manifest())?;
     files::remove_dir(files.dir())?;
     files::make_dir(files.dir())?;
     Ok(manifest)
@@ -56,5 +59,5 @@ fn in_the_way(vm: &VmDir, number: u64) -> Error {
 
 /// A generation was published in this place: what is noted of a pruned one is past.
 pub(crate) fn unmark(files: &GenerationFiles) -> Result<()> {
-    super::remove(&files.pruned())
+    leftovers::remove(&files.pruned())
 }

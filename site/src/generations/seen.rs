@@ -89,6 +89,11 @@ pub(crate) fn shared(vm: &VmDir, peer: &Peer, generation: GenerationId) -> Resul
     seen.store(vm, &peer.key)
 }
 
+/// Whether a peer is known to have a generation.
+pub(crate) fn is_standby(vm: &VmDir, peer: &Peer) -> Result<bool> {
+    Ok(Seen::load(vm, &peer.key)?.generations().next().is_some())
+}
+
 /// The VM came from a peer with this generation, which the peer keeps if it can.
 pub(crate) fn came_with(vm: &VmDir, peer: &Peer, generation: GenerationId) -> Result<()> {
     let mut seen = Seen::load(vm, &peer.key)?;

@@ -22,13 +22,8 @@ fn vm(root: &Path) -> (VmDir, VmRecord) {
     let disk: BaseFile = store.import_disk(&image).unwrap();
     let vm = store.vm(&"desk".parse().unwrap());
     let record = VmRecord {
-        id: Id([1; 16]),
-        name: vm.name().clone(),
-        hardware: vm_host::Hardware::new("pc-q35-7.2"),
         disks: vec![disk],
-        boot: None,
-        ready_marker: None,
-        replay_friendly: false,
+        ..VmRecord::example()
     };
     let lease = Lease::Held {
         fence: 3,
@@ -469,4 +464,51 @@ async fn a_replay_goes_through_what_was_pruned_and_never_past_a_gap() {
     // Not recorded from 2 to 3: what was typed on 1 does not lead to 3.
     fs::remove_file(vm.log_path(2)).unwrap();
     assert_eq!(replayed_from(), 3);
+}
+
+#[tokio::test]
+async fn pruning_takes_what_the_dead_have_left() {
+    for agent_serves in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let (vm, _) = vm(dir.path());
+        let images = vm.store().root().join("images");
+        let (received, taken_in) = (images.join(".receive-a"), images.join(".import-a"));
+        let half = vm
+            .dir()
+            .join(format!("lease.json.{}.partial", std::process::id()));
+        for folder in [&received, &taken_in] {
+            fs::create_dir(folder).unwrap();
+        }
+        fs::write(&half, "{").unwrap();
+        // An agent receives as long as it lives.
+        let _agent = agent_serves.then(|| vm.store().agent_lock().unwrap());
+        let done = prune_all(&vm).await;
+        let mut left = vec![taken_in, half];
+        left.extend((!agent_serves).then(|| received.clone()));
+        assert_eq!(done.leftovers.len(), left.len(), "{done:?}");
+        for path in left {
+            assert!(done.leftovers.contains(&path) && !path.exists(), "{path:?}");
+        }
+        assert_eq!(received.exists(), agent_serves);
+    }
+}
+
+#[test]
+fn the_order_is_that_of_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    let (vm, record) = vm(dir.path());
+    line(&vm, &record);
+    // The clock was set back by days between any two of them.
+    for (number, created) in [(1, u64::MAX), (2, 5 * 86_400), (3, 0)] {
+        let files = vm.generation(number);
+        let manifest = Manifest {
+            created,
+            ..vm.manifest(number).unwrap()
+        };
+        files::write_json(&files.manifest(), &manifest).unwrap();
+    }
+    let line = vm.generations().unwrap();
+    let numbers: Vec<_> = line.iter().map(|manifest| manifest.generation).collect();
+    assert_eq!(numbers, [1, 2, 3]);
+    assert_eq!(crate::local::next_generation(&vm).unwrap(), 4);
 }

@@ -34,7 +34,11 @@ fn a_new_key_takes_the_place_of_the_old_one() {
     let keys = site.path().join("keys");
     let old = Identity::load_or_create(&keys).unwrap();
     let before = fs::read(keys.join(KEY_FILE)).unwrap();
-    let new = Identity::rotate(&keys).unwrap();
+    let successor = Identity::successor(&keys).unwrap();
+    assert_eq!(Identity::load_or_create(&keys).unwrap().key(), old.key());
+    let announced = successor.key();
+    let new = successor.install().unwrap();
+    assert_eq!(new.key(), announced);
     assert_ne!(old.key(), new.key());
     assert_eq!(Identity::load_or_create(&keys).unwrap().key(), new.key());
     let files: Vec<_> = fs::read_dir(&keys).unwrap().map(Result::unwrap).collect();
@@ -143,4 +147,28 @@ proptest! {
         let _ = text.parse::<SiteKey>();
         let _ = text.parse::<SiteId>();
     }
+}
+
+#[test]
+fn a_signature_is_of_one_key_and_one_message() {
+    let (site, other) = (
+        Identity::ephemeral().unwrap(),
+        Identity::ephemeral().unwrap(),
+    );
+    assert_eq!(site.public().key(), site.key(), "both are of the same key");
+    let signature = site.sign(b"a hand-over");
+    assert!(site.public().verify(b"a hand-over", &signature));
+    assert!(!site.public().verify(b"another", &signature));
+    assert!(!other.public().verify(b"a hand-over", &signature));
+    let new = NewKey::sign(&site, other.key());
+    assert!(new.holds());
+    let forged = NewKey {
+        by: other.public(),
+        ..new
+    };
+    assert!(!forged.holds());
+    let text = serde_json::to_string(&new).unwrap();
+    assert_eq!(serde_json::from_str::<NewKey>(&text).unwrap(), new);
+    let bytes = postcard::to_allocvec(&new).unwrap();
+    assert_eq!(postcard::from_bytes::<NewKey>(&bytes).unwrap(), new);
 }

@@ -1,17 +1,20 @@
 //! Making a generation of a VM while the guest stands still for a moment.
 
+use std::fs::File;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use reconciler::{ImageTree, SlicePages, no_progress};
-use vm_host::{RamMap, Status, Vm};
+use reconciler::{FilePages, ImageTree, SlicePages, no_progress};
+use vm_host::{Status, Vm};
 
 use super::{
-    Live, attach_running, blocking, guest_status, qemu_version, require_lease, resume_live,
+    Live, attach_running, blocking, guest_status, qemu_version, require_lease, resume_live, still,
 };
 use crate::disks::{self, DiskImage};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::{GenerationFiles, ImageInfo, Manifest};
+use crate::recording;
 use crate::store::VmDir;
 use crate::vm::VmRecord;
 
@@ -20,10 +23,17 @@ use crate::vm::VmRecord;
 /// Where the guest has not run since the last generation, that one is the answer.
 pub async fn checkpoint(vm: &VmDir) -> Result<Manifest> {
     crate::source::settle(vm).await?;
-    let _lock = vm.lock()?;
+    let _lock = vm.lock_soon().await?;
     require_lease(vm)?;
     let qemu = attach_running(vm).await?;
-    checkpoint_locked(vm, &qemu, None).await
+    Ok(checkpoint_locked(vm, &qemu, None).await?.manifest)
+}
+
+/// A generation that was made.
+pub(crate) struct Made {
+    pub(crate) manifest: Manifest,
+    /// For how long the guest stood still.
+    pub(crate) paused: Duration,
 }
 
 /// As [`checkpoint`], with the lock held; `for_recording` runs while the guest stands still, before
@@ -32,10 +42,11 @@ pub(crate) async fn checkpoint_locked(
     vm: &VmDir,
     qemu: &Vm,
     for_recording: Option<&(dyn Fn() + Sync)>,
-) -> Result<Manifest> {
+) -> Result<Made> {
     let record = vm.record()?;
     let live = Live::of_running(vm, qemu).await?;
-    let was_running = guest_status(vm, qemu).await? == Status::Running;
+    // One that was stopped by a process that died is to go on, too.
+    let was_running = guest_status(vm, qemu).await? == Status::Running || still::is_noted(vm)?;
     // A recording may change the guest's state: what is there already is not enough then.
     let changes = for_recording.is_some() && record.replay_friendly;
     if !was_running
@@ -47,9 +58,21 @@ pub(crate) async fn checkpoint_locked(
         if let Some(prepare) = for_recording {
             prepare();
         }
-        return Ok(manifest);
+        return Ok(Made {
+            manifest,
+            paused: Duration::ZERO,
+        });
     }
     let what = |what: &str| format!("cannot {what} {}", vm.name());
+    if was_running {
+        still::begin(vm)?;
+    }
+    let held = if was_running {
+        recording::hold(vm).await
+    } else {
+        None
+    };
+    let begun = Instant::now();
     qemu.pause().await.map_err(Error::host(what("pause")))?;
     if let Some(prepare) = for_recording {
         prepare();
@@ -58,7 +81,10 @@ pub(crate) async fn checkpoint_locked(
     if was_running {
         // Whatever happened above, the user's desktop goes on.
         resume_live(vm, qemu).await?;
+        still::end(vm)?;
     }
+    drop(held);
+    let paused = begun.elapsed();
     let taken = taken?;
     let overlays = taken.overlays.clone();
     let manifest = finish_generation(vm, &record, taken, &qemu_version().await?).await?;
@@ -69,7 +95,7 @@ pub(crate) async fn checkpoint_locked(
         ran: was_running,
     }
     .store(vm)?;
-    Ok(manifest)
+    Ok(Made { manifest, paused })
 }
 
 /// What was copied while the guest stood still.
@@ -197,8 +223,9 @@ pub(crate) fn device_info(device: &[u8]) -> Result<ImageInfo> {
 
 /// The tree of an image that is a plain file.
 pub(crate) fn tree_of_file(path: &Path) -> Result<ImageTree> {
-    let map = RamMap::open(path).map_err(Error::host(format!("cannot read {}", path.display())))?;
-    ImageTree::build(&SlicePages(&map), &no_progress)
+    let file = File::open(path).and_then(FilePages::new);
+    let pages = file.map_err(Error::file("open", path))?;
+    ImageTree::build(&pages, &no_progress)
         .map_err(Error::reconcile(format!("cannot hash {}", path.display())))
 }
 
@@ -220,13 +247,15 @@ pub(crate) fn next_generation(vm: &VmDir) -> Result<u64> {
 /// Stops a VM so that `start` goes on where it was: a checkpoint, then QEMU quits.
 pub async fn suspend(vm: &VmDir) -> Result<Manifest> {
     crate::source::settle(vm).await?;
-    let _lock = vm.lock()?;
+    let _lock = vm.lock_soon().await?;
     require_lease(vm)?;
     let qemu = attach_running(vm).await?;
     qemu.pause()
         .await
         .map_err(Error::host(format!("cannot pause {}", vm.name())))?;
-    let manifest = checkpoint_locked(vm, &qemu, None).await?;
+    // It is not to go on from here.
+    still::end(vm)?;
+    let manifest = checkpoint_locked(vm, &qemu, None).await?.manifest;
     qemu.quit()
         .await
         .map_err(Error::host(format!("cannot stop {}", vm.name())))?;

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use vm_host::Hardware;
 
 use super::blocking;
+use crate::chain::Chain;
 use crate::error::{Error, Result};
-use crate::lease::Lease;
+use crate::lease::{Lease, Title};
+use crate::leftovers;
 use crate::store::VmDir;
 use crate::vm::{BootFiles, Id, VmRecord};
 
@@ -57,6 +59,17 @@ pub async fn create_from(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
     Ok(record)
 }
 
+/// Removes what a VM of this name has left that did not arrive whole: a new one has nothing of it.
+fn clear_place(vm: &VmDir) -> Result<()> {
+    if vm.dir().exists() {
+        let _lock = vm.lock()?;
+        if vm.try_record()?.is_none() {
+            leftovers::remove_vm(vm)?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes a VM that has not booted.
 pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
     new.hardware
@@ -74,6 +87,7 @@ pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
              in the guest, or boot it with --kernel"
         )));
     }
+    clear_place(vm)?;
     let store = vm.store();
     let boot = match &new.boot {
         None => None,
@@ -102,12 +116,11 @@ pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
         replay_friendly: new.replay_friendly,
     };
     record.validate()?;
-    vm.create(
-        &record,
-        &Lease::Held {
-            fence: 1,
-            transfer: None,
-        },
-    )?;
+    let held = Lease::Held {
+        fence: 1,
+        transfer: None,
+    };
+    let chain = Chain::start(record.id, held.fence(), &store.identity()?);
+    vm.create(&record, Title::new(held, chain))?;
     Ok(record)
 }

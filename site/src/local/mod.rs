@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod create;
+pub(crate) mod still;
 mod takeover;
 
 use std::path::{Path, PathBuf};
@@ -20,15 +21,19 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::Manifest;
 use crate::lease::Lease;
+use crate::leftovers;
+use crate::recording::{self, Logging};
+use crate::resuming::Resuming;
+use crate::source;
 use crate::store::VmDir;
 use crate::vm::VmRecord;
 
+pub(crate) use checkpoint::{Made, checkpoint_locked, next_generation};
 pub use checkpoint::{checkpoint, suspend};
-pub(crate) use checkpoint::{checkpoint_locked, next_generation};
 pub(crate) use create::create;
 pub use create::{NewVm, REPLAY_FRIENDLY, create_from};
 pub(crate) use takeover::give_way;
-pub use takeover::{Takeover, takeover, takeover_of};
+pub use takeover::{Takeover, believe, takeover, takeover_of};
 
 /// What the overlays of a VM's last run rest on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,6 +145,8 @@ pub struct VmStatus {
     pub pid: Option<u32>,
     /// Where a VNC viewer can reach the guest without being recorded.
     pub vnc: Option<PathBuf>,
+    /// Whether it is being recorded, and what is typed gets into the log.
+    pub recording: Option<Logging>,
 }
 
 /// Finds the running QEMU of a VM.
@@ -167,6 +174,10 @@ pub async fn status(vm: &VmDir) -> Result<VmStatus> {
     let record = vm.record()?;
     let lease = vm.lease()?;
     let qemu = attach(vm).await?;
+    let recording = match &qemu {
+        Some(_) => recording::logging(vm).await,
+        None => None,
+    };
     let state = match (&lease, &qemu) {
         (Lease::Offered { .. }, _) => VmState::InDoubt,
         (Lease::Elsewhere { .. }, _) => VmState::Elsewhere,
@@ -188,6 +199,7 @@ pub async fn status(vm: &VmDir) -> Result<VmStatus> {
         base: Live::load(vm)?.and_then(|live| live.generation),
         pid: qemu.as_ref().map(Vm::pid),
         vnc: qemu.as_ref().map(|qemu| qemu.vnc_socket().to_owned()),
+        recording,
     })
 }
 
@@ -218,13 +230,23 @@ pub(crate) fn require_lease(vm: &VmDir) -> Result<u64> {
 ///
 /// A VM whose QEMU died goes on from its disks as after a power cut.
 pub async fn start(vm: &VmDir, accelerator: Accelerator, paused: bool) -> Result<Vm> {
-    let record = vm.record()?;
-    crate::source::settle(vm).await?;
-    let _lock = vm.lock()?;
+    vm.record()?;
+    source::settle(vm).await?;
+    let _lock = vm.lock_soon().await?;
     require_lease(vm)?;
     if attach(vm).await?.is_some() {
         return Err(Error::Refused(format!("{} runs already", vm.name())));
     }
+    let qemu = start_locked(vm, accelerator, paused).await?;
+    // It came, and runs.
+    Resuming::forget(vm)?;
+    Ok(qemu)
+}
+
+/// As [`start`], with the lock held, for a VM of this site that has no QEMU.
+pub(crate) async fn start_locked(vm: &VmDir, accelerator: Accelerator, paused: bool) -> Result<Vm> {
+    let record = vm.record()?;
+    require_lease(vm)?;
     let runtime = vm.runtime_dir("live")?;
     let (live, restore) = match point_of_start(vm)? {
         StartAt::Disks(live) => (live, None),
@@ -401,8 +423,10 @@ pub async fn wait_until_ready(vm: &VmDir, qemu: &Vm, limit: Duration) -> Result<
 
 /// Ends QEMU and forgets what the guest did since its last generation.
 pub async fn discard(vm: &VmDir) -> Result<()> {
-    let _lock = vm.lock()?;
-    drop_live(vm).await
+    let _lock = vm.lock_soon().await?;
+    drop_live(vm).await?;
+    // Nobody starts it again but its user.
+    Resuming::forget(vm)
 }
 
 /// Clears away the last run of a VM that another site has: left by a hand-over that was cut off
@@ -430,16 +454,18 @@ async fn drop_live(vm: &VmDir) -> Result<()> {
 
 /// Pauses the guest.
 pub async fn pause(vm: &VmDir) -> Result<()> {
-    let _lock = vm.lock()?;
+    let _lock = vm.lock_soon().await?;
     let qemu = attach_running(vm).await?;
     qemu.pause()
         .await
-        .map_err(Error::host(format!("cannot pause {}", vm.name())))
+        .map_err(Error::host(format!("cannot pause {}", vm.name())))?;
+    // Somebody wants it so.
+    still::end(vm)
 }
 
 /// Lets a paused guest run.
 pub async fn resume(vm: &VmDir) -> Result<()> {
-    let _lock = vm.lock()?;
+    let _lock = vm.lock_soon().await?;
     let qemu = attach_running(vm).await?;
     resume_live(vm, &qemu).await?;
     chance::release_unless_recorded(vm).await
@@ -448,10 +474,11 @@ pub async fn resume(vm: &VmDir) -> Result<()> {
 /// Removes a VM with all its generations and logs. Base files stay.
 pub async fn delete(vm: &VmDir) -> Result<()> {
     vm.record()?;
+    let _held = source::hold(vm).await?;
     discard(vm).await?;
-    let _lock = vm.lock()?;
+    let _lock = vm.lock_soon().await?;
     vm.note_deleted()?;
-    files::remove_dir(vm.dir())
+    leftovers::remove_vm(vm)
 }
 
 /// The version of this host's QEMU, as text.

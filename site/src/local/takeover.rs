@@ -12,11 +12,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use super::{attach, drop_stale_live};
+use crate::chain::{Chain, Way};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::Manifest;
 use crate::generations::seen::Seen;
-use crate::lease::Lease;
+use crate::lease::{Lease, Title};
 use crate::moving::Moving;
 use crate::peers::Peer;
 use crate::protocol::Hello;
@@ -51,8 +52,9 @@ pub struct Takeover {
 /// what the lost site can have.
 pub fn takeover_of(vm: &VmDir, fence: u64) -> Result<Takeover> {
     vm.record()?;
-    let lease = vm.lease()?;
-    let fence_known = lease.fence();
+    let title = vm.title()?;
+    let fence_known = title.fence();
+    let lease = title.lease;
     let least = fence_known.saturating_add(UNHEARD);
     let newest = vm.generations()?.pop();
     let (from, newest) = match lease {
@@ -93,7 +95,8 @@ pub fn takeover_of(vm: &VmDir, fence: u64) -> Result<Takeover> {
 
 /// How old a generation is; nothing, where this host's clock is behind it.
 fn age(manifest: &Manifest) -> Option<Duration> {
-    let made = UNIX_EPOCH + Duration::from_secs(manifest.created);
+    // It was the other site that said when.
+    let made = UNIX_EPOCH.checked_add(Duration::from_secs(manifest.created))?;
     SystemTime::now().duration_since(made).ok()
 }
 
@@ -106,36 +109,61 @@ pub async fn takeover(vm: &VmDir, fence: u64) -> Result<Takeover> {
     let _lock = vm.lock()?;
     let taken = takeover_of(vm, fence)?;
     drop_stale_live(vm).await?;
-    Lease::Held {
+    let mut chain = vm.title()?.chain;
+    let (id, identity) = (vm.record()?.id, vm.store().identity()?);
+    chain.take_over(id, taken.fence_known, fence, &identity);
+    let held = Lease::Held {
         fence,
         transfer: None,
-    }
-    .store(&vm.lease_path())?;
+    };
+    Title::new(held, chain).store(&vm.lease_path())?;
     Moving::forget(vm)?;
     tracing::warn!(vm = %vm.name(), from = taken.from, fence, "taken over");
     Ok(taken)
 }
 
+/// Says that this site took a VM over, of which a stale copy lies here: what is offered along a chain
+/// with that step in it is taken from now on. Changes nothing else.
+///
+/// # Errors
+/// Refused where the VM belongs here, or its owner is not clear.
+pub fn believe(vm: &VmDir, by: &Peer) -> Result<()> {
+    vm.record()?;
+    let _lock = vm.lock()?;
+    let title = vm.title()?;
+    if !matches!(title.lease, Lease::Elsewhere { .. }) {
+        return Err(Error::Refused(format!(
+            "{} belongs here, as far as is known: nobody took it over from another site",
+            vm.name()
+        )));
+    }
+    Title {
+        taken_by: Some(by.key),
+        ..title
+    }
+    .store(&vm.lease_path())
+}
+
 /// What another site says of the owner of a VM that is held here: it has it, under a higher
-/// number. If it is one that was given the VM once, that is believed: from here on the copy here
-/// is stale, and what ran on it has ended. Whether it is so.
+/// number. If it is one that was given the VM once, and shows how it came to it from here, that is
+/// believed: from here on the copy here is stale, and what ran on it has ended. Whether it is so.
 ///
 /// The disks of what ran are kept beside, under the number that ended it: nobody but a person can
 /// say whether something on them is missed.
-pub(crate) async fn give_way(vm: &VmDir, to: &Peer, fence: u64) -> Result<bool> {
-    if !is_superseded(vm, to, fence)? {
+pub(crate) async fn give_way(vm: &VmDir, to: &Peer, fence: u64, chain: &Chain) -> Result<bool> {
+    if superseding(vm, to, fence, chain)?.is_none() {
         return Ok(false);
     }
     let _lock = vm.lock_soon().await?;
-    if !is_superseded(vm, to, fence)? {
+    let Some(chain) = superseding(vm, to, fence, chain)? else {
         return Ok(false);
-    }
-    Lease::Elsewhere {
+    };
+    let elsewhere = Lease::Elsewhere {
         fence,
         owner: to.key,
         owner_name: to.name.to_string(),
-    }
-    .store(&vm.lease_path())?;
+    };
+    Title::new(elsewhere, chain).store(&vm.lease_path())?;
     Moving::forget(vm)?;
     tracing::warn!(
         vm = %vm.name(),
@@ -160,12 +188,29 @@ pub(crate) async fn give_way(vm: &VmDir, to: &Peer, fence: u64) -> Result<bool> 
     Ok(true)
 }
 
-fn is_superseded(vm: &VmDir, by: &Peer, fence: u64) -> Result<bool> {
-    let Some(Lease::Held { fence: ours, .. }) = Lease::load(&vm.lease_path())? else {
-        return Ok(false);
+/// The chain of a VM that is held here, as it is known when this site is believed; nothing, if it is
+/// not.
+fn superseding(vm: &VmDir, by: &Peer, fence: u64, shown: &Chain) -> Result<Option<Chain>> {
+    let Some(Title {
+        lease: Lease::Held { fence: ours, .. },
+        chain: known,
+        ..
+    }) = Title::load(&vm.lease_path())?
+    else {
+        return Ok(None);
     };
     let had_it = Seen::load(vm, &by.key)?.generations().next().is_some();
-    Ok(fence > ours && fence < Hello::NUMBERS && had_it)
+    let id = vm.record()?.id;
+    let proven = shown
+        .prove(id)
+        .ok()
+        .filter(|proven| proven.owner() == by.key && proven.fence() == fence);
+    let Some(proven) = proven.filter(|_| had_it && fence > ours && fence < Hello::NUMBERS) else {
+        return Ok(None);
+    };
+    // A VM of before there were chains goes by the number, as it did then.
+    let leads = known.is_empty() || matches!(proven.way_from(&known), Way::On(_));
+    Ok(leads.then(|| proven.added_to(&known)))
 }
 
 #[cfg(test)]
@@ -173,41 +218,60 @@ mod tests {
     use super::*;
     use crate::generation::GenerationId;
     use crate::generations::seen;
+    use crate::identity::Identity;
     use crate::local::Live;
     use crate::local::tests::vm_with_generation;
     use crate::store::Store;
     use crate::vm::{Id, VmRecord};
 
-    fn stale(root: &std::path::Path) -> (VmDir, Peer) {
+    const ID: Id = Id([1; 16]);
+
+    #[test]
+    fn a_generation_of_any_time_has_an_age_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = vm_with_generation(dir.path(), 3);
+        let manifest = vm.manifest(3).unwrap();
+        let age_of = |created| {
+            age(&Manifest {
+                created,
+                ..manifest.clone()
+            })
+        };
+        let now = manifest.created;
+        let old = age_of(now - 86_400).unwrap();
+        assert!((86_400..90_000).contains(&old.as_secs()));
+        assert!(age_of(0).unwrap().as_secs() >= now);
+        // Of a clock that was days ahead, and what no clock says.
+        for never in [now + 5 * 86_400, u64::MAX] {
+            assert_eq!(age_of(never), None);
+        }
+    }
+
+    /// A VM whose stale copy is here; the other site, and its key.
+    fn stale(root: &std::path::Path) -> (VmDir, Peer, Identity) {
         let vm = vm_with_generation(root, 3);
-        let key = Store::open(root.join("other"))
-            .unwrap()
-            .identity()
-            .unwrap()
-            .key();
-        let peer = Peer::new("b".parse().unwrap(), "127.0.0.1:1".parse().unwrap(), key);
+        let other = Store::open(root.join("other")).unwrap().identity().unwrap();
+        let addr = "127.0.0.1:1".parse().unwrap();
+        let peer = Peer::new("b".parse().unwrap(), addr, other.key());
         let record = VmRecord {
-            id: Id([1; 16]),
-            name: vm.name().clone(),
-            hardware: vm_host::Hardware::new("pc-q35-7.2"),
             disks: Vec::new(),
-            boot: None,
-            ready_marker: None,
-            replay_friendly: false,
+            ..VmRecord::example()
         };
         let elsewhere = Lease::Elsewhere {
             fence: 7,
             owner: peer.key,
             owner_name: "b".into(),
         };
-        vm.create(&record, &elsewhere).unwrap();
-        (vm, peer)
+        let title = Title::new(elsewhere, Chain::start(ID, 7, &other));
+        vm.create(&record, title).unwrap();
+        (vm, peer, other)
     }
 
     #[tokio::test]
     async fn a_stale_copy_becomes_the_vm_beyond_what_the_lost_site_can_have() {
         let dir = tempfile::tempdir().unwrap();
-        let (vm, _) = stale(dir.path());
+        let (vm, ..) = stale(dir.path());
+        let before = vm.title().unwrap().chain;
         for short in [0, 7, 8, 1006, Hello::NUMBERS] {
             let refused = takeover(&vm, short).await.unwrap_err();
             assert!(refused.to_string().contains("--fence 1007"), "{refused}");
@@ -223,6 +287,13 @@ mod tests {
                 transfer: None
             }
         );
+        let chain = vm.title().unwrap().chain;
+        let way = chain.prove(ID).unwrap().way_from(&before);
+        assert_eq!(
+            way,
+            Way::On(vec![chain.links().last().unwrap()]),
+            "and is said"
+        );
         let again = takeover(&vm, 9999).await.unwrap_err();
         assert!(again.to_string().contains("belongs here"), "{again}");
     }
@@ -230,7 +301,7 @@ mod tests {
     #[tokio::test]
     async fn a_hand_over_to_a_lost_site_can_be_taken_back() {
         let dir = tempfile::tempdir().unwrap();
-        let (vm, peer) = stale(dir.path());
+        let (vm, peer, _) = stale(dir.path());
         let offered = Lease::Offered {
             fence: 7,
             transfer: Id([2; 16]),
@@ -247,12 +318,22 @@ mod tests {
     #[tokio::test]
     async fn the_lost_site_gives_way_only_to_a_higher_number_of_a_site_that_had_the_vm() {
         let dir = tempfile::tempdir().unwrap();
-        let (vm, peer) = stale(dir.path());
+        let (vm, peer, other) = stale(dir.path());
+        // It was handed on to this site.
+        let us = vm.store().identity().unwrap();
+        let theirs = vm.title().unwrap().chain;
+        let mut ours = theirs.clone();
+        ours.hand_over(ID, us.key(), &other).unwrap();
         let held = Lease::Held {
             fence: 8,
             transfer: None,
         };
-        held.store(&vm.lease_path()).unwrap();
+        Title::new(held.clone(), ours.clone())
+            .store(&vm.lease_path())
+            .unwrap();
+        // What the other site, which gave it, has made of its stale copy since.
+        let mut taken = ours;
+        taken.take_over(ID, 8, 1008, &other);
         let live = Live {
             generation: Some(3),
             overlays: vec!["disk0.qcow2".into()],
@@ -261,7 +342,7 @@ mod tests {
         files::make_dir(&vm.live_dir()).unwrap();
         live.store(&vm).unwrap();
         assert!(
-            !give_way(&vm, &peer, 1008).await.unwrap(),
+            !give_way(&vm, &peer, 1008, &taken).await.unwrap(),
             "it never had it"
         );
         let known = GenerationId {
@@ -269,9 +350,22 @@ mod tests {
             digest: [1; 32],
         };
         seen::shared(&vm, &peer, known).unwrap();
-        assert!(!give_way(&vm, &peer, 8).await.unwrap(), "no higher number");
+        assert!(
+            !give_way(&vm, &peer, 8, &theirs).await.unwrap(),
+            "no higher number"
+        );
+        for forged in [
+            Chain::start(ID, 1008, &other),
+            Chain::default(),
+            // Under another number than it says, of another VM.
+            theirs,
+            Chain::start(Id([2; 16]), 1008, &other),
+        ] {
+            assert!(!give_way(&vm, &peer, 1008, &forged).await.unwrap());
+        }
         assert_eq!(vm.lease().unwrap(), held);
-        assert!(give_way(&vm, &peer, 1008).await.unwrap());
+        assert!(give_way(&vm, &peer, 1008, &taken).await.unwrap());
+        assert_eq!(vm.title().unwrap().chain, taken);
         assert!(matches!(
             vm.lease().unwrap(),
             Lease::Elsewhere { fence: 1008, owner, .. } if owner == peer.key

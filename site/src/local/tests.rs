@@ -6,13 +6,8 @@ async fn what_was_deleted_is_known_to_have_been_here() {
     let store = crate::store::Store::open(dir.path()).unwrap();
     let vm = store.vm(&"desk".parse().unwrap());
     let record = VmRecord {
-        id: crate::vm::Id([1; 16]),
-        name: vm.name().clone(),
-        hardware: Hardware::new("pc-q35-7.2"),
         disks: Vec::new(),
-        boot: None,
-        ready_marker: None,
-        replay_friendly: false,
+        ..VmRecord::example()
     };
     let lease = Lease::Held {
         fence: 5,
@@ -113,4 +108,29 @@ async fn only_another_sites_vm_leaves_a_stale_run() {
     elsewhere.store(&vm.lease_path()).unwrap();
     drop_stale_live(&vm).await.unwrap();
     assert!(Live::load(&vm).unwrap().is_none());
+}
+
+#[test]
+fn a_new_vm_has_nothing_of_what_lay_in_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    // It has no description: it did not arrive whole, or was half deleted by an older program.
+    let vm = vm_with_generation(dir.path(), 3);
+    live(true).store(&vm).unwrap();
+    assert_eq!(vm.generations().unwrap().len(), 1);
+    let disk = dir.path().join("disk.raw");
+    std::fs::write(&disk, vec![7; 1 << 16]).unwrap();
+    let new = NewVm {
+        disk,
+        boot: None,
+        hardware: Hardware::new("pc-q35-7.2"),
+        ready_marker: None,
+        replay_friendly: false,
+        booted: None,
+    };
+    let arriving = vm.lock().unwrap();
+    assert!(matches!(create(&vm, &new), Err(Error::Refused(_))));
+    drop(arriving);
+    create(&vm, &new).unwrap();
+    assert_eq!(vm.generations().unwrap(), []);
+    assert_eq!(point_of_start(&vm).unwrap(), StartAt::Boot);
 }

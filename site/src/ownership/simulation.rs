@@ -19,11 +19,12 @@ use std::task::{Context, Waker};
 use line::{End, Lost, Said, Wire};
 
 use super::*;
+use crate::chain::Way;
 use crate::local::require_lease;
 use crate::peers::Peer;
 use crate::protocol::{Hello, Purpose};
 use crate::target::check_known;
-use crate::vm::{BaseFile, FileHash, VmRecord};
+use crate::vm::VmRecord;
 
 /// Hundreds, in a few seconds.
 const SEEDS: u64 = 400;
@@ -59,6 +60,14 @@ struct Place {
     serves: bool,
 }
 
+impl Place {
+    /// As others know it.
+    fn peer(&self, name: &str) -> Peer {
+        let addr = "127.0.0.1:1".parse().unwrap();
+        Peer::new(name.parse().unwrap(), addr, self.key)
+    }
+}
+
 /// A process or a conversation of a site's.
 struct Doing {
     at: usize,
@@ -89,18 +98,7 @@ impl World {
         } else {
             tempfile::tempdir().unwrap()
         };
-        let record = VmRecord {
-            id: Id([1; 16]),
-            name: "desk".parse().unwrap(),
-            hardware: vm_host::Hardware::new("pc-q35-7.2"),
-            disks: vec![BaseFile {
-                hash: FileHash([2; 32]),
-                bytes: 4096,
-            }],
-            boot: None,
-            ready_marker: None,
-            replay_friendly: false,
-        };
+        let record = VmRecord::example();
         let places: Vec<_> = (0..SITES)
             .map(|index| {
                 let store = Store::open(dir.path().join(index.to_string())).unwrap();
@@ -118,7 +116,14 @@ impl World {
             fence: 1,
             transfer: None,
         };
-        places[0].vm.create(&record, &held).unwrap();
+        // One in four was made before there were chains.
+        let title = if seed.is_multiple_of(4) {
+            Title::from(&held)
+        } else {
+            let identity = places[0].vm.store().identity().unwrap();
+            Title::new(held, Chain::start(record.id, 1, &identity))
+        };
+        places[0].vm.create(&record, title).unwrap();
         Self {
             places,
             record,
@@ -146,11 +151,7 @@ impl World {
         let task = converse(
             place.vm.clone(),
             end(false),
-            Peer::new(
-                "there".parse().unwrap(),
-                "127.0.0.1:1".parse().unwrap(),
-                self.places[from].key,
-            ),
+            self.places[from].peer("there"),
             place.runs.clone(),
         );
         self.doing.push(Doing {
@@ -185,16 +186,11 @@ impl World {
         let place = &self.places[from];
         let (vm, runs) = (place.vm.clone(), place.runs.clone());
         let hello = Hello {
-            purpose: Purpose::Migrate,
-            vm: self.record.clone(),
             transfer,
             fence: 0,
-            generations: Vec::new(),
-            next: 1,
-            qemu: String::new(),
-            follows: false,
+            ..Hello::example(Purpose::Migrate)
         };
-        let target = self.places[to].key;
+        let target = self.places[to].peer("there");
         let unattended = self.dice.roll(2) == 0;
         let task: Task = if offered.is_some() {
             Box::pin(async move {
@@ -204,7 +200,7 @@ impl World {
         } else {
             Box::pin(async move {
                 let Ok(_lock) = vm.lock() else { return };
-                let _ = migrate(&vm, hello, target, &line, &runs).await;
+                let _ = migrate(&vm, hello, &target, &line, &runs).await;
             })
         };
         self.doing.push(Doing {
@@ -311,6 +307,25 @@ impl World {
         }
     }
 
+    /// What the sites have written down of the hand-overs is one chain.
+    fn assert_chained(&self, seed: u64) {
+        let titles = self.places.iter().filter_map(|place| {
+            let title = Title::load(&place.vm.lease_path()).unwrap()?;
+            (!title.chain.is_empty()).then_some(title)
+        });
+        let titles: Vec<_> = titles.collect();
+        let newest = titles.iter().max_by_key(|title| title.fence());
+        let Some(newest) = newest.filter(|title| is_held(&title.lease)) else {
+            return;
+        };
+        let proven = newest.chain.prove(self.record.id).unwrap();
+        assert_eq!(proven.fence(), newest.lease.fence(), "seed {seed}");
+        for title in &titles {
+            let way = proven.way_from(&title.chain);
+            assert_eq!(way, Way::On(Vec::new()), "seed {seed}: {title:?}");
+        }
+    }
+
     /// As they are written down.
     fn leases(&self) -> Vec<Option<Lease>> {
         let lease = |place: &Place| Lease::load(&place.vm.lease_path()).unwrap();
@@ -338,12 +353,16 @@ fn is_held(lease: &Lease) -> bool {
 async fn migrate(
     vm: &VmDir,
     hello: Hello,
-    to: SiteKey,
+    to: &Peer,
     line: &End,
     runs: &RefCell<bool>,
 ) -> Result<()> {
     let fence = require_lease(vm)?;
-    let hello = Hello { fence, ..hello };
+    let hello = Hello {
+        fence,
+        chain: proof(vm)?.since(hello.vm.id, to),
+        ..hello
+    };
     line.send(Said::Hello(Box::new(hello.clone()))).await?;
     let Said::Welcome = line.hear().await? else {
         return Ok(());
@@ -353,12 +372,13 @@ async fn migrate(
     let offer = Offer {
         fence,
         transfer: hello.transfer,
-        to,
+        to: to.key,
         to_name: "there".into(),
         was_running,
     };
-    let asked = async {
-        line.send(Said::Commit { fence: fence + 1 }).await?;
+    let asked = async |link| {
+        let fence = fence + 1;
+        line.send(Said::Commit { fence, link }).await?;
         match line.hear().await? {
             Said::Committed => Ok(()),
             _ => Err(Lost.into()),
@@ -431,9 +451,13 @@ async fn answer(vm: &VmDir, line: &End, caller: Peer, runs: &RefCell<bool>) -> R
         return Ok(());
     };
     line.send(Said::Welcome).await?;
-    let Said::Commit { fence } = line.hear().await? else {
+    let Said::Commit { fence, link } = line.hear().await? else {
         return Ok(());
     };
+    let known = check_known(vm, &hello, &caller)?;
+    let us = vm.store().identity()?.key();
+    let proven = hello.chain.prove(hello.vm.id).unwrap();
+    let chain = proven.handed_over(&known, link, us).unwrap();
     // The images are kept by now, and it is known what they are of.
     if vm.try_record()?.is_none() {
         let lease = Lease::Elsewhere {
@@ -441,9 +465,9 @@ async fn answer(vm: &VmDir, line: &End, caller: Peer, runs: &RefCell<bool>) -> R
             owner: caller.key,
             owner_name: "there".into(),
         };
-        vm.create(&hello.vm, &lease)?;
+        vm.create(&hello.vm, Title::new(lease, known))?;
     }
-    take(vm, hello.transfer, fence)?;
+    take(vm, hello.transfer, fence, chain)?;
     let told = line.send(Said::Committed).await;
     *runs.borrow_mut() = true;
     Ok(told?)
@@ -494,6 +518,7 @@ fn simulate(seed: u64) -> Seen {
     let leases: Vec<_> = world.leases().into_iter().flatten().collect();
     let held = leases.iter().filter(|lease| is_held(lease)).count();
     assert_eq!(held, 1, "seed {seed}: who has it?");
+    world.assert_chained(seed);
     seen.hand_overs = leases.iter().map(Lease::fence).max().unwrap() - 1;
     seen
 }

@@ -35,6 +35,21 @@ pub(super) struct Outcome {
     pub(super) base: Option<u64>,
     /// Seconds that it stood still beyond those that sending took on the line.
     pub(super) besides: f64,
+    /// How many times the bytes, and the seconds of standing still, that were predicted; none where
+    /// the strategy was said by a person.
+    #[serde(default)]
+    pub(super) off: Option<[f64; 2]>,
+}
+
+/// How far off predictions were.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Off {
+    /// Of so many moves.
+    pub moves: usize,
+    /// How many times the bytes that were predicted, in the median.
+    pub bytes: f64,
+    /// How many times the seconds of standing still.
+    pub seconds: f64,
 }
 
 impl Outcome {
@@ -51,6 +66,14 @@ impl Outcome {
             sent,
             base,
             besides: (downtime - sent as f64 * 8.0 / rate.max(1.0)).max(0.0),
+            off: report.predicted.map(|predicted| {
+                // The device state is predicted by nobody.
+                let told = bytes.log + bytes.hashes + bytes.ram + bytes.disk;
+                [
+                    told as f64 / (predicted.bytes as f64).max(1.0),
+                    downtime / predicted.seconds_down.max(0.001),
+                ]
+            }),
         }
     }
 
@@ -95,6 +118,20 @@ impl History {
         (usual(base) * median(factors).unwrap_or(1.0)).min(base * FAILED)
     }
 
+    /// How far off the predictions were that there were.
+    pub(super) fn off(&self) -> Option<Off> {
+        let all: Vec<_> = self
+            .moves
+            .iter()
+            .filter_map(|outcome| outcome.off)
+            .collect();
+        Some(Off {
+            moves: all.len(),
+            bytes: median(all.iter().map(|off| off[0]).collect())?,
+            seconds: median(all.iter().map(|off| off[1]).collect())?,
+        })
+    }
+
     /// Seconds that the VM stands still beyond those that sending takes, if that is known.
     pub(super) fn besides(&self) -> Option<f64> {
         median(self.moves.iter().map(|outcome| outcome.besides).collect())
@@ -132,6 +169,7 @@ mod tests {
             sent,
             base: Some(base),
             besides: 4.0,
+            off: None,
         }
     }
 
@@ -185,11 +223,31 @@ mod tests {
                 sent: 1 << 20,
                 base: None,
                 besides,
+                off: None,
             });
         }
         assert_eq!(history.besides(), Some(4.0));
         assert_eq!(history.replays(), 0);
         assert!((history.left_over(4e6) - usual(4e6)).abs() < 1.0);
+    }
+
+    #[test]
+    fn how_far_off_predictions_were_is_known() {
+        let mut history = History::default();
+        history.note(replay(1, 1));
+        assert_eq!(history.off(), None);
+        for (bytes, seconds) in [(1.2, 0.5), (0.9, 1.5), (3.0, 1.0)] {
+            history.note(Outcome {
+                off: Some([bytes, seconds]),
+                ..replay(1, 1)
+            });
+        }
+        let off = Off {
+            moves: 3,
+            bytes: 1.2,
+            seconds: 1.0,
+        };
+        assert_eq!(history.off(), Some(off));
     }
 
     #[test]

@@ -22,6 +22,7 @@ fn estimates(strategies: Vec<Estimate>, following: Option<Following>) -> Estimat
             replay_leaves: Some(0.451),
             replays: 0,
             seconds_besides: None,
+            off: None,
         },
     }
 }
@@ -134,6 +135,20 @@ fn what_is_assumed_is_said() {
         "assumed: a replay leaves 45 % of what base sends, as other sessions did; what standing \
          still takes beside sending is not known yet"
     );
+    assumed.off = Some(Off {
+        moves: 2,
+        bytes: 1.1,
+        seconds: 0.925,
+    });
+    assert!(
+        assumed.said().ends_with(
+            "; the last 2 of this VM's moves from here took 1.10 times the bytes and 0.93 times the \
+             seconds of standing still that were predicted, in the median"
+        ),
+        "{}",
+        assumed.said()
+    );
+    assumed.off = None;
     assumed.replays = 3;
     assumed.seconds_besides = Some(4.25);
     assert_eq!(

@@ -49,7 +49,7 @@ impl Migration<'_> {
         line.close().await;
         // The VM is at the target, whether or not it runs there yet: nothing that fails from
         // here on changes that.
-        let generation = manifest.generation;
+        let (generation, free_dropped) = (manifest.generation, manifest.free_dropped);
         seen::warn_unnoted(seen::shared(self.vm, self.peer, manifest.identity()));
         warn_unclean(Workplace::Incoming.clear(self.vm).await);
         let lesson = (!pieced).then(|| Lesson {
@@ -73,9 +73,11 @@ impl Migration<'_> {
             pages: pages(&sent),
             seconds: std::collections::BTreeMap::new(),
             verified,
+            free_dropped,
             refetched: sent.iter().map(|sent| sent.outcome.refetched).sum(),
             replay,
             live: rounds,
+            predicted: self.predicted,
         };
         let noted = LinkHistory::load(self.vm.store())
             .and_then(|history| history.note(self.vm.store(), self.peer, &sent));
@@ -108,11 +110,12 @@ impl Migration<'_> {
             to_name: self.peer.name.to_string(),
             was_running: self.was_running,
         };
-        let request = CommitRequest {
-            manifest: manifest.clone(),
-            fence: self.fence + 1,
-        };
-        let asked = async {
+        let asked = async |link| {
+            let request = CommitRequest {
+                manifest: manifest.clone(),
+                fence: self.fence + 1,
+                link,
+            };
             line.send(ToTarget::Commit(Box::new(request))).await?;
             match line.recv(Phase::Commit).await? {
                 ToSource::Committed => Ok(()),

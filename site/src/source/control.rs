@@ -48,6 +48,8 @@ pub(super) enum Request {
         to: SiteKey,
         /// Leave it paused there.
         paused: bool,
+        /// Make the guest's free pages zero before.
+        drop_free: bool,
         /// How long a line that is lost is called again, in seconds.
         give_up_after: u64,
     },
@@ -208,6 +210,7 @@ pub(super) async fn move_followed(
     let request = Request::Move {
         to: peer.key,
         paused: options.paused,
+        drop_free: options.drop_free,
         give_up_after: options.give_up_after.as_secs(),
     };
     match talk(vm, stream, &request, progress, cancel).await? {

@@ -247,7 +247,16 @@ impl Follower<'_> {
         let purpose = Purpose::Migrate;
         let hello = Hello {
             follows: true,
-            ..hello(vm, record, purpose, self.transfer, fence, next, &version)?
+            ..hello(
+                vm,
+                record,
+                self.peer,
+                purpose,
+                self.transfer,
+                fence,
+                next,
+                &version,
+            )?
         };
         let (welcome, rate) = begin(&mut line, vm, hello).await?;
         if let (Some(_), Some(standby)) = (self.base, welcome.standby) {
@@ -429,6 +438,7 @@ impl Follower<'_> {
         let Request::Move {
             to,
             paused,
+            drop_free,
             give_up_after,
         } = request
         else {
@@ -468,6 +478,7 @@ impl Follower<'_> {
         let options = MigrateOptions {
             strategy: Some(Strategy::Replay),
             paused,
+            drop_free,
             twin: TwinTurn::Beside,
             quick: false,
             give_up_after: Duration::from_secs(give_up_after),

@@ -66,7 +66,7 @@ pub(crate) async fn ask_whether_superseded(vm: &VmDir, peer: &Peer) -> Result<()
     let purpose = Purpose::Estimate;
     let mut line = Line::connect(vm.store(), peer).await?;
     line.set_patience(Duration::ZERO);
-    let hello = hello(vm, &record, purpose, transfer, fence, 1, "")?;
+    let hello = hello(vm, &record, peer, purpose, transfer, fence, 1, "")?;
     line.send(ToTarget::Hello(Box::new(hello))).await?;
     let answer = line.recv(Phase::Hello).await;
     line.close().await;
@@ -74,21 +74,25 @@ pub(crate) async fn ask_whether_superseded(vm: &VmDir, peer: &Peer) -> Result<()
         .await
         .or_else(|error| {
             // It has said what it has to say.
-            error.superseded().map_or(Err(error), |_| Ok(()))
+            if error.superseded().is_some() {
+                Ok(())
+            } else {
+                Err(error)
+            }
         })
 }
 
 /// Notes that the VM was taken over by the other site, if that is why something failed.
 pub(super) async fn give_way_if_so<T>(vm: &VmDir, peer: &Peer, outcome: Result<T>) -> Result<T> {
     if let Err(error) = &outcome
-        && let Some(fence) = error.superseded()
-        && !local::give_way(vm, peer, fence).await?
+        && let Some((fence, chain)) = error.superseded()
+        && !local::give_way(vm, peer, fence, chain).await?
     {
         tracing::warn!(
             vm = %vm.name(),
             peer = %peer.name,
             fence,
-            "it says that it has the VM; it never had it, and is not believed"
+            "it says that it has the VM, and can't show how it came to it from here: it is not believed"
         );
     }
     outcome
@@ -145,7 +149,7 @@ async fn ask(vm: &VmDir, offer: &Offer) -> Result<bool> {
         // Whoever asks calls again.
         line.set_patience(Duration::ZERO);
         let purpose = Purpose::Settle(transfer);
-        let hello = hello(vm, &record, purpose, transfer, fence, 1, "")?;
+        let hello = hello(vm, &record, &peer, purpose, transfer, fence, 1, "")?;
         line.send(ToTarget::Hello(Box::new(hello))).await?;
         match line.recv(Phase::Commit).await? {
             ToSource::Settled { taken } => {

@@ -9,6 +9,7 @@ mod account;
 mod complete;
 mod control;
 mod follow;
+mod free;
 mod hand_over;
 mod live;
 mod open;
@@ -18,6 +19,7 @@ mod replay;
 mod seed;
 mod standing;
 mod stop;
+pub mod sync;
 mod twin;
 
 use std::sync::Arc;
@@ -29,13 +31,14 @@ use vm_host::{Status, Vm};
 use crate::error::{Error, Result};
 use crate::exchange::{self, Outgoing, Sent};
 use crate::generation::{GenerationId, Manifest};
+use crate::generations::seen;
 use crate::lease::Lease;
 use crate::line::{CALL_AGAIN, Line};
 use crate::local::{self, Live};
 use crate::moving::Moving;
 use crate::peers::{Peer, Permission};
 use crate::phase::Phase;
-use crate::plan::{self};
+use crate::plan::{self, Estimate};
 use crate::progress::Progress;
 use crate::protocol::Stage;
 use crate::report::{
@@ -59,8 +62,10 @@ pub(crate) use follow::{clear_following, following_lock};
 pub use hand_over::settle;
 pub(crate) use hand_over::{ask_whether_superseded, settle_unattended};
 pub use live::LiveOptions;
+pub(crate) use live::{Judge, SHARE};
 pub use seed::{SeedReport, dry_run, seed};
 pub use standing::{FollowOptions, Followed, Standing};
+pub(crate) use sync::{hold, syncing_lock};
 
 /// When the source's own replay takes place, see [`twin`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,6 +93,8 @@ pub struct MigrateOptions {
     pub quick: bool,
     /// When rounds of [`Strategy::Live`] are enough.
     pub live: LiveOptions,
+    /// Make the guest's free pages zero before it moves: what they hold is not preserved.
+    pub drop_free: bool,
     /// How long a line that is lost is called again.
     pub give_up_after: Duration,
 }
@@ -100,6 +107,7 @@ impl Default for MigrateOptions {
             twin: TwinTurn::default(),
             quick: false,
             live: LiveOptions::default(),
+            drop_free: false,
             give_up_after: CALL_AGAIN,
         }
     }
@@ -117,6 +125,15 @@ pub async fn migrate(
     progress: &dyn Progress,
     cancel: &CancellationToken,
 ) -> Result<MigrationReport> {
+    if options.drop_free && options.strategy == Some(Strategy::Live) {
+        // They were sent by then; zeroes would be one change more.
+        return Err(Error::Refused(
+            "free pages can't be dropped with the strategy live, which sends pages before they \
+             are known to be free; leave out one of the two"
+                .into(),
+        ));
+    }
+    let _held = hold(vm).await?;
     settle(vm).await?;
     peer.require(Permission::Receive)?;
     vm.record()?;
@@ -139,6 +156,38 @@ pub async fn migrate(
     let moving = Moving::begin(vm, peer, local::require_lease(vm)?)?;
     let moved = persist(vm, peer, moving, options, None, progress, cancel).await;
     give_way_if_so(vm, peer, moved).await
+}
+
+/// Moves a VM to a site that has a generation of it, standing still for no longer than `downtime` where
+/// that can be reached.
+///
+/// # Errors
+/// As [`migrate`]'s, and a refusal where the site is not known to have one.
+pub async fn switch(
+    vm: &VmDir,
+    peer: &Peer,
+    downtime: Duration,
+    progress: &dyn Progress,
+    cancel: &CancellationToken,
+) -> Result<MigrationReport> {
+    vm.record()?;
+    if !seen::is_standby(vm, peer)? {
+        return Err(Error::Refused(format!(
+            "{0} is not known to have a generation of {1}: `replay-migrate sync {1} --to {0}` \
+             makes it a standby, and `migrate` moves the VM without one",
+            peer.name,
+            vm.name()
+        )));
+    }
+    let options = MigrateOptions {
+        strategy: Some(Strategy::Live),
+        live: LiveOptions {
+            downtime,
+            ..LiveOptions::default()
+        },
+        ..MigrateOptions::default()
+    };
+    migrate(vm, peer, options, progress, cancel).await
 }
 
 /// A line whose other end has all that it needs to begin; perhaps it has begun to follow.
@@ -179,6 +228,11 @@ async fn migrate_from(attempt: Attempt<'_>, opened: Option<Opened>) -> Result<Mi
     if opened.is_none() {
         clear_following(vm).await?;
     }
+    if local::still::is_noted(vm)? {
+        // Whoever took its state is dead: they would hold the lock.
+        local::resume_live(vm, &qemu).await?;
+        local::still::end(vm)?;
+    }
     let was_running = local::guest_status(vm, &qemu).await? == Status::Running;
     let mut run = Migration {
         vm,
@@ -195,6 +249,7 @@ async fn migrate_from(attempt: Attempt<'_>, opened: Option<Opened>) -> Result<Mi
         clock: PhaseClock::start(progress),
         stopped: false,
         twin: None,
+        predicted: None,
     };
     run.note(Phase::Plan, false)?;
     // Up to the commit, the user can stop it; the commit itself takes a round trip and is seen
@@ -339,6 +394,8 @@ struct Migration<'a> {
     stopped: bool,
     /// The replay at this site, beside the target's.
     twin: Option<Twin>,
+    /// What was predicted, where the strategy was chosen by that.
+    predicted: Option<Estimate>,
 }
 
 /// All that is sent and verified, before anything is decided.
@@ -435,9 +492,15 @@ impl Migration<'_> {
         } else {
             self.stop(&mut line, &live).await?
         };
-        let Stopped { state, twin, .. } = still;
-        bytes.log += still.log;
-        replay = replay.or(still.replay);
+        let Stopped {
+            state,
+            free_dropped,
+            twin,
+            replay: followed,
+            log,
+        } = still;
+        bytes.log += log;
+        replay = replay.or(followed);
         let twin = match twin {
             Some(twin) => without_twin(realign(twin, &state, &base_images).await),
             None => None,
@@ -476,7 +539,7 @@ impl Migration<'_> {
             device: infos[1].root,
         };
 
-        let manifest = Manifest::new(
+        let mut manifest = Manifest::new(
             self.record.id,
             next,
             live.generation,
@@ -485,6 +548,7 @@ impl Migration<'_> {
             infos,
             disks,
         );
+        manifest.free_dropped = free_dropped;
         Ok(Prepared {
             line,
             live,

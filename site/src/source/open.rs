@@ -45,6 +45,7 @@ impl Migration<'_> {
         let hello = hello(
             self.vm,
             self.record,
+            self.peer,
             Purpose::Migrate,
             self.moving.transfer,
             self.fence,
@@ -101,9 +102,11 @@ impl Migration<'_> {
         let strategy = if let Some(strategy) = self.options.strategy {
             strategy
         } else {
+            let (vm, record) = (self.vm, self.record);
             let estimates =
-                plan::estimate(self.vm, self.record, live, feasible.clone(), rate, None).await?;
+                plan::estimate(vm, record, live, feasible.clone(), rate, None, None).await?;
             self.progress.note(&estimates.why());
+            self.predicted = estimates.chosen();
             estimates.choice
         };
         let base = match strategy {

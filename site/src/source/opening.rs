@@ -2,11 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use crate::chain::Chain;
 use crate::error::{Error, Result};
 use crate::generation::Manifest;
 use crate::generations::seen;
 use crate::line::{Line, LinkHistory};
 use crate::local::Live;
+use crate::ownership;
+use crate::peers::Peer;
 use crate::phase::Phase;
 use crate::protocol::{Hello, Purpose, ToSource, ToTarget, Welcome};
 use crate::store::VmDir;
@@ -24,20 +27,30 @@ const TELLING: Duration = Duration::from_millis(4);
 /// No transfer is taken for shorter: a round trip that was late must not make a line look endless.
 const SHORTEST: Duration = Duration::from_micros(200);
 
+/// What a conversation with this site begins with.
+#[expect(clippy::too_many_arguments, reason = "a Hello has as many parts")]
 pub(super) fn hello(
     vm: &VmDir,
     record: &VmRecord,
+    peer: &Peer,
     purpose: Purpose,
     transfer: Id,
     fence: u64,
     next: u64,
     qemu: &str,
 ) -> Result<Hello> {
+    let chain = match purpose {
+        Purpose::Settle(_) => Chain::default(),
+        Purpose::Migrate | Purpose::Seed | Purpose::Estimate => {
+            ownership::proof(vm)?.since(record.id, peer)
+        }
+    };
     Ok(Hello {
         purpose,
         vm: record.clone(),
         transfer,
         fence,
+        chain,
         generations: vm.generations()?.iter().map(Manifest::identity).collect(),
         next,
         qemu: qemu.to_owned(),

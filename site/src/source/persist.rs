@@ -164,7 +164,7 @@ pub(super) async fn persist(
     progress: &dyn Progress,
     cancel: &CancellationToken,
 ) -> Result<MigrationReport> {
-    let _lock = vm.lock()?;
+    let _lock = vm.lock_soon().await?;
     let mut moving = moving;
     let mut reached = opened.is_some();
     let mut carried = ByteReport::default();

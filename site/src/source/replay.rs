@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use traces::Event;
+
 use super::twin::{self, Twin};
 use super::{Migration, TwinTurn};
 use crate::error::{Error, Result};
@@ -47,6 +49,12 @@ impl Migration<'_> {
                 return Err(line.unexpected(Phase::Log, "more of the log than there is"));
             }
             let new = records.get(sent_records..).unwrap_or_default();
+            if new.iter().any(|record| record.event == Event::Gap) {
+                self.progress.note(
+                    "recording was paused for a while: the replay may go astray there, and its \
+                     best pages are kept",
+                );
+            }
             if new.is_empty() && total.is_some() {
                 break;
             }

@@ -17,12 +17,15 @@ use crate::protocol::{Purpose, ToSource, ToTarget, Welcome};
 use crate::report::ByteReport;
 use crate::state::{Base, State};
 use crate::store::VmDir;
+use crate::transport::RateCap;
 use crate::vm::{Id, VmRecord};
 
+use super::LiveOptions;
 use super::account::{account, finish_traffic};
 use super::control;
 use super::hand_over::{give_way_if_so, settle};
 use super::opening::{begin, hello, live};
+use super::sync;
 
 pub(super) async fn ship_files(
     line: &mut Line,
@@ -110,16 +113,26 @@ pub struct SeedReport {
 
 /// Ships the newest generation of a VM to another site.
 pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<SeedReport> {
-    let seeded = ship_newest(vm, peer, progress).await;
+    let _held = sync::hold(vm).await?;
+    settle(vm).await?;
+    let seeded = {
+        let _lock = vm.lock_soon().await?;
+        ship_newest(vm, peer, None, progress).await
+    };
     give_way_if_so(vm, peer, seeded).await
 }
 
-async fn ship_newest(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<SeedReport> {
+/// The same, with nothing locked: the caller sees to it that the generation stays. Dropped, it calls
+/// the conversation off.
+pub(super) async fn ship_newest(
+    vm: &VmDir,
+    peer: &Peer,
+    cap: Option<Arc<RateCap>>,
+    progress: &dyn Progress,
+) -> Result<SeedReport> {
     let begun = Instant::now();
-    settle(vm).await?;
     peer.require(Permission::Receive)?;
     let record = vm.record()?;
-    let _lock = vm.lock()?;
     let newest = vm.generations()?.pop().ok_or_else(|| {
         Error::Refused(format!(
             "{0} has no generation yet; make one with `replay-migrate checkpoint {0}` or `record {0}`",
@@ -127,13 +140,15 @@ async fn ship_newest(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result
         ))
     })?;
     progress.phase(Phase::Hello);
-    let mut line = Line::connect(vm.store(), peer).await?;
+    let mut line = Line::connect_capped(vm.store(), peer, cap).await?;
     let handle = line.handle();
-    let fence = vm.lease()?.fence();
+    // Of a stale copy more may be known than by its lease.
+    let fence = vm.title()?.fence();
     let next = newest.generation + 1;
     let hello = hello(
         vm,
         &record,
+        peer,
         Purpose::Seed,
         Id::random()?,
         fence,
@@ -184,6 +199,7 @@ async fn estimate(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Es
     let hello = hello(
         vm,
         &record,
+        peer,
         Purpose::Estimate,
         Id::random()?,
         fence,
@@ -195,5 +211,6 @@ async fn estimate(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Es
     progress.phase(Phase::Plan);
     let live = live(vm)?;
     let feasible = Feasible::of(vm, &live, &welcome)?;
-    plan::estimate(vm, &record, &live, feasible, rate, following).await
+    let rounds = Some(LiveOptions::default());
+    plan::estimate(vm, &record, &live, feasible, rate, following, rounds).await
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use traces::GuestTime;
 
 use super::Migration;
+use super::free::drop_free;
 use super::persist::Guest;
 use super::replay::without_twin;
 use super::twin::Twin;
@@ -26,6 +27,8 @@ pub(crate) const CLOSE: Duration = Duration::from_secs(4);
 /// What there is once the VM stands still.
 pub(super) struct Stopped {
     pub(super) state: Arc<State>,
+    /// Free pages that were made zero.
+    pub(super) free_dropped: u64,
     pub(super) twin: Option<TwinState>,
     /// What a standby did, if there was one.
     pub(super) replay: Option<ReplaySummary>,
@@ -47,8 +50,10 @@ impl Migration<'_> {
             this.hashed(live).await
         };
         let (state, twin) = tokio::join!(stop_guest, this.stop_twin(twin));
+        let (state, free_dropped) = state?;
         Ok(Stopped {
-            state: state?,
+            state,
+            free_dropped,
             twin,
             replay: None,
             log: 0,
@@ -108,8 +113,10 @@ impl Migration<'_> {
         };
         let (state, replay, twin) = tokio::join!(this.hashed(live), stop_standby, stop_twin);
         let replay = self.judged(replay?).await;
+        let (state, free_dropped) = state?;
         Ok(Stopped {
-            state: state?,
+            state,
+            free_dropped,
             // One that is in step says nothing of a replay that is not.
             twin: twin.filter(|_| replay.diverged.is_none()),
             replay: Some(replay),
@@ -143,8 +150,13 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// The state of the VM, which stands still.
-    async fn hashed(&self, live: &Live) -> Result<Arc<State>> {
+    /// The state of the VM, which stands still, and how many free pages were made zero in it.
+    async fn hashed(&self, live: &Live) -> Result<(Arc<State>, u64)> {
+        let free_dropped = if self.options.drop_free {
+            drop_free(self.vm).await?
+        } else {
+            0
+        };
         let what = format!("cannot save the devices of {}", self.vm.name());
         let (vm, record, live) = (self.vm.clone(), self.record.clone(), live.clone());
         let ram = self.vm.runtime_dir("live")?.join("ram.img");
@@ -160,7 +172,7 @@ impl Migration<'_> {
         let (device, state) = tokio::try_join!(device, local::blocking(work))?;
         let state = Arc::new(state.with_device(device)?);
         tracing::info!("the VM's state is hashed");
-        Ok(state)
+        Ok((state, free_dropped))
     }
 
     /// Sends what is left of the log and the time that the standby is to reach; the twin gets

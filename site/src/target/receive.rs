@@ -4,6 +4,7 @@ use reconciler::Rearrangement;
 use traces::Record;
 
 use crate::error::{Error, Result};
+use crate::leftovers;
 use crate::line::TargetLine;
 use crate::local::blocking;
 use crate::phase::Phase;
@@ -93,10 +94,7 @@ pub(super) async fn receive_file(
         return Err(line.unexpected(Phase::Base, "a file that the VM does not need"));
     }
     let images = store.root().join("images");
-    let partial = tempfile::Builder::new()
-        .prefix(".receive-")
-        .tempdir_in(&images)
-        .map_err(Error::file("write to", &images))?;
+    let partial = leftovers::receiving(&images)?;
     let path = partial.path().join("file");
     let out = std::fs::File::create(&path).map_err(Error::file("create", &path))?;
     let mut out = zstd::stream::write::Decoder::new(SparseWriter::new(out, file.bytes))

@@ -10,7 +10,6 @@ use std::time::Duration;
 use super::check::{check_allowed, check_known};
 use super::{Session, Standbys, standby};
 use crate::error::{Error, Result};
-use crate::files;
 use crate::store::VmDir;
 use crate::work::{KeptNote, Work, Workplace};
 
@@ -85,59 +84,4 @@ async fn kept(vm: &VmDir) -> Result<Option<(KeptNote, Work, Duration)>> {
     Workplace::Incoming.end_fork(vm).await?;
     let work = Work::reopen(vm, &note.hello, base, note.disks_whole).await?;
     Ok(Some((note, work, left)))
-}
-
-/// Clears away what files that were being received or taken in have left in `images/`.
-pub(crate) fn clear_half_files(store: &crate::store::Store) -> Result<()> {
-    let images = store.root().join("images");
-    let entries = std::fs::read_dir(&images).map_err(Error::file("list", &images))?;
-    for entry in entries {
-        let entry = entry.map_err(Error::file("list", &images))?;
-        let name = entry.file_name();
-        let half = [".receive-", ".import-"]
-            .iter()
-            .any(|prefix| name.to_str().is_some_and(|name| name.starts_with(prefix)));
-        // Somebody may be taking one in right now, with no agent: those are young.
-        let old = entry
-            .metadata()
-            .and_then(|metadata| metadata.modified())
-            .is_ok_and(|at| at.elapsed().is_ok_and(|age| age > YOUNG));
-        if half
-            && (old
-                || name
-                    .to_str()
-                    .is_some_and(|name| name.starts_with(".receive-")))
-        {
-            files::remove_dir(&entry.path())?;
-        }
-    }
-    Ok(())
-}
-
-/// An import that has not touched its folder for so long is dead.
-const YOUNG: Duration = Duration::from_secs(24 * 3600);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::Store;
-
-    #[test]
-    fn halves_of_files_go_when_the_agent_starts() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        let images = store.root().join("images");
-        for name in [".receive-abc", ".import-abc", "whole"] {
-            std::fs::create_dir(images.join(name)).unwrap();
-        }
-        clear_half_files(&store).unwrap();
-        let left = |name: &str| images.join(name).exists();
-        assert!(!left(".receive-abc") && left("whole"));
-        assert!(left(".import-abc"), "somebody may be at it");
-        let long_ago = std::time::SystemTime::now() - 2 * YOUNG;
-        let folder = std::fs::File::open(images.join(".import-abc")).unwrap();
-        folder.set_modified(long_ago).unwrap();
-        clear_half_files(&store).unwrap();
-        assert!(!left(".import-abc") && left("whole"));
-    }
 }

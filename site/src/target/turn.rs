@@ -80,9 +80,11 @@ mod tests {
     use reconciler::{BlobPart, NodesReply, PageChunk, StreamId};
 
     use super::*;
+    use crate::chain::Chain;
     use crate::generation::{ImageInfo, Manifest};
+    use crate::identity::Identity;
     use crate::protocol::{CommitRequest, Hello, ImageHead, ImageKind, Plan};
-    use crate::vm::{BaseFile, FileHash, Id, VmRecord};
+    use crate::vm::{BaseFile, FileHash, Id};
 
     fn manifest() -> Manifest {
         let image = ImageInfo {
@@ -101,27 +103,6 @@ mod tests {
         )
     }
 
-    fn hello() -> Hello {
-        Hello {
-            purpose: Purpose::Migrate,
-            vm: VmRecord {
-                id: Id([1; 16]),
-                name: "desk".parse().unwrap(),
-                hardware: vm_host::Hardware::new("pc-q35-7.2"),
-                disks: Vec::new(),
-                boot: None,
-                ready_marker: None,
-                replay_friendly: false,
-            },
-            transfer: Id([3; 16]),
-            fence: 1,
-            generations: Vec::new(),
-            next: 2,
-            qemu: String::new(),
-            follows: true,
-        }
-    }
-
     /// One message of each kind, by name.
     fn messages() -> Vec<(&'static str, ToTarget)> {
         let part = || BlobPart {
@@ -133,7 +114,10 @@ mod tests {
             bytes: 4096,
         };
         vec![
-            ("Hello", ToTarget::Hello(Box::new(hello()))),
+            (
+                "Hello",
+                ToTarget::Hello(Box::new(Hello::example(Purpose::Migrate))),
+            ),
             ("Probe", ToTarget::Probe(Vec::new())),
             (
                 "Plan",
@@ -196,6 +180,7 @@ mod tests {
                 ToTarget::Commit(Box::new(CommitRequest {
                     manifest: manifest(),
                     fence: 2,
+                    link: Chain::start(Id([1; 16]), 1, &Identity::ephemeral().unwrap()).links()[0],
                 })),
             ),
             ("Resume", ToTarget::Resume { paused: false }),

@@ -46,10 +46,10 @@ pub use framing::{FrameReader, FrameWriter, Limits, WireError};
 pub(crate) use lasting::{CallError, Condition, Conversations, Dial, Lasting, LineHandle};
 pub use listen::{Accepted, DEFAULT_LISTEN, ListenError, Listener};
 use traffic::Counted;
-pub use traffic::Traffic;
+pub use traffic::{RateCap, Traffic};
 
 /// The version of everything said after the preamble.
-pub const PROTOCOL_VERSION: u16 = 6;
+pub const PROTOCOL_VERSION: u16 = 7;
 
 const MAGIC: [u8; 4] = *b"RPLM";
 
@@ -183,5 +183,7 @@ fn tune(tcp: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+#[cfg(test)]
+mod recordings;
 #[cfg(test)]
 mod tests;

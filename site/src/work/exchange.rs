@@ -1,5 +1,7 @@
 //! The target's half of reconciling one image over a line.
 
+use std::path::PathBuf;
+
 use reconciler::{
     Applier, ApplyOptions, BlobAssembler, BlobPart, Descent, Holdings, Image, ImageTree, Offer,
     PlaceKind, Resolution, Retry, Seek, Verification, Verified, blob_parts, no_progress, pages_for,
@@ -41,6 +43,8 @@ pub(super) struct Talk<'a> {
     pub(super) phase: Phase,
     /// Came already, and is the next to be received.
     pub(super) next: Option<ToTarget>,
+    /// Where pages are set aside that do not fit into memory.
+    pub(super) aside: PathBuf,
 }
 
 impl Talk<'_> {
@@ -103,7 +107,11 @@ pub(super) fn exchange(
         }
         other => talk.next = Some(other),
     }
-    let mut applier = Applier::new(offer, resolution, holdings, image, ApplyOptions::default())
+    let options = ApplyOptions {
+        spool_dir: talk.aside.clone(),
+        ..ApplyOptions::default()
+    };
+    let mut applier = Applier::new(offer, resolution, holdings, image, &options)
         .map_err(failed("cannot begin to build an image"))?;
     talk.pages(|chunk| applier.push(chunk))?;
     // The applier ends this after two rounds, whatever comes.

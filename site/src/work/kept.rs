@@ -76,3 +76,38 @@ fn now() -> u64 {
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::Purpose;
+    use crate::report::Strategy;
+
+    const PATIENCE: Duration = Duration::from_secs(600);
+
+    #[test]
+    fn a_clock_that_jumped_keeps_nothing_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let peer = crate::store::Store::open(dir.path()).unwrap();
+        let hello = Hello::example(Purpose::Migrate);
+        let plan = Plan {
+            strategy: Strategy::Base,
+            base: None,
+            quick: false,
+        };
+        let key = peer.identity().unwrap().key();
+        let note = KeptNote::new(key, hello, plan, PATIENCE);
+        let left = |days: i64| {
+            let until = note.until.checked_add_signed(-days * 86_400).unwrap();
+            KeptNote {
+                until,
+                ..note.clone()
+            }
+            .left(PATIENCE)
+        };
+        assert!(left(0).is_some_and(|left| left <= PATIENCE));
+        // The clock went on by days, or back.
+        assert_eq!(left(3), None);
+        assert_eq!(left(-3), None);
+    }
+}

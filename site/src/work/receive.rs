@@ -78,6 +78,7 @@ impl Work {
                 runtime,
                 phase: head.kind.phase(),
                 next: None,
+                aside: self.dir.clone(),
             };
             self.write_note(!matches!(head.kind, ImageKind::Disk(_)));
             trees.push(self.receive_image(&mut talk, *head, offer, &trees)?);

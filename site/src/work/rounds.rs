@@ -85,6 +85,7 @@ impl Work {
                 runtime: &runtime,
                 phase: Phase::Rounds,
                 next: None,
+                aside: self.dir.clone(),
             };
             self.take_changed(&mut talk, kind, first)?;
             Ok((self, line))

@@ -37,8 +37,29 @@ fn fates(line: &[Folder], in_use: &[u64], limits: Limits) -> Vec<(u64, Fate)> {
 fn keep(keep: usize) -> Limits {
     Limits {
         keep,
-        max_bytes: None,
+        ..Limits::default()
     }
+}
+
+#[test]
+fn what_is_on_its_way_to_a_standby_stays_and_so_do_logs_where_that_is_wanted() {
+    let shipped = Limits {
+        from: Some(3),
+        keep_logs: true,
+        ..keep(1)
+    };
+    let expected = [
+        (1, Fate::Disks),
+        (2, Fate::Disks),
+        (3, Fate::Stay),
+        (4, Fate::Stay),
+    ];
+    assert_eq!(fates(&chain(), &[], shipped), expected);
+    let logs = BTreeMap::from([(1, 10), (3, 10)]);
+    let decision = decide(&chain(), &BTreeSet::new(), &logs, shipped).unwrap();
+    assert_eq!(decision.logs, BTreeSet::new());
+    let decision = decide(&chain(), &BTreeSet::new(), &logs, keep(1)).unwrap();
+    assert_eq!(decision.logs, BTreeSet::from([1, 3]));
 }
 
 #[test]
@@ -125,6 +146,7 @@ fn a_limit_takes_the_oldest_first_and_no_more_than_it_has_to() {
     let limit = |max| Limits {
         keep: 1,
         max_bytes: Some(max),
+        ..Limits::default()
     };
     // Each has 11 MiB, of which 1 must stay.
     let count = |max: u64| {
@@ -139,6 +161,7 @@ fn a_limit_takes_the_oldest_first_and_no_more_than_it_has_to() {
     let kept = Limits {
         keep: 3,
         max_bytes: Some(0),
+        ..Limits::default()
     };
     assert_eq!(fates(&chain(), &[], kept)[1], (2, Fate::Stay));
 }
@@ -202,7 +225,11 @@ proptest! {
         keep in 0_usize..4,
         max_bytes in proptest::option::of(0_u64..(130 << 20)),
     ) {
-        let limits = Limits { keep, max_bytes };
+        let limits = Limits {
+            keep,
+            max_bytes,
+            ..Limits::default()
+        };
         let decision = decide(&line, &live, &BTreeMap::new(), limits).unwrap();
         let fate = |number: u64| decision.fates[&number];
         let mut wholes: Vec<u64> = Vec::new();

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
+use crate::chain::Link;
 use crate::error::Error;
 use crate::protocol::Hello;
 
@@ -14,7 +15,7 @@ pub(super) enum Said {
     Hello(Box<Hello>),
     Welcome,
     Refused,
-    Commit { fence: u64 },
+    Commit { fence: u64, link: Link },
     Committed,
     Settled { taken: bool },
 }

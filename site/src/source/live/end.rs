@@ -34,7 +34,7 @@ pub(super) fn expected(round: Round, rate: f64, besides: f64) -> f64 {
 }
 
 /// Decides whether there is to be another round.
-pub(super) struct Judge {
+pub(crate) struct Judge {
     downtime: Duration,
     rounds: u32,
     done: u32,
@@ -44,7 +44,7 @@ pub(super) struct Judge {
 
 impl Judge {
     /// Rounds until the VM would stand still no longer than that, and no more than so many.
-    pub(super) fn new(downtime: Duration, rounds: u32) -> Self {
+    pub(crate) fn new(downtime: Duration, rounds: u32) -> Self {
         Self {
             downtime,
             rounds,
@@ -55,7 +55,7 @@ impl Judge {
     }
 
     /// After a round, with the seconds that the VM would stand still now.
-    pub(super) fn after(&mut self, expected: f64) -> Option<RoundsEnd> {
+    pub(crate) fn after(&mut self, expected: f64) -> Option<RoundsEnd> {
         self.done += 1;
         if expected < self.best * GAIN {
             self.gainless = 0;

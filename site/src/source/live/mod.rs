@@ -40,7 +40,9 @@ use crate::report::{LiveReport, RoundReport, RoundsEnd};
 use crate::state::{Base, State, with};
 use crate::work::Workplace;
 
-use end::{Judge, Round, expected};
+pub(crate) use end::Judge;
+use end::{Round, expected};
+pub(crate) use scan::SHARE;
 use scan::{Batch, Disk, Heat, OfBase, Pace};
 
 /// Pages of a round are many and differ in little: what compresses them fast keeps the line
@@ -240,7 +242,7 @@ impl Migration<'_> {
         let path = self.vm.runtime_dir("live")?.join("ram.img");
         let (ram, disks) = (images.ram.clone(), images.disks.clone());
         local::blocking(move || {
-            let mut pace = Pace::new(scan::SHARE);
+            let mut pace = Pace::new(SHARE);
             scan::copy(&scan::open_ram(&path)?, &ram, &mut pace)?;
             for (disk, shadow) in &disks {
                 passable(disk.copy(shadow, &mut pace));
@@ -284,7 +286,7 @@ impl Migration<'_> {
         let (sender, mut batches) = mpsc::channel::<Batch>(1);
         let (ram, disks) = (images.ram.clone(), images.disks.clone());
         let looking = tokio::spawn(local::blocking(move || {
-            let mut pace = Pace::new(scan::SHARE);
+            let mut pace = Pace::new(SHARE);
             for (disk, shadow) in &disks {
                 passable(disk.send(shadow, &mut pace, &sender));
             }

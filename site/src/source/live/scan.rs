@@ -21,7 +21,7 @@ use crate::vm::VmRecord;
 
 /// Of one processor, what looking for changes takes at most: the guest has the rest, and the
 /// other processors.
-pub(super) const SHARE: f64 = 0.5;
+pub(crate) const SHARE: f64 = 0.5;
 
 /// Pages looked at in one stretch: 1 MiB.
 const STRETCH: u64 = 256;

@@ -50,13 +50,13 @@ const ANSWER: Duration = Duration::from_secs(20);
 
 impl Lasting {
     /// Calls; afterwards the line is called again by itself as often as it is cut, for as long as
-    /// [`Lasting::set_patience`] says.
+    /// [`Lasting::set_patience`] says. `traffic` counts them all, and perhaps holds them to a rate.
     pub(crate) async fn call(
         dial: Dial,
         name: Name,
         patience: Duration,
+        traffic: Traffic,
     ) -> Result<Self, CallError> {
-        let traffic = Traffic::default();
         let (mut sender, mut receiver) = dial(traffic.clone()).await?.split();
         set_limits(&mut sender, &mut receiver);
         let shared = Shared::new(patience, traffic);

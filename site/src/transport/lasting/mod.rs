@@ -44,6 +44,8 @@ use super::traffic::Traffic;
 use super::{FrameReader, FrameWriter, Limits, WireError};
 
 pub(crate) use calls::{CallError, Conversations, Dial, Name};
+#[cfg(test)]
+pub(super) use pump::Record;
 
 /// Bytes that may be on their way: more than any line that a desktop is moved over holds.
 const WINDOW: usize = 8 << 20;

@@ -11,7 +11,7 @@ const RECORD: usize = 16 << 10;
 
 /// What travels on a connection.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Record<'a> {
+pub(in crate::transport) enum Record<'a> {
     /// A new conversation. First on its first connection.
     Begin { name: Name },
     /// One goes on, of which so many bytes have arrived here. First on every other connection.

@@ -84,7 +84,9 @@ impl World {
 
     async fn pair(&mut self) -> (Lasting, Lasting) {
         let name = crate::vm::Id::random().unwrap().0;
-        let caller = Lasting::call(self.dial(0), name, PATIENT).await.unwrap();
+        let caller = Lasting::call(self.dial(0), name, PATIENT, Traffic::default())
+            .await
+            .unwrap();
         let called = self.begun.recv().await.unwrap();
         (caller, called)
     }
@@ -219,7 +221,9 @@ async fn what_the_other_end_has_lost_is_not_waited_for() {
 async fn only_who_began_goes_on() {
     let mut world = World::new(line()).await;
     let name = [7; 16];
-    let _caller = Lasting::call(world.dial(0), name, PATIENT).await.unwrap();
+    let _caller = Lasting::call(world.dial(0), name, PATIENT, Traffic::default())
+        .await
+        .unwrap();
     let mut called = world.begun.recv().await.unwrap();
     called.set_patience(PATIENT);
     let (mut sender, mut receiver) = world.raw(1).await.split();

@@ -26,8 +26,6 @@ use images::{differing_pixels, same_images, same_state, screenshot, side_by_side
 use roam::{Replays, roam};
 
 const VM: &str = "desk";
-/// A build of the guest downloads packages, and a first boot is emulated.
-const GUEST_LIMIT: Duration = Duration::from_secs(1800);
 /// What is typed at the end, to see the desktop alive.
 const SIGN_OF_LIFE: &str = "date\n";
 
@@ -262,19 +260,9 @@ async fn build_guest(program: &Path, out: &Path, replay_friendly: bool) -> anyho
     let begun = Instant::now();
     // No site's state is needed for it, and none is made.
     let builder = Site::new(program, "builder", out.join("builder"));
-    let mut command = vec!["guest", "build"];
-    command.extend(replay_friendly.then_some("--replay-friendly"));
-    let built = builder
-        .spawn(&command)?
-        .finish(GUEST_LIMIT)
-        .await?
-        .success()?;
-    let built: Value = built.last()?;
-    let dir = built["dir"]
-        .as_str()
-        .context("`guest build` does not say where the guest is")?;
+    let dir = builder.build_guest(replay_friendly).await?;
     println!("{dir}, ready after {:.0} s", begun.elapsed().as_secs_f64());
-    Ok(dir.to_owned())
+    Ok(dir)
 }
 
 /// Starts the agents of B, C and D, and introduces all along the way. Agents of B, C, D.

@@ -164,6 +164,15 @@ impl Case {
         matches!((self.fault, self.side), (Fault::Qemu, Side::Source))
     }
 
+    /// Whether the target had the VM and lost only its agent: it runs there as soon as there is
+    /// an agent again, without a command.
+    pub(crate) const fn goes_on_by_itself(self) -> bool {
+        matches!(
+            (self.fault, self.side, self.phase),
+            (Fault::Process, Side::Target, Phase::Taken | Phase::Resume)
+        )
+    }
+
     /// Whether the source replays as well.
     pub(crate) const fn has_twin(self) -> bool {
         matches!(

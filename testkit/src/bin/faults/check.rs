@@ -80,6 +80,20 @@ pub(crate) async fn one_owner(world: &World, violations: &mut Violations) -> any
     Ok(Owner { side, found })
 }
 
+/// The VM runs at the target, and nobody had to say so.
+pub(crate) async fn goes_on(world: &World, violations: &mut Violations) {
+    let end = Instant::now() + CLEAN_LIMIT;
+    let mut now = String::new();
+    while now != "running" && Instant::now() < end {
+        tokio::time::sleep(STEP).await;
+        // While an agent starts it, QEMU talks with nobody else.
+        now = world.site(Side::Target).state(VM).await.unwrap_or_default();
+    }
+    if now != "running" {
+        violations.push(format!("it does not go on by itself: it is {now}"));
+    }
+}
+
 /// What the VM does at a site. While an agent starts it, QEMU talks with nobody else.
 async fn state(site: &Site, end: Instant) -> anyhow::Result<String> {
     loop {

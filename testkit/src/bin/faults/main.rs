@@ -12,7 +12,8 @@
 //!
 //! Faults are real where that can be had: processes are killed, the VMs' files lie on a file
 //! system that gets full, bytes change on the line. Only a disk that refuses an fsync is played,
-//! by a preloaded library. What no fault of a process shows, power cuts, is not tested here.
+//! by a preloaded library. What no fault of a process shows, power cuts,
+//! is for `make power-cuts`.
 
 mod case;
 mod check;
@@ -21,7 +22,7 @@ mod strike;
 mod volume;
 mod world;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -30,14 +31,13 @@ use clap::Parser;
 use serde_json::Value;
 use testkit::ablation::table::replace_section;
 use testkit::link::parse_delay;
+use testkit::mounts;
 use testkit::site::{self, Site};
 
 use case::{Case, Side, Way};
 use rows::{Results, Row};
 use world::{VM, World};
 
-/// A build of the guest downloads packages, and a first boot is emulated.
-const GUEST_LIMIT: Duration = Duration::from_secs(1800);
 /// A recorder whose VM has moved ends by itself.
 const RECORDER_LIMIT: Duration = Duration::from_secs(30);
 /// Where the section of the document begins and ends.
@@ -95,7 +95,7 @@ fn main() -> ExitCode {
 /// Whether all cases that were run hold.
 fn begin(options: &Options) -> anyhow::Result<bool> {
     if !options.report_only {
-        volume::enter_namespace()?;
+        mounts::enter_namespace()?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -153,7 +153,9 @@ async fn run_cases(options: &Options, results: &mut Results) -> anyhow::Result<b
         .with_context(|| format!("cannot make {}", options.sites.display()))?;
     let out = options.sites.canonicalize()?;
     let shim = volume::build_shim(&out)?;
-    let guest = guest(&program, &out).await?;
+    let guest = Site::new(&program, "builder", out.join("builder"))
+        .build_guest(false)
+        .await?;
     let cases: Vec<Case> = Case::all()
         .into_iter()
         .filter(|case| wanted(options, *case) && (options.anew || !results.has(*case)))
@@ -272,6 +274,9 @@ async fn judge(
     let struck = strike::strike(world, case, stall).await?;
     row.exit = struck.finished.code;
     row.said = last_words(&struck.finished.stderr);
+    if case.goes_on_by_itself() {
+        check::goes_on(world, &mut row.violations).await;
+    }
     let owner = check::one_owner(world, &mut row.violations).await?;
     row.owner = owner.side.name().into();
     row.found = owner.found;
@@ -333,21 +338,6 @@ fn last_words(stderr: &str) -> String {
     const LINES: usize = 6;
     let lines: Vec<_> = stderr.lines().collect();
     lines[lines.len().saturating_sub(LINES)..].join("\n")
-}
-
-/// The folder of the guest, built and booted once for all.
-async fn guest(program: &Path, out: &Path) -> anyhow::Result<String> {
-    let builder = Site::new(program, "builder", out.join("builder"));
-    let built = builder
-        .spawn(&["guest", "build"])?
-        .finish(GUEST_LIMIT)
-        .await?
-        .success()?;
-    let built: Value = built.last()?;
-    let dir = built["dir"].as_str();
-    Ok(dir
-        .context("`guest build` does not say where the guest is")?
-        .to_owned())
 }
 
 /// What this was run on.

@@ -1,73 +1,34 @@
 //! A file system of its own for a site's VMs, whose room can be taken away, and a switch that has
 //! all fsyncs fail there.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, bail};
+use testkit::mounts::Mounted;
+use testkit::preload;
 
 /// Room for a few generations; none of it is taken before it is used.
 const ROOM: u64 = 8 << 30;
 
-/// Where mounts are this program's alone, which go with its last process.
-const INSIDE: &str = "REPLAY_MIGRATE_FAULTS_INSIDE";
-
-/// Goes on in a mount namespace of its own: returns in there only.
-///
-/// # Errors
-/// If this user may not make one.
-pub(crate) fn enter_namespace() -> anyhow::Result<()> {
-    use std::os::unix::process::CommandExt;
-    if std::env::var_os(INSIDE).is_some() {
-        return Ok(());
-    }
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "private"]);
-    if !rustix::process::getuid().is_root() {
-        command.args(["--user", "--map-root-user"]);
-    }
-    let program = std::env::current_exe().context("cannot find this program's file")?;
-    command
-        .arg(program)
-        .args(std::env::args_os().skip(1))
-        .env(INSIDE, "1");
-    let error = command.exec();
-    Err(error).context("cannot start unshare")
-}
-
 /// A tmpfs, gone when dropped.
 #[derive(Debug)]
 pub(crate) struct Volume {
-    dir: PathBuf,
+    mounted: Mounted,
     switch: PathBuf,
 }
 
 impl Volume {
     /// Mounts one on this folder, which is made; `switch` is a file beside it.
     pub(crate) fn mount(dir: &Path, switch: PathBuf) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        let options = format!("size={ROOM},mode=700");
-        run(
-            "mount",
-            ["-t", "tmpfs", "-o", &options, "faults"]
-                .map(OsStr::new)
-                .into_iter()
-                .chain([dir.as_os_str()]),
-        )?;
         Ok(Self {
-            dir: dir.to_owned(),
+            mounted: Mounted::tmpfs(&format!("size={ROOM},mode=700"), dir)?,
             switch,
         })
     }
 
     /// What the processes of its site need in their environment: the library first.
     pub(crate) fn environment(&self, shim: &Path) -> [(&'static str, PathBuf); 3] {
-        [
-            ("LD_PRELOAD", shim.to_owned()),
-            ("FAULTS_SWITCH", self.switch.clone()),
-            ("FAULTS_UNDER", self.dir.clone()),
-        ]
+        environment(shim, &self.switch, self.mounted.dir())
     }
 
     /// Takes away all room that is left.
@@ -75,13 +36,14 @@ impl Volume {
         // Somebody may write meanwhile: then it can't be made so small, and there is a new size.
         const TRIES: usize = 50;
         for _ in 0..TRIES {
-            let stat = rustix::fs::statvfs(&self.dir).context("cannot ask for the room")?;
+            let stat =
+                rustix::fs::statvfs(self.mounted.dir()).context("cannot ask for the room")?;
             let used = (stat.f_blocks - stat.f_bfree) * stat.f_frsize;
             if self.resize(used).is_ok() {
                 return Ok(());
             }
         }
-        bail!("{} does not get full", self.dir.display())
+        bail!("{} does not get full", self.mounted.dir().display())
     }
 
     /// Has all fsyncs fail.
@@ -101,59 +63,28 @@ impl Volume {
     }
 
     fn resize(&self, bytes: u64) -> anyhow::Result<()> {
-        let options = format!("remount,size={bytes}");
-        run(
-            "mount",
-            ["-o", &options]
-                .map(OsStr::new)
-                .into_iter()
-                .chain([self.dir.as_os_str()]),
-        )
+        self.mounted.remount(&format!("size={bytes}"))
     }
 }
 
-impl Drop for Volume {
-    fn drop(&mut self) {
-        if let Err(error) = run("umount", [OsStr::new("--lazy"), self.dir.as_os_str()]) {
-            eprintln!("{error:#}");
-        }
-    }
+/// Has all fsyncs under a folder fail while the switch is there.
+fn environment(shim: &Path, switch: &Path, under: &Path) -> [(&'static str, PathBuf); 3] {
+    [
+        ("LD_PRELOAD", shim.to_owned()),
+        ("FAULTS_SWITCH", switch.to_owned()),
+        ("FAULTS_UNDER", under.to_owned()),
+    ]
 }
 
-fn run<'a>(program: &str, args: impl IntoIterator<Item = &'a OsStr>) -> anyhow::Result<()> {
-    let output = Command::new(program)
-        .args(args)
-        .output()
-        .with_context(|| format!("cannot start {program}"))?;
-    if !output.status.success() {
-        bail!(
-            "{program} failed: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-    }
-    Ok(())
-}
-
-/// Builds the library that has fsyncs fail, with the host's C compiler: cargo links with it too.
+/// Builds the library that has fsyncs fail.
 pub(crate) fn build_shim(out: &Path) -> anyhow::Result<PathBuf> {
-    let (source, library) = (out.join("shim.c"), out.join("shim.so"));
-    std::fs::write(&source, include_str!("shim.c"))
-        .with_context(|| format!("cannot write {}", source.display()))?;
-    let args = [
-        "-shared".as_ref(),
-        "-fPIC".as_ref(),
-        "-O2".as_ref(),
-        "-o".as_ref(),
-        library.as_os_str(),
-        source.as_os_str(),
-        "-ldl".as_ref(),
-    ];
-    run("cc", args)?;
-    Ok(library)
+    preload::build(out, "shim", include_str!("shim.c"))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -167,27 +98,22 @@ mod tests {
         std::os::unix::fs::symlink(sync, &program).unwrap();
         let inside = dir.path().join("vms");
         std::fs::create_dir(&inside).unwrap();
-        let volume = Volume {
-            dir: inside.clone(),
-            switch: dir.path().join("switch"),
-        };
+        let switch = dir.path().join("switch");
         let works = |program: &Path, file: &str| {
             std::fs::write(dir.path().join(file), "x").unwrap();
             let output = Command::new(program)
                 .arg(dir.path().join(file))
-                .envs(volume.environment(&shim))
+                .envs(environment(&shim, &switch, &inside))
                 .output()
                 .unwrap();
             output.status.success()
         };
         assert!(works(&program, "vms/file"));
-        volume.fail_syncs().unwrap();
+        std::fs::write(&switch, "").unwrap();
         assert!(!works(&program, "vms/file"));
         assert!(works(&program, "file"));
         assert!(works(sync, "vms/file"));
-        std::fs::remove_file(&volume.switch).unwrap();
+        std::fs::remove_file(&switch).unwrap();
         assert!(works(&program, "vms/file"));
-        // It was never mounted.
-        std::mem::forget(volume);
     }
 }

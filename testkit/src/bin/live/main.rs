@@ -8,6 +8,7 @@
 mod ours;
 mod qemu;
 mod rows;
+mod standby;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -28,9 +29,6 @@ const VM: &str = "desk";
 /// Where a section of the document begins and ends.
 const MARKS: (&str, &str) = ("<!-- bench-live -->", "<!-- end of bench-live -->");
 
-/// Building the guest and booting it once.
-const GUEST_LIMIT: Duration = Duration::from_secs(1800);
-
 /// Measures live migration, ours and QEMU's.
 #[derive(Parser)]
 #[command(name = "live")]
@@ -44,6 +42,12 @@ struct Options {
     /// Trips back and forth; 0 for none
     #[arg(long, default_value_t = 10)]
     trips: usize,
+    /// Keep a standby during the demo's session, and switch to it: true or false
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    standby: bool,
+    /// Kills of who keeps a standby; 0 for none
+    #[arg(long, default_value_t = 100)]
+    kills: u32,
     /// How the VM goes on all trips but the first
     #[arg(long, default_value = "base")]
     trip_strategy: String,
@@ -151,6 +155,22 @@ async fn run(options: &Options) -> anyhow::Result<()> {
                 ours::back_and_forth(&mut a, &mut b, profile, strategy, options.trips + 1).await?;
             results.save(&options.out)?;
         }
+        if options.standby {
+            let (mut a, mut b) = sites(&dir.path().join("standby")).await?;
+            start(&a).await?;
+            let row = standby::measure(&mut a, &mut b, profile).await?;
+            println!("{row:?}");
+            results.standby = Some(row);
+            results.save(&options.out)?;
+        }
+        if options.kills > 0 {
+            let folder = dir.path().join("kills");
+            let (mut a, mut b) = sites(&folder).await?;
+            let row = standby::kills(&mut a, &mut b, &folder, options.kills).await?;
+            println!("{row:?}");
+            results.kills = Some(row);
+            results.save(&options.out)?;
+        }
     }
     let document = &options.document;
     let text = std::fs::read_to_string(document)
@@ -173,10 +193,8 @@ async fn sites(dir: &Path) -> anyhow::Result<(Site, Site)> {
 
 /// Makes and starts the VM.
 async fn start(site: &Site) -> anyhow::Result<()> {
-    let built = site.spawn(&["guest", "build"])?.finish(GUEST_LIMIT).await?;
-    let built: serde_json::Value = built.success()?.last()?;
-    let guest = built["dir"].as_str().context("the guest is nowhere")?;
-    site.json(&["vm", "create", VM, "--disk", guest]).await?;
+    let guest = site.build_guest(false).await?;
+    site.json(&["vm", "create", VM, "--disk", &guest]).await?;
     site.json(&["vm", "start", VM]).await?;
     Ok(())
 }

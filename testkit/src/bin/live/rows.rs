@@ -87,6 +87,48 @@ pub(crate) struct Trip {
     pub(crate) downtime: f64,
 }
 
+/// A standby that was kept during a session, and switched to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Standby {
+    /// How often there was an epoch.
+    pub(crate) every: String,
+    /// What the session took.
+    pub(crate) session_seconds: f64,
+    /// Generations made in it.
+    pub(crate) epochs: u64,
+    /// For how long the guest stood still for one: the median, and the longest.
+    pub(crate) paused: f64,
+    pub(crate) longest_paused: f64,
+    /// How long one took to the standby: the median.
+    pub(crate) shipped_seconds: f64,
+    /// All that crossed the line for them, both ways.
+    pub(crate) shipped_bytes: u64,
+    /// What crossed it for the switch, and how long that took.
+    pub(crate) switch_bytes: u64,
+    pub(crate) switch_seconds: f64,
+    /// Of it, standing still.
+    pub(crate) switch_downtime: f64,
+}
+
+/// What was found after kills of who keeps a standby.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Kills {
+    pub(crate) tries: u64,
+    /// Tries after which the standby had another generation than before.
+    pub(crate) shipped: u64,
+    /// Generations looked at, of both sites.
+    pub(crate) generations: u64,
+    /// Of them, not what their manifest says.
+    pub(crate) not_whole: u64,
+}
+
+/// The middle one; none of none.
+pub(crate) fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
 /// All of it, and what it was measured on.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Results {
@@ -98,6 +140,10 @@ pub(crate) struct Results {
     pub(crate) rows: Vec<Row>,
     /// The first trip, to a site that had nothing, and those after it.
     pub(crate) trips: Vec<Trip>,
+    #[serde(default)]
+    pub(crate) standby: Option<Standby>,
+    #[serde(default)]
+    pub(crate) kills: Option<Kills>,
 }
 
 impl Results {
@@ -183,6 +229,32 @@ impl Results {
                     100.0 * trip.seconds / first.seconds.max(0.001),
                 );
             }
+        }
+        if let Some(standby) = &self.standby {
+            text += &format!(
+                "\n**A standby during the demo's session** ({:.0} s, an epoch each {})\n\n\
+                 | | |\n|---|---|\n\
+                 | epochs | {}, for which the guest stood still {:.2} s (median), {:.2} s (longest) |\n\
+                 | shipping one | {:.1} s (median); {:.1} MiB for all |\n\
+                 | `switch` | downtime {:.2} s, {:.1} s in all, {:.2} MiB |\n",
+                standby.session_seconds,
+                standby.every,
+                standby.epochs,
+                standby.paused,
+                standby.longest_paused,
+                standby.shipped_seconds,
+                mebibytes(standby.shipped_bytes),
+                standby.switch_downtime,
+                standby.switch_seconds,
+                mebibytes(standby.switch_bytes),
+            );
+        }
+        if let Some(kills) = &self.kills {
+            text += &format!(
+                "\n**Killed while keeping a standby**: {} times, {} of them after something new had come \
+                 there; of {} generations looked at {} were not whole.\n",
+                kills.tries, kills.shipped, kills.generations, kills.not_whole,
+            );
         }
         text
     }

@@ -1,0 +1,175 @@
+//! Shipping generations to one standby: always the newest there is by then, so that those in
+//! between are skipped.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{RwLock, mpsc, watch};
+
+use super::Shipment;
+use crate::error::{Error, Result};
+use crate::identity::SiteKey;
+use crate::peers::Peer;
+use crate::progress::Silent;
+use crate::source::hand_over::give_way_if_so;
+use crate::source::seed::{SeedReport, ship_newest};
+use crate::store::VmDir;
+use crate::transport::RateCap;
+
+/// Waits between attempts: the first, and the longest.
+const BACK_OFF: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
+
+/// What a shipper tells.
+pub(super) enum Told {
+    Shipped(Shipment),
+    Waiting {
+        site: String,
+        why: String,
+        seconds: f64,
+    },
+    /// It ships nothing more.
+    Failed(Error),
+}
+
+/// Which generations are on their way.
+#[derive(Clone, Default)]
+pub(super) struct Shipping(Arc<Mutex<BTreeMap<SiteKey, u64>>>);
+
+impl Shipping {
+    /// From the oldest of them on; none, where none is.
+    pub(super) fn oldest(&self) -> Option<u64> {
+        self.numbers().values().copied().min()
+    }
+
+    fn begin(&self, to: &Peer, number: u64) -> Shipped {
+        self.numbers().insert(to.key, number);
+        Shipped(self.clone(), to.key)
+    }
+
+    fn numbers(&self) -> MutexGuard<'_, BTreeMap<SiteKey, u64>> {
+        // Each change of it is one step.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// It is on its way until this is dropped.
+struct Shipped(Shipping, SiteKey);
+
+impl Drop for Shipped {
+    fn drop(&mut self) {
+        self.0.numbers().remove(&self.1);
+    }
+}
+
+/// What all shippers of a VM share.
+#[derive(Clone)]
+pub(super) struct Shared {
+    pub(super) vm: VmDir,
+    /// The newest generation.
+    pub(super) newest: watch::Receiver<u64>,
+    /// Somebody else works on the VM.
+    pub(super) held: watch::Receiver<bool>,
+    /// Read while shipping.
+    pub(super) gate: Arc<RwLock<()>>,
+    /// What each standby is being sent, or what is newer: it stays meanwhile.
+    pub(super) shipping: Shipping,
+    pub(super) cap: Option<Arc<RateCap>>,
+    pub(super) out: mpsc::UnboundedSender<Told>,
+}
+
+/// Ships until nobody makes generations any more.
+pub(super) async fn ship(shared: Shared, peer: Peer) {
+    let Shared {
+        vm,
+        mut newest,
+        mut held,
+        gate,
+        shipping,
+        cap,
+        out,
+    } = shared;
+    let mut wait = BACK_OFF[0];
+    let mut has = 0;
+    let mut reached = false;
+    loop {
+        if newest.wait_for(|newest| *newest > has).await.is_err()
+            || held.wait_for(|held| !held).await.is_err()
+        {
+            return;
+        }
+        let begun = Instant::now();
+        let outcome = {
+            let _until_held = gate.read().await;
+            let _stays = shipping.begin(&peer, *newest.borrow());
+            tokio::select! {
+                biased;
+                // Dropped, a conversation is called off.
+                _ = held.wait_for(|held| *held) => continue,
+                outcome = ship_newest(&vm, &peer, cap.clone(), &Silent) => outcome,
+            }
+        };
+        let told = match give_way_if_so(&vm, &peer, outcome).await {
+            Ok(report) => {
+                (has, reached, wait) = (report.generation, true, BACK_OFF[0]);
+                Told::Shipped(shipment(&peer, &report, begun))
+            }
+            // At first a person looks on: what can't be done is said at once.
+            Err(error) if !reached || !may_go_better(&error) => Told::Failed(error),
+            Err(error) => Told::Waiting {
+                site: peer.name.to_string(),
+                why: error.chain(),
+                seconds: wait.as_secs_f64(),
+            },
+        };
+        let (waits, over) = (
+            matches!(told, Told::Waiting { .. }),
+            matches!(told, Told::Failed(_)),
+        );
+        if out.send(told).is_err() || over {
+            return;
+        }
+        if waits {
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(BACK_OFF[1]);
+        }
+    }
+}
+
+/// Whether it may go better the next time, with nothing said by a person.
+fn may_go_better(error: &Error) -> bool {
+    match error {
+        // It may be busy with the VM, or full, or in trouble: all of that passes. Here, a newer
+        // generation may have taken the place of the one that was looked for, or the disk is full.
+        Error::PeerRefused { .. }
+        | Error::PeerFailed { .. }
+        | Error::Refused(_)
+        | Error::File { .. } => true,
+        // So does a peer that is just being started anew.
+        other => other.is_disconnect() || other.may_go_better(),
+    }
+}
+
+fn shipment(peer: &Peer, report: &SeedReport, begun: Instant) -> Shipment {
+    Shipment {
+        site: peer.name.to_string(),
+        generation: report.generation,
+        generation_from: report.generation_from,
+        bytes: report.bytes,
+        seconds: begun.elapsed().as_secs_f64(),
+    }
+}
+
+/// Checks what would fail at each attempt.
+pub(super) fn check(peers: &[Peer]) -> Result<()> {
+    for peer in peers {
+        peer.require(crate::peers::Permission::Receive)?;
+    }
+    let mut names: Vec<_> = peers.iter().map(|peer| peer.key).collect();
+    names.sort();
+    names.dedup();
+    if names.len() < peers.len() {
+        return Err(Error::Refused("a standby is named twice".into()));
+    }
+    Ok(())
+}
