@@ -74,7 +74,9 @@ fn generations(site: &Site) -> Vec<PathBuf> {
 #[tokio::test(flavor = "multi_thread")]
 async fn standbys_are_brought_up_to_date_and_one_is_switched_to() {
     let Sites { _dir, a, b, mut c } = sites(&KEYS).await;
-    let vnc = a.vnc(VM).await.unwrap();
+    // QEMU drops what is typed while the guest stands still for an epoch; the recorder has it wait.
+    let recorder = a.record(VM).await.unwrap();
+    let vnc = &recorder.vnc;
     let switch = ["switch", VM, "--to", "b"];
     let early = a.run(&switch).await.unwrap();
     assert_eq!(early.code, Some(3), "{}", early.stderr);
@@ -86,7 +88,7 @@ async fn standbys_are_brought_up_to_date_and_one_is_switched_to() {
     assert_eq!(first["why"], "first");
     let both = a.run(&words).await.unwrap();
     assert_eq!(both.code, Some(3), "{}", both.stderr);
-    type_keys(&vnc, "abc").await;
+    type_keys(vnc, "abc").await;
     eventually("both have what was typed", || {
         [&b, &c].map(keys_at) == [Some(3); 2]
     })
@@ -95,7 +97,7 @@ async fn standbys_are_brought_up_to_date_and_one_is_switched_to() {
 
     // One that is out of reach holds up nobody, and skips what it missed.
     c.stop_serving();
-    type_keys(&vnc, "de").await;
+    type_keys(vnc, "de").await;
     eventually("B has it", || keys_at(&b) == Some(5)).await;
     event(&mut sync, "waiting", |line| line["site"] == "c").await;
     assert_eq!(keys_at(&c), Some(3));
@@ -115,7 +117,7 @@ async fn standbys_are_brought_up_to_date_and_one_is_switched_to() {
     tokio::time::sleep(Duration::from_secs(4)).await;
     assert!(newest_generation(a.dir(), VM).unwrap().0 <= paused + 1);
     a.json(&["vm", "resume", VM]).await.unwrap();
-    type_keys(&vnc, "x").await;
+    type_keys(vnc, "x").await;
     eventually("both have it", || [&b, &c].map(keys_at) == [Some(6); 2]).await;
 
     // One that is gone for long is no reason to keep what the others have had.
@@ -130,7 +132,7 @@ async fn standbys_are_brought_up_to_date_and_one_is_switched_to() {
     for site in [&a, &b, &c] {
         eventually("few are left", || generations(site).len() <= 3).await;
     }
-    type_keys(&vnc, "fg").await;
+    type_keys(vnc, "fg").await;
     let moved = a.json(&switch).await.unwrap();
     assert_eq!(moved["strategy"], "live");
     assert_hardly_refetched(&moved);
