@@ -30,7 +30,23 @@ impl Vm {
         (0..self.launch.disks.len()).map(find).collect()
     }
 
-    async fn nodes(&self) -> Result<Vec<BlockNode>> {
+    /// QEMU's name for a disk's topmost image.
+    pub(crate) async fn top_node(&self, disk: usize) -> Result<String> {
+        let tops = self.tops().await?;
+        let top = tops.into_iter().nth(disk).ok_or_else(|| missing(disk))?;
+        Ok(top.node)
+    }
+
+    /// The names of all block nodes.
+    pub(crate) async fn node_names(&self) -> Result<Vec<String>> {
+        let nodes = self.nodes().await?;
+        Ok(nodes
+            .into_iter()
+            .filter_map(|node| node.node_name)
+            .collect())
+    }
+
+    pub(crate) async fn nodes(&self) -> Result<Vec<BlockNode>> {
         let all = QueryNamedBlockNodes { flat: true };
         self.ask("list its block nodes", all).await
     }

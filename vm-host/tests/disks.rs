@@ -5,12 +5,12 @@
 mod common;
 
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use common::{Bare, guest_writes, qemu_img};
 use proptest::prelude::*;
 use vm_host::disk::{self, Format, OverlayReader, OverlayWriter, PAGE_SIZE};
-use vm_host::{Error, Status, Vm};
+use vm_host::{Error, Merge, Status, Vm};
 
 fn raw_of(image: &Path) -> Vec<u8> {
     let raw = image.with_extension("flat");
@@ -133,6 +133,106 @@ async fn a_running_vm_gets_more_overlays_than_a_name_of_qemus_holds() {
         top = overlay;
     }
     vm.quit().await.unwrap();
+}
+
+/// A chain of overlays with something in each, the topmost last: on every second page of 64 what the overlay's
+/// number says, so that each hides some of what is behind it.
+fn chain(bare: &Bare, length: u8) -> Vec<PathBuf> {
+    let mut chain = vec![bare.launch.disks[0].clone()];
+    for number in 1..=length {
+        let overlay = bare.path(&format!("overlay{number}.qcow2"));
+        let below = chain.last().unwrap().file_name().unwrap();
+        disk::create_overlay(&overlay, Path::new(below), Format::Qcow2).unwrap();
+        let writer = OverlayWriter::open(&overlay).unwrap();
+        for page in (u64::from(number)..64).step_by(2) {
+            // Zeroes hide what is behind them, too.
+            let byte = if page % 16 == 1 { 0 } else { number };
+            writer.write_page(page, &[byte; PAGE_SIZE]).unwrap();
+        }
+        writer.sync().unwrap();
+        chain.push(overlay);
+    }
+    chain
+}
+
+#[test]
+fn overlays_are_merged() {
+    let bare = Bare::new("merge");
+    let chain = chain(&bare, 5);
+    let states: Vec<_> = chain.iter().map(|file| raw_of(file)).collect();
+    disk::merge_overlays(&chain[4], &chain[2]).unwrap();
+    // Cut off here, all that counts is as it was.
+    assert!(raw_of(&chain[5]) == states[5] && raw_of(&chain[4]) == states[4]);
+    assert!(raw_of(&chain[2]) == states[4]);
+    std::fs::rename(&chain[2], &chain[4]).unwrap();
+    std::fs::remove_file(&chain[3]).unwrap();
+    assert!(raw_of(&chain[5]) == states[5] && raw_of(&chain[4]) == states[4]);
+    let reader = OverlayReader::open(&chain[5]).unwrap();
+    assert_eq!(reader.files().count(), 4);
+    qemu_img(&["check", "-q", chain[4].to_str().unwrap()]);
+}
+
+#[tokio::test]
+async fn a_running_vm_has_overlays_merged() {
+    let mut bare = Bare::new("merging");
+    let mut files = chain(&bare, 3);
+    bare.launch.disks[0] = files[3].clone();
+    let vm = Vm::start(&bare.launch).await.unwrap();
+    // Some it has opened by their headers, some were put on top while it ran.
+    for number in 4..=6 {
+        guest_writes(&vm, 0, number, &format!("{}k", 4 * number), "40k");
+        let overlay = bare.path(&format!("overlay{number}.qcow2"));
+        vm.snapshot_disks(std::slice::from_ref(&overlay))
+            .await
+            .unwrap();
+        files.push(overlay);
+    }
+    let before = raw_of(&files[6]);
+    files.reverse();
+    let run = async |files: &[PathBuf], (top, base, backing): (usize, usize, &str)| {
+        let name = "disk0-of-a-test";
+        let merge = Merge {
+            name,
+            disk: 0,
+            files,
+            top,
+            base,
+            backing,
+        };
+        vm.merge_overlays(&merge).await
+    };
+    for wrong in [(0, 3, ""), (3, 3, ""), (2, 9, "")] {
+        run(&files, wrong).await.unwrap_err();
+    }
+    run(&files[1..], (1, 3, "")).await.unwrap_err();
+    // All but the topmost and the two lowest, 5 to 2.
+    run(&files, (1, 4, "overlay5.qcow2")).await.unwrap();
+    // Cut off here, nothing changed; QEMU has it locked until it is told to forget.
+    assert!(read_all(&OverlayReader::open(&files[0]).unwrap()) == before);
+    assert_eq!(vm.merges().await.unwrap(), ["disk0-of-a-test"]);
+    std::fs::rename(&files[4], &files[1]).unwrap();
+    for gone in files.drain(2..5) {
+        let _ = std::fs::remove_file(gone);
+    }
+    vm.forget_merge("disk0-of-a-test").await.unwrap();
+    assert_eq!(vm.merges().await.unwrap(), Vec::<String>::new());
+    assert!(raw_of(&files[0]) == before);
+    // The guest goes on, and it can be done again, though QEMU's name for what was merged is gone.
+    guest_writes(&vm, 0, 9, "100k", "8k");
+    files.insert(0, bare.path("overlay7.qcow2"));
+    vm.snapshot_disks(&files[..1]).await.unwrap();
+    guest_writes(&vm, 0, 10, "104k", "8k");
+    let after = raw_of(&files[0]);
+    assert!(after[100 << 10] == 9 && after[104 << 10] == 10);
+    run(&files, (1, 2, "overlay6.qcow2")).await.unwrap();
+    std::fs::rename(&files[2], &files[1]).unwrap();
+    // Nothing of it is only in QEMU's memory, and no name was left behind.
+    vm.kill().await.unwrap();
+    assert!(raw_of(&files[0]) == after);
+    assert!(!bare.path("overlay2.qcow2").exists());
+    let reader = OverlayReader::open(&files[0]).unwrap();
+    assert_eq!(reader.files().count(), 4);
+    qemu_img(&["check", "-q", files[1].to_str().unwrap()]);
 }
 
 #[test]

@@ -130,6 +130,23 @@ pub fn create_overlay(path: &Path, backing: &Path, format: Format) -> Result<()>
     Ok(())
 }
 
+/// Writes what the overlays from `top` on hold into `base`, an overlay behind them: `base` is then what `top`
+/// was. Until it takes that one's name, all that rests on `top` reads as before, and so does `top`; what is between
+/// doesn't.
+///
+/// No VM may have them open.
+pub fn merge_overlays(top: &Path, base: &Path) -> Result<()> {
+    let reader = OverlayReader::open(top)?;
+    let held = reader.allocated_above(base)?;
+    let writer = OverlayWriter::open(base)?;
+    let mut page = [0; PAGE_SIZE];
+    for index in held.into_iter().flatten() {
+        reader.read_page(index, &mut page)?;
+        writer.write_page(index, &page)?;
+    }
+    writer.sync()
+}
+
 /// Makes an empty disk of its own, with nothing behind it.
 pub fn create_empty(path: &Path, bytes: u64) -> Result<()> {
     if path.exists() {

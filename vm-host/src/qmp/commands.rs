@@ -44,6 +44,15 @@ commands! {
         discard: &'static str, file: Value, backing: Option<String> } -> Empty;
     /// Removes a block node.
     "blockdev-del" BlockdevDel { node_name: String } -> Empty;
+    /// Writes what overlays hold into the one behind them.
+    "block-commit" BlockCommit { job_id: String, device: String, top_node: String,
+        base_node: String, backing_file: String, auto_dismiss: bool } -> Empty;
+    /// How all nodes and their users hang together.
+    "x-debug-query-block-graph" QueryBlockGraph {} -> BlockGraph;
+    /// Jobs that run, and those that are done and were not dismissed.
+    "query-jobs" QueryJobs {} -> Vec<JobInfo>;
+    /// Forgets a job that is done.
+    "job-dismiss" JobDismiss { id: String } -> Empty;
     /// All or nothing.
     "transaction" Transaction { actions: Vec<Value> } -> Empty;
     /// Which CPUs there are, and the host threads that run them.
@@ -85,6 +94,33 @@ pub(crate) struct Inserted {
 pub(crate) struct BlockNode {
     pub(crate) node_name: Option<String>,
     pub(crate) file: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct BlockGraph {
+    pub(crate) nodes: Vec<GraphNode>,
+    pub(crate) edges: Vec<GraphEdge>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct GraphNode {
+    pub(crate) id: u64,
+    pub(crate) r#type: String,
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct GraphEdge {
+    pub(crate) parent: u64,
+    pub(crate) child: u64,
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct JobInfo {
+    pub(crate) id: String,
+    pub(crate) status: String,
+    pub(crate) error: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
