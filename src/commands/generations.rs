@@ -137,6 +137,20 @@ fn as_text(pruned: &Pruned, max_bytes: Option<u64>) -> String {
             bytes(taken.freed)
         ));
     }
+    for merged in &pruned.merged {
+        let from = merged.from.iter().map(u64::to_string);
+        text.push_str(&format!(
+            "disk {}: overlays of {} merged into that of {}\n",
+            merged.disk,
+            from.collect::<Vec<_>>().join(", "),
+            merged.into
+        ));
+    }
+    if let Some(why) = &pruned.unmerged {
+        text.push_str(&format!(
+            "disks of pruned generations were not merged: {why}\n"
+        ));
+    }
     for log in &pruned.logs {
         text.push_str(&format!("the log of generation {log}\n"));
     }

@@ -71,6 +71,14 @@ fn generations(site: &Site) -> Vec<PathBuf> {
         .collect()
 }
 
+/// How many overlays a site keeps in the line of generations.
+fn disks(site: &Site) -> usize {
+    let line = site.dir().join("vms").join(VM).join("generations");
+    let folders = std::fs::read_dir(line).unwrap();
+    let disks = folders.map(|folder| folder.unwrap().path().join("disk0.qcow2"));
+    disks.filter(|disk| disk.exists()).count()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn standbys_are_brought_up_to_date_and_one_is_switched_to() {
     let Sites { _dir, a, b, mut c } = sites(&KEYS).await;
@@ -128,9 +136,10 @@ async fn standbys_are_brought_up_to_date_and_one_is_switched_to() {
     eventually("few are left", || generations(&a).len() <= 4).await;
     c.serve_again().await.unwrap();
 
-    // What only was on its way is not kept, at either end.
+    // What only was on its way is not kept, at either end, and neither are its disks.
     for site in [&a, &b, &c] {
         eventually("few are left", || generations(site).len() <= 3).await;
+        eventually("chains are short", || disks(site) <= 5).await;
     }
     type_keys(vnc, "fg").await;
     let moved = a.json(&switch).await.unwrap();

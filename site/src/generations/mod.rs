@@ -9,10 +9,14 @@
 //! the next. Whatever is not understood (a chain that can't be followed, a note that can't be
 //! read) refuses the whole.
 //!
-//! Not promised: that a limit is met, and that chains of overlays get shorter. See
-//! `docs/decisions/0019-what-prune-keeps.md`.
+//! Overlays that only the newer ones rest on are merged into those ([`Merged`]), so that chains are no
+//! longer than there are states to keep.
+//!
+//! Not promised: that a limit is met. See `docs/decisions/0019-what-prune-keeps.md` and
+//! `docs/decisions/0033-overlays-are-merged.md`.
 
 mod decide;
+mod merge;
 mod place;
 pub(crate) mod seen;
 mod survey;
@@ -20,10 +24,12 @@ mod survey;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
 pub use decide::{Fate, Kind, Limits, Reliance, Sizes};
+pub use merge::Merged;
 pub(crate) use place::{make_place, unmark};
 
 use crate::error::{Error, Result};
@@ -99,6 +105,10 @@ pub struct Pruned {
     pub taken: Vec<Taken>,
     /// The generations whose logs were taken.
     pub logs: Vec<u64>,
+    /// The disks of pruned generations that became one.
+    pub merged: Vec<Merged>,
+    /// Why others did not.
+    pub unmerged: Option<String>,
     /// Other things that nobody needs any more.
     pub leftovers: Vec<PathBuf>,
     /// Bytes that became free.
@@ -176,12 +186,7 @@ pub(crate) async fn tidy_standby(vm: &VmDir, keep: usize) {
     }
 }
 
-async fn prune_locked(
-    vm: &VmDir,
-    locks: [FileLock; 2],
-    limits: Limits,
-    dry_run: bool,
-) -> Result<Pruned> {
+async fn prune_locked(vm: &VmDir, locks: Locks, limits: Limits, dry_run: bool) -> Result<Pruned> {
     if let Lease::Offered { to_name, .. } = vm.lease()? {
         return Err(Error::Refused(format!(
             "the hand-over of {0} to {to_name} is not settled; run `vm resume {0}` first",
@@ -200,12 +205,12 @@ async fn prune_locked(
             place.clear(vm).await?;
         }
     }
-    let vm = vm.clone();
-    blocking(move || {
-        let _locks = locks;
-        let survey = Survey::of(&vm, &[survey::RUN])?;
-        let decision = decided(&vm, &survey, limits)?;
+    let (vm_too, locks_too) = (vm.clone(), locks.clone());
+    let mut pruned = blocking(move || {
+        let (vm, _locks) = (vm_too, locks_too);
+        let (survey, decision) = surveyed(&vm, limits)?;
         let taken = taken(&survey, &decision);
+        let merged = merge::possible(&vm, &survey, &decision)?;
         let notes = outlived_notes(&vm)?;
         if !dry_run {
             sweep(&vm, &survey, &decision)?;
@@ -218,18 +223,63 @@ async fn prune_locked(
             dry_run,
             taken,
             logs: decision.logs.iter().copied().collect(),
+            merged,
+            unmerged: None,
             leftovers,
             freed: decision.freed + extra,
             left: decision.left,
             within: limits.max_bytes.map(|max| decision.left <= max),
         })
     })
+    .await?;
+    if !dry_run {
+        let possible = std::mem::take(&mut pruned.merged);
+        // All that was to go is gone: what stays is worth no failure.
+        if let Err(error) = merge_all(vm, &locks, limits, possible, &mut pruned).await {
+            tracing::warn!(vm = %vm.name(), error = error.chain(), "overlays were not merged");
+            pruned.unmerged = Some(error.chain());
+        }
+    }
+    Ok(pruned)
+}
+
+fn surveyed(vm: &VmDir, limits: Limits) -> Result<(Survey, Decision)> {
+    let survey = Survey::of(vm, &[survey::RUN])?;
+    let decision = decided(vm, &survey, limits)?;
+    Ok((survey, decision))
+}
+
+async fn merge_all(
+    vm: &VmDir,
+    locks: &Locks,
+    limits: Limits,
+    possible: Vec<Merged>,
+    pruned: &mut Pruned,
+) -> Result<()> {
+    if possible.is_empty() {
+        return Ok(());
+    }
+    let qemu = merge::ready(vm).await?;
+    for merged in possible {
+        merge::merge(vm, locks, qemu.as_ref(), &merged).await?;
+        pruned.merged.push(merged);
+    }
+    // The places of what was merged.
+    let (vm, locks) = (vm.clone(), locks.clone());
+    blocking(move || {
+        let _locks = locks;
+        let (survey, decision) = surveyed(&vm, limits)?;
+        sweep(&vm, &survey, &decision)
+    })
     .await
 }
 
+/// What holds off others, for as long as any part of the work has it.
+type Locks = Arc<[FileLock; 2]>;
+
 /// Holds off everybody who reads generations for longer than a moment: those who change the VM,
 /// and those who have a copy of it follow.
-fn lock(vm: &VmDir) -> Result<[FileLock; 2]> {
+fn lock(vm: &VmDir) -> Result<Locks> {
     let following = source::following_lock(vm)?.ok_or_else(|| {
         Error::Refused(format!(
             "{0} is being followed; what the other site follows from must stay. End `follow {0}` \
@@ -237,7 +287,7 @@ fn lock(vm: &VmDir) -> Result<[FileLock; 2]> {
             vm.name()
         ))
     })?;
-    Ok([following, vm.lock()?])
+    Ok(Arc::new([following, vm.lock()?]))
 }
 
 fn decided(vm: &VmDir, survey: &Survey, limits: Limits) -> Result<Decision> {

@@ -221,7 +221,7 @@ pub(super) fn is_disk(path: &Path) -> bool {
 }
 
 /// The overlays in a folder.
-fn overlays_of(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn overlays_of(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut overlays = entries(dir)?;
     overlays.retain(|path| is_disk(path));
     Ok(overlays)
@@ -229,6 +229,11 @@ fn overlays_of(dir: &Path) -> Result<Vec<PathBuf>> {
 
 /// The folders that overlays in these places rest on.
 fn in_use(vm: &VmDir, places: &[&str]) -> Result<BTreeSet<u64>> {
+    rests_on(vm, overlays_outside(vm, places)?)
+}
+
+/// The overlays in these places.
+pub(super) fn overlays_outside(vm: &VmDir, places: &[&str]) -> Result<Vec<PathBuf>> {
     let mut overlays = Vec::new();
     for place in places {
         for dir in entries(&vm.dir().join(place))? {
@@ -237,11 +242,11 @@ fn in_use(vm: &VmDir, places: &[&str]) -> Result<BTreeSet<u64>> {
             }
         }
     }
-    rests_on(vm, overlays)
+    Ok(overlays)
 }
 
 /// The folders that these overlays name as backing.
-fn rests_on(vm: &VmDir, overlays: Vec<PathBuf>) -> Result<BTreeSet<u64>> {
+pub(super) fn rests_on(vm: &VmDir, overlays: Vec<PathBuf>) -> Result<BTreeSet<u64>> {
     let line = vm.dir().join("generations");
     let line = match fs::canonicalize(&line) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
@@ -249,11 +254,9 @@ fn rests_on(vm: &VmDir, overlays: Vec<PathBuf>) -> Result<BTreeSet<u64>> {
     };
     let mut numbers = BTreeSet::new();
     for overlay in overlays {
-        let Some(backing) = backing_of(&overlay)? else {
+        let Some(backing) = file_behind(&overlay)? else {
             continue;
         };
-        let backing = overlay.parent().unwrap_or(Path::new("")).join(backing);
-        let backing = fs::canonicalize(&backing).map_err(Error::file("find", &backing))?;
         let folder = backing.parent();
         if folder.and_then(Path::parent) == Some(&line) {
             let name = folder.and_then(|folder| folder.file_name()?.to_str());
@@ -261,6 +264,16 @@ fn rests_on(vm: &VmDir, overlays: Vec<PathBuf>) -> Result<BTreeSet<u64>> {
         }
     }
     Ok(numbers)
+}
+
+/// The file that an overlay rests on, without symbolic links.
+pub(super) fn file_behind(overlay: &Path) -> Result<Option<PathBuf>> {
+    let Some(backing) = backing_of(overlay)? else {
+        return Ok(None);
+    };
+    let backing = overlay.parent().unwrap_or(Path::new("")).join(backing);
+    let found = fs::canonicalize(&backing).map_err(Error::file("find", &backing))?;
+    Ok(Some(found))
 }
 
 /// The backing file that a qcow2 image names, as its header has it (QEMU's
