@@ -45,6 +45,13 @@ pub(crate) fn overlay_on(
     ))
 }
 
+/// So often overlays are merged while a chain is opened, at most.
+const MERGES: usize = 3;
+
+fn is_gone(error: &vm_host::Error) -> bool {
+    matches!(error, vm_host::Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+}
+
 /// A disk as its guest sees it.
 pub(crate) enum DiskImage {
     /// Through overlays.
@@ -58,7 +65,15 @@ pub(crate) enum DiskImage {
 impl DiskImage {
     /// Opens the top of a chain of overlays.
     pub(crate) fn open(top: &Path) -> Result<Self> {
-        let reader = OverlayReader::open(top).map_err(Error::host(format!(
+        let mut opened = OverlayReader::open(top);
+        // One behind it may just have been merged with another: then it rests on that.
+        for _ in 0..MERGES {
+            if !opened.as_ref().is_err_and(is_gone) {
+                break;
+            }
+            opened = OverlayReader::open(top);
+        }
+        let reader = opened.map_err(Error::host(format!(
             "cannot read the disk {}",
             top.display()
         )))?;

@@ -10,15 +10,20 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::error::Context as _;
 use crate::qmp::commands::{
-    BlockCommit, BlockGraph, BlockdevDel, JobDismiss, JobInfo, QueryBlockGraph, QueryJobs,
+    BlockCommit, BlockGraph, BlockdevDel, JobCancel, JobDismiss, JobInfo, QueryBlockGraph,
+    QueryJobs,
 };
 use crate::{Error, Result, Vm};
 
 /// What the jobs of merges are called before their own name.
 const JOBS: &str = "merge-";
+
+/// Others wait meanwhile: a merge of more than can be written in this time is called off.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// Overlays of one disk that are to become one.
 #[derive(Clone, Copy, Debug)]
@@ -76,7 +81,15 @@ impl Vm {
             auto_dismiss: false,
         };
         self.ask(doing, command).await?;
-        self.until_concluded(&job).await?;
+        if tokio::time::timeout(LIMIT, self.until_concluded(&job))
+            .await
+            .is_err()
+        {
+            // What it has written so far is hidden, as ever.
+            let id = job.clone();
+            self.ask("call a job off", JobCancel { id }).await?;
+            self.until_concluded(&job).await?;
+        }
         drop(names);
         let error = self.jobs().await?.remove(&job).and_then(|job| job.error);
         if let Some(reason) = error {
@@ -198,7 +211,7 @@ fn children<'a>(graph: &'a BlockGraph, kind: &str) -> BTreeMap<&'a str, &'a str>
 /// A file under the name that QEMU opened it by, which it may have lost since; dropped, it loses it again.
 struct Named {
     name: Option<PathBuf>,
-    folder: Option<PathBuf>,
+    folders: Vec<PathBuf>,
 }
 
 impl Named {
@@ -210,7 +223,7 @@ impl Named {
         let wanted = identity(file).context("find", file)?;
         let mut named = Self {
             name: None,
-            folder: None,
+            folders: Vec::new(),
         };
         match identity(name) {
             Ok(there) if there == wanted => return Ok(named),
@@ -223,9 +236,14 @@ impl Named {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error).context("find", name),
         }
-        if let Some(folder) = name.parent().filter(|folder| !folder.exists()) {
-            fs::create_dir(folder).context("make", folder)?;
-            named.folder = Some(folder.to_owned());
+        // QEMU puts a chain's names one behind the other: `10/../9/disk0.qcow2` leads through a folder `10`.
+        let mut folder = PathBuf::new();
+        for component in name.parent().into_iter().flat_map(Path::components) {
+            folder.push(component);
+            if !folder.exists() {
+                fs::create_dir(&folder).context("make", &folder)?;
+                named.folders.push(folder.clone());
+            }
         }
         fs::hard_link(file, name).context("link", name)?;
         named.name = Some(name.to_owned());
@@ -239,7 +257,7 @@ impl Drop for Named {
         if let Some(name) = &self.name {
             let _ = fs::remove_file(name);
         }
-        if let Some(folder) = &self.folder {
+        for folder in self.folders.iter().rev() {
             let _ = fs::remove_dir(folder);
         }
     }

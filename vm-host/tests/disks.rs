@@ -135,14 +135,24 @@ async fn a_running_vm_gets_more_overlays_than_a_name_of_qemus_holds() {
     vm.quit().await.unwrap();
 }
 
+/// The overlay of this number, in a folder of its own, as generations have theirs.
+fn overlay(bare: &Bare, number: u8) -> PathBuf {
+    let overlay = bare.path(&number.to_string()).join("overlay.qcow2");
+    let below = match number {
+        1 => "../disk.qcow2".to_owned(),
+        number => format!("../{}/overlay.qcow2", number - 1),
+    };
+    std::fs::create_dir(overlay.parent().unwrap()).unwrap();
+    disk::create_overlay(&overlay, Path::new(&below), Format::Qcow2).unwrap();
+    overlay
+}
+
 /// A chain of overlays with something in each, the topmost last: on every second page of 64 what the overlay's
 /// number says, so that each hides some of what is behind it.
 fn chain(bare: &Bare, length: u8) -> Vec<PathBuf> {
     let mut chain = vec![bare.launch.disks[0].clone()];
     for number in 1..=length {
-        let overlay = bare.path(&format!("overlay{number}.qcow2"));
-        let below = chain.last().unwrap().file_name().unwrap();
-        disk::create_overlay(&overlay, Path::new(below), Format::Qcow2).unwrap();
+        let overlay = overlay(bare, number);
         let writer = OverlayWriter::open(&overlay).unwrap();
         for page in (u64::from(number)..64).step_by(2) {
             // Zeroes hide what is behind them, too.
@@ -181,7 +191,7 @@ async fn a_running_vm_has_overlays_merged() {
     // Some it has opened by their headers, some were put on top while it ran.
     for number in 4..=6 {
         guest_writes(&vm, 0, number, &format!("{}k", 4 * number), "40k");
-        let overlay = bare.path(&format!("overlay{number}.qcow2"));
+        let overlay = overlay(&bare, number);
         vm.snapshot_disks(std::slice::from_ref(&overlay))
             .await
             .unwrap();
@@ -206,30 +216,31 @@ async fn a_running_vm_has_overlays_merged() {
     }
     run(&files[1..], (1, 3, "")).await.unwrap_err();
     // All but the topmost and the two lowest, 5 to 2.
-    run(&files, (1, 4, "overlay5.qcow2")).await.unwrap();
+    run(&files, (1, 4, "../5/overlay.qcow2")).await.unwrap();
     // Cut off here, nothing changed; QEMU has it locked until it is told to forget.
     assert!(read_all(&OverlayReader::open(&files[0]).unwrap()) == before);
     assert_eq!(vm.merges().await.unwrap(), ["disk0-of-a-test"]);
     std::fs::rename(&files[4], &files[1]).unwrap();
+    // QEMU's name for what was merged led through all of these folders.
     for gone in files.drain(2..5) {
-        let _ = std::fs::remove_file(gone);
+        std::fs::remove_dir_all(gone.parent().unwrap()).unwrap();
     }
     vm.forget_merge("disk0-of-a-test").await.unwrap();
     assert_eq!(vm.merges().await.unwrap(), Vec::<String>::new());
     assert!(raw_of(&files[0]) == before);
     // The guest goes on, and it can be done again, though QEMU's name for what was merged is gone.
     guest_writes(&vm, 0, 9, "100k", "8k");
-    files.insert(0, bare.path("overlay7.qcow2"));
+    files.insert(0, overlay(&bare, 7));
     vm.snapshot_disks(&files[..1]).await.unwrap();
     guest_writes(&vm, 0, 10, "104k", "8k");
     let after = raw_of(&files[0]);
     assert!(after[100 << 10] == 9 && after[104 << 10] == 10);
-    run(&files, (1, 2, "overlay6.qcow2")).await.unwrap();
+    run(&files, (1, 2, "../6/overlay.qcow2")).await.unwrap();
     std::fs::rename(&files[2], &files[1]).unwrap();
     // Nothing of it is only in QEMU's memory, and no name was left behind.
     vm.kill().await.unwrap();
     assert!(raw_of(&files[0]) == after);
-    assert!(!bare.path("overlay2.qcow2").exists());
+    assert!(!bare.path("2").exists() && !bare.path("3").exists());
     let reader = OverlayReader::open(&files[0]).unwrap();
     assert_eq!(reader.files().count(), 4);
     qemu_img(&["check", "-q", files[1].to_str().unwrap()]);

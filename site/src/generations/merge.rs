@@ -50,6 +50,8 @@ pub(super) fn possible(vm: &VmDir, survey: &Survey, decision: &Decision) -> Resu
     let fate = |number: u64| decision.fates.get(&number).copied().unwrap_or(Fate::Stay);
     let live = Live::load(vm)?.map(|live| live.overlay_paths(vm));
     let live = live.unwrap_or_default();
+    // Of a run that is over, what says so may be there without its overlays.
+    let live: Vec<PathBuf> = live.into_iter().filter(|path| path.exists()).collect();
     let others = survey::overlays_outside(vm, &survey::PLACES)?;
     let others = others.into_iter().filter(|path| !live.contains(path));
     // Nobody knows who has those open.
@@ -61,7 +63,8 @@ pub(super) fn possible(vm: &VmDir, survey: &Survey, decision: &Decision) -> Resu
         let mut above: BTreeMap<u64, u32> = BTreeMap::new();
         for folder in &survey.line {
             let overlay = vm.generation(folder.number).disk(index);
-            let stays = matches!(fate(folder.number), Fate::Stay | Fate::Disks);
+            // A checkpoint that was killed may have left one disk of several.
+            let stays = matches!(fate(folder.number), Fate::Stay | Fate::Disks) && overlay.exists();
             if let Some(on) =
                 survey::rests_on(vm, Vec::from_iter(stays.then_some(overlay)))?.first()
             {
@@ -110,7 +113,12 @@ pub(super) fn possible(vm: &VmDir, survey: &Survey, decision: &Decision) -> Resu
 
 /// The QEMU that has the disks open, if it can be asked to merge them, and what it may have left of a
 /// merge that was cut off is finished.
-pub(super) async fn ready(vm: &VmDir) -> Result<Option<Vm>> {
+///
+/// Where nothing is to change, nobody is asked.
+pub(super) async fn ready(vm: &VmDir, dry_run: bool) -> Result<Option<Vm>> {
+    if dry_run {
+        return Ok(None);
+    }
     let Some(qemu) = local::attach(vm).await? else {
         return Ok(None);
     };
@@ -171,6 +179,13 @@ pub(super) async fn merge(
         let disk = fs::canonicalize(disk_of(number)).ok()?;
         chain.iter().position(|file| *file == disk)
     };
+    if place(merged.into).is_some() != place(oldest).is_some() {
+        return Err(Error::Refused(format!(
+            "the QEMU of {} has only some of the overlays {} open",
+            vm.name(),
+            merged.name()
+        )));
+    }
     if let (Some(qemu), Some(top), Some(base)) = (qemu, place(merged.into), place(oldest)) {
         let backing = format!(
             "../../generations/{}/disk{}.qcow2",

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Serialize;
+use vm_host::Vm;
 
 pub use decide::{Fate, Kind, Limits, Reliance, Sizes};
 pub use merge::Merged;
@@ -205,12 +206,26 @@ async fn prune_locked(vm: &VmDir, locks: Locks, limits: Limits, dry_run: bool) -
             place.clear(vm).await?;
         }
     }
+    // What is worth no failure: all that is to go goes.
+    let mut unmerged = None;
+    let mut cannot = |error: Error| {
+        tracing::warn!(vm = %vm.name(), error = error.chain(), "overlays are not merged");
+        unmerged = Some(error.chain());
+    };
+    // A merge that was cut off is finished before anything is looked at.
+    let qemu = match merge::ready(vm, dry_run).await {
+        Ok(qemu) => Some(qemu),
+        Err(error) => {
+            cannot(error);
+            None
+        }
+    };
     let (vm_too, locks_too) = (vm.clone(), locks.clone());
-    let mut pruned = blocking(move || {
+    let (mut pruned, possible) = blocking(move || {
         let (vm, _locks) = (vm_too, locks_too);
         let (survey, decision) = surveyed(&vm, limits)?;
         let taken = taken(&survey, &decision);
-        let merged = merge::possible(&vm, &survey, &decision)?;
+        let possible = merge::possible(&vm, &survey, &decision);
         let notes = outlived_notes(&vm)?;
         if !dry_run {
             sweep(&vm, &survey, &decision)?;
@@ -219,28 +234,32 @@ async fn prune_locked(vm: &VmDir, locks: Locks, limits: Limits, dry_run: bool) -
             }
         }
         leftovers.extend(notes);
-        Ok(Pruned {
+        let pruned = Pruned {
             dry_run,
             taken,
             logs: decision.logs.iter().copied().collect(),
-            merged,
+            merged: Vec::new(),
             unmerged: None,
             leftovers,
             freed: decision.freed + extra,
             left: decision.left,
             within: limits.max_bytes.map(|max| decision.left <= max),
-        })
+        };
+        Ok((pruned, possible))
     })
     .await?;
-    if !dry_run {
-        let possible = std::mem::take(&mut pruned.merged);
-        // All that was to go is gone: what stays is worth no failure.
-        if let Err(error) = merge_all(vm, &locks, limits, possible, &mut pruned).await {
-            tracing::warn!(vm = %vm.name(), error = error.chain(), "overlays were not merged");
-            pruned.unmerged = Some(error.chain());
+    match (possible, qemu) {
+        (Ok(possible), _) if dry_run => pruned.merged = possible,
+        (Ok(possible), Some(qemu)) => {
+            let merged = merge_all(vm, &locks, limits, qemu.as_ref(), possible);
+            if let Err(error) = merged.await.map(|merged| pruned.merged = merged) {
+                cannot(error);
+            }
         }
+        (Ok(_), None) => {}
+        (Err(error), _) => cannot(error),
     }
-    Ok(pruned)
+    Ok(Pruned { unmerged, ..pruned })
 }
 
 fn surveyed(vm: &VmDir, limits: Limits) -> Result<(Survey, Decision)> {
@@ -253,16 +272,14 @@ async fn merge_all(
     vm: &VmDir,
     locks: &Locks,
     limits: Limits,
+    qemu: Option<&Vm>,
     possible: Vec<Merged>,
-    pruned: &mut Pruned,
-) -> Result<()> {
+) -> Result<Vec<Merged>> {
     if possible.is_empty() {
-        return Ok(());
+        return Ok(possible);
     }
-    let qemu = merge::ready(vm).await?;
-    for merged in possible {
-        merge::merge(vm, locks, qemu.as_ref(), &merged).await?;
-        pruned.merged.push(merged);
+    for merged in &possible {
+        merge::merge(vm, locks, qemu, merged).await?;
     }
     // The places of what was merged.
     let (vm, locks) = (vm.clone(), locks.clone());
@@ -271,7 +288,8 @@ async fn merge_all(
         let (survey, decision) = surveyed(&vm, limits)?;
         sweep(&vm, &survey, &decision)
     })
-    .await
+    .await?;
+    Ok(possible)
 }
 
 /// What holds off others, for as long as any part of the work has it.

@@ -51,6 +51,8 @@ commands! {
     "x-debug-query-block-graph" QueryBlockGraph {} -> BlockGraph;
     /// Jobs that run, and those that are done and were not dismissed.
     "query-jobs" QueryJobs {} -> Vec<JobInfo>;
+    /// Ends a job before it is done.
+    "job-cancel" JobCancel { id: String } -> Empty;
     /// Forgets a job that is done.
     "job-dismiss" JobDismiss { id: String } -> Empty;
     /// All or nothing.
