@@ -12,7 +12,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use values::{duration, size};
 
 pub(crate) use migrate::{MigrateArgs, StrategyArg, TwinArg};
-pub(crate) use sync::SyncArgs;
+pub(crate) use sync::{By, SyncArgs};
 
 /// Moves a person's running desktop between sites over a thin line.
 ///

@@ -33,6 +33,7 @@ use crate::vm::VmRecord;
 
 pub use history::Off;
 use history::{History, Outcome};
+pub(crate) use predict::bytes as state_bytes;
 use rounds::Changing;
 
 /// A shorter stand-still is worth no other cost unless it is shorter by so many seconds.

@@ -5,6 +5,7 @@
 //! `resume`, `tell`, `viewers`, `hold`), one line of JSON back. What it answers to `flush` is on disk; once it has
 //! answered to `pause`, nothing that is typed gets into the log.
 
+pub(crate) mod stretch;
 mod writer;
 
 use std::io;
@@ -164,8 +165,17 @@ enum Answer {
     },
     Viewers(Viewers),
     /// What is typed waits until the caller hangs up.
-    Held,
+    Held(Option<Position>),
     Failed(String),
+}
+
+/// A moment of what is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Position {
+    /// The log, by the generation that it continues.
+    pub(crate) log: u64,
+    /// The guest time since that generation, in microseconds.
+    pub(crate) at: u64,
 }
 
 /// Who looks on through a recorder.
@@ -244,6 +254,12 @@ pub async fn record(
         .await
         .map_err(Error::Recorder)?;
     let socket = ControlSocket::bind(control_path(vm)?)?;
+    let control = Control {
+        log: manifest.generation,
+        writer: &sender,
+        clock: &clock,
+        recorder: &recorder,
+    };
     begun(&Recording {
         generation: manifest.generation,
         listening: recorder.local_addr().to_string(),
@@ -251,7 +267,7 @@ pub async fn record(
     });
     let ended = tokio::select! {
         () = stop => Ended::Stopped,
-        ended = serve_control(&socket.listener, &sender, &clock, &recorder) => ended?,
+        ended = serve_control(&socket.listener, &control) => ended?,
         // Others drive QEMU meanwhile: a migration, before all.
         _ = qemu.death_from_afar() => Ended::VmEnded,
         // What it could not write is told below.
@@ -304,12 +320,15 @@ fn control_path(vm: &VmDir) -> Result<PathBuf> {
     Ok(vm.runtime_dir("live")?.join("record.sock"))
 }
 
-async fn serve_control(
-    listener: &UnixListener,
-    writer: &mpsc::Sender<ToWriter>,
-    clock: &SinceCheckpoint,
-    recorder: &RecorderHandle,
-) -> Result<Ended> {
+/// What answers on the control socket.
+struct Control<'a> {
+    log: u64,
+    writer: &'a mpsc::Sender<ToWriter>,
+    clock: &'a SinceCheckpoint,
+    recorder: &'a RecorderHandle,
+}
+
+async fn serve_control(listener: &UnixListener, control: &Control<'_>) -> Result<Ended> {
     let mut paused = false;
     loop {
         let (stream, _) = match listener.accept().await {
@@ -323,7 +342,7 @@ async fn serve_control(
             }
         };
         // One after the other: an answer takes no time, and the next caller waits for it.
-        let answered = answer(stream, writer, clock, recorder, &mut paused);
+        let answered = control.answer(stream, &mut paused);
         match tokio::time::timeout(CONTROL_LIMIT, answered).await {
             Ok(Ok(Some(ended))) => return Ok(ended),
             Ok(Ok(None)) => {}
@@ -333,73 +352,77 @@ async fn serve_control(
     }
 }
 
-async fn answer(
-    stream: UnixStream,
-    writer: &mpsc::Sender<ToWriter>,
-    clock: &SinceCheckpoint,
-    recorder: &RecorderHandle,
-    paused: &mut bool,
-) -> io::Result<Option<Ended>> {
-    let mut stream = BufReader::new(stream);
-    let mut line = String::new();
-    tokio::io::AsyncReadExt::take(&mut stream, 64)
-        .read_line(&mut line)
-        .await?;
-    let (answer, ended) = match line.trim() {
-        "flush" => {
-            // What happens from here on may be missing; what happened before is not.
-            let at = clock.now().micros;
-            let (sender, receiver) = oneshot::channel();
-            let _ = writer.send(ToWriter::Flush(sender));
-            match receiver.await {
-                Ok(Ok(())) => (Answer::Flushed { at }, None),
-                Ok(Err(error)) => (Answer::Failed(error.chain()), None),
-                Err(_) => (
-                    Answer::Failed("the log can't be written any more".into()),
-                    None,
-                ),
+impl Control<'_> {
+    async fn answer(&self, stream: UnixStream, paused: &mut bool) -> io::Result<Option<Ended>> {
+        let Self {
+            log,
+            writer,
+            clock,
+            recorder,
+        } = self;
+        let mut stream = BufReader::new(stream);
+        let mut line = String::new();
+        tokio::io::AsyncReadExt::take(&mut stream, 64)
+            .read_line(&mut line)
+            .await?;
+        let (answer, ended) = match line.trim() {
+            "flush" => {
+                // What happens from here on may be missing; what happened before is not.
+                let at = clock.now().micros;
+                let (sender, receiver) = oneshot::channel();
+                let _ = writer.send(ToWriter::Flush(sender));
+                match receiver.await {
+                    Ok(Ok(())) => (Answer::Flushed { at }, None),
+                    Ok(Err(error)) => (Answer::Failed(error.chain()), None),
+                    Err(_) => (
+                        Answer::Failed("the log can't be written any more".into()),
+                        None,
+                    ),
+                }
             }
-        }
-        "stop" => (Answer::Stopping, Some(Ended::Moved)),
-        word @ ("pause" | "resume" | "tell") => {
-            match word {
-                "pause" => recorder.pause(),
-                "resume" => recorder.resume(),
-                _ => {}
+            "stop" => (Answer::Stopping, Some(Ended::Moved)),
+            word @ ("pause" | "resume" | "tell") => {
+                match word {
+                    "pause" => recorder.pause(),
+                    "resume" => recorder.resume(),
+                    _ => {}
+                }
+                if word != "tell" {
+                    *paused = word == "pause";
+                }
+                let (paused, at) = (*paused, clock.now().micros);
+                (Answer::Logs { paused, at }, None)
             }
-            if word != "tell" {
-                *paused = word == "pause";
+            "viewers" => {
+                let recorded = recorder.statistics();
+                let viewers = Viewers {
+                    now: recorded.viewers,
+                    admitted: recorded.admitted,
+                };
+                (Answer::Viewers(viewers), None)
             }
-            let (paused, at) = (*paused, clock.now().micros);
-            (Answer::Logs { paused, at }, None)
-        }
-        "viewers" => {
-            let recorded = recorder.statistics();
-            let viewers = Viewers {
-                now: recorded.viewers,
-                admitted: recorded.admitted,
-            };
-            (Answer::Viewers(viewers), None)
-        }
-        "hold" => {
-            let held = recorder.hold().await;
-            say(&mut stream, &Answer::Held).await?;
-            tokio::spawn(async move {
-                // Nothing is said: the end is waited for.
-                let mut rest = [0; 1];
-                let hung_up = tokio::io::AsyncReadExt::read(&mut stream, &mut rest);
-                let _ = tokio::time::timeout(HOLD_LIMIT, hung_up).await;
-                drop(held);
-            });
-            return Ok(None);
-        }
-        _ => (
-            Answer::Failed("say flush, stop, pause, resume, tell, viewers or hold".into()),
-            None,
-        ),
-    };
-    say(&mut stream, &answer).await?;
-    Ok(ended)
+            "hold" => {
+                let held = recorder.hold().await;
+                let (log, at) = (*log, clock.now().micros);
+                let position = (!*paused).then_some(Position { log, at });
+                say(&mut stream, &Answer::Held(position)).await?;
+                tokio::spawn(async move {
+                    // Nothing is said: the end is waited for.
+                    let mut rest = [0; 1];
+                    let hung_up = tokio::io::AsyncReadExt::read(&mut stream, &mut rest);
+                    let _ = tokio::time::timeout(HOLD_LIMIT, hung_up).await;
+                    drop(held);
+                });
+                return Ok(None);
+            }
+            _ => (
+                Answer::Failed("say flush, stop, pause, resume, tell, viewers or hold".into()),
+                None,
+            ),
+        };
+        say(&mut stream, &answer).await?;
+        Ok(ended)
+    }
 }
 
 async fn say(stream: &mut BufReader<UnixStream>, answer: &Answer) -> io::Result<()> {
@@ -501,6 +524,8 @@ pub(crate) async fn viewers(vm: &VmDir) -> Option<Viewers> {
 
 /// What is typed and pointed at through the recorder waits until this is dropped.
 pub(crate) struct HeldInput {
+    /// From when on; none where nothing is logged.
+    pub(crate) position: Option<Position>,
     _hung_up_then: BufReader<UnixStream>,
 }
 
@@ -508,7 +533,8 @@ pub(crate) struct HeldInput {
 /// records the VM; one that does not answer holds up nobody.
 pub(crate) async fn hold(vm: &VmDir) -> Option<HeldInput> {
     match ask_and_stay(vm, "hold").await {
-        Ok(Some((Answer::Held, stream))) => Some(HeldInput {
+        Ok(Some((Answer::Held(position), stream))) => Some(HeldInput {
+            position,
             _hung_up_then: stream,
         }),
         Ok(None) => None,

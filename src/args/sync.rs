@@ -2,9 +2,17 @@
 
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::values::{duration, size};
+
+/// By what epochs are shipped.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum By {
+    State,
+    Log,
+    Less,
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct SyncArgs {
@@ -26,6 +34,11 @@ pub(crate) struct SyncArgs {
     /// And once the last viewer has left that looks on through the recorder
     #[arg(long)]
     pub(crate) when_left: bool,
+    /// What to ship: `state`, what differs since the standby's generation; `log`, what was recorded since
+    /// (`record`), which the standby replays, and what differs then; `less`, whichever is expected to take
+    /// fewer bytes. A replay takes processors of the standby, and up to as long as the epoch
+    #[arg(long, value_enum, default_value_t = By::State)]
+    pub(crate) by: By,
     /// Send no faster than this to all standbys together: 2mbit, 500kbit
     #[arg(long, value_parser = benches::rate_of, value_name = "RATE")]
     pub(crate) cap: Option<u64>,

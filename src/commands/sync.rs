@@ -7,7 +7,7 @@ use site::{Store, source};
 
 use super::serve::OnSignal;
 use super::{migrate, peer_of, vm_of};
-use crate::args::SyncArgs;
+use crate::args::{self, SyncArgs};
 use crate::output::{Output, bytes};
 
 pub(crate) async fn run(store: &Store, args: &SyncArgs, output: &Output) -> anyhow::Result<()> {
@@ -24,6 +24,11 @@ pub(crate) async fn run(store: &Store, args: &SyncArgs, output: &Output) -> anyh
             after_bytes: args.after,
             when_idle: args.when_idle,
             when_left: args.when_left,
+        },
+        by: match args.by {
+            args::By::State => sync::By::State,
+            args::By::Log => sync::By::Log,
+            args::By::Less => sync::By::Less,
         },
         cap: args.cap,
         keep: args.keep as usize,
@@ -89,13 +94,22 @@ fn describe(event: &SyncEvent) -> String {
             };
             format!("generation {generation} ({why}); the VM stood still for {paused:.2} s")
         }
-        SyncEvent::Shipped(shipment) => format!(
-            "{} has generation {}; {} sent in {:.1} s",
-            shipment.site,
-            shipment.generation,
-            bytes(shipment.bytes.sent),
-            shipment.seconds
-        ),
+        SyncEvent::Shipped(shipment) => {
+            let how = match &shipment.by_log {
+                None => String::new(),
+                Some(by_log) => match by_log.state_expected {
+                    None => ", by log".to_owned(),
+                    Some(state) => format!(", by log, where the state would take {}", bytes(state)),
+                },
+            };
+            format!(
+                "{} has generation {}; {} sent in {:.1} s{how}",
+                shipment.site,
+                shipment.generation,
+                bytes(shipment.bytes.sent),
+                shipment.seconds
+            )
+        }
         SyncEvent::Waiting { site, why, seconds } => {
             format!("{site} can't be brought up to date ({why}); trying again in {seconds:.0} s")
         }

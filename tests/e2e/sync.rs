@@ -1,5 +1,6 @@
 //! Standbys: sites that have a whole generation at any time, and soon a newer one.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,6 +9,8 @@ use tempfile::TempDir;
 use testkit::robot::{Robot, VncAddr};
 use testkit::sector::{COUNTER, COUNTS, KEY_COUNT, KEYS, START};
 use testkit::site::{Running, Site, introduce, newest_generation, whole_generation};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
 
 use crate::common::{
     SOON, VM, assert_hardly_refetched, assert_same_images, boot_sector, eventually, program,
@@ -178,6 +181,45 @@ async fn nothing_that_is_typed_through_the_recorder_is_lost_in_an_epoch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_epoch_goes_by_log_where_one_was_kept() {
+    let Sites { _dir, a, b, .. } = sites(&KEYS).await;
+    let words = ["sync", VM, "--to", "b", "--every", "2s", "--by", "log"];
+    let mut sync = a.spawn(&words).unwrap();
+    let unrecorded = event(&mut sync, "shipped", |_| true).await;
+    assert!(unrecorded["by_log"].is_null(), "{unrecorded}");
+    let recorder = a.record(VM).await.unwrap();
+    // An epoch may begin between any two keys.
+    let played = Cell::new(0);
+    let by_log = |events: u64| {
+        move |line: &Value, played: &Cell<u64>| {
+            let replay = &line["by_log"]["replay"];
+            played.set(played.get() + replay["events"].as_u64().unwrap_or_default());
+            played.get() >= events
+        }
+    };
+    type_keys(&recorder.vnc, "abc").await;
+    let (all, later) = (by_log(6), by_log(10));
+    let shipped = event(&mut sync, "shipped", |line| all(line, &played)).await;
+    assert!(shipped["bytes"]["log"].as_u64().unwrap() > 0, "{shipped}");
+    assert_eq!(keys_at(&b), Some(3));
+    // From the middle of the log on, too.
+    type_keys(&recorder.vnc, "de").await;
+    event(&mut sync, "shipped", |line| later(line, &played)).await;
+    assert_eq!(keys_at(&b), Some(5));
+    // Where something is missing, it goes by state.
+    a.json(&["record", VM, "--pause"]).await.unwrap();
+    type_keys(&recorder.vnc, "f").await;
+    a.json(&["record", VM, "--resume"]).await.unwrap();
+    event(&mut sync, "shipped", |line| line["by_log"].is_null()).await;
+    eventually("B has it all the same", || keys_at(&b) == Some(6)).await;
+    sync.stop().await.unwrap();
+    let once = ["sync", VM, "--to", "b", "--once", "--by", "less"];
+    a.json(&once).await.unwrap();
+    assert_same_images(&a, &b);
+    assert_eq!(a.state(VM).await.unwrap(), "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn whatever_is_killed_a_standby_is_whole() {
     /// Spread over an epoch and its shipping.
     const KILLS: u64 = 12;
@@ -214,7 +256,7 @@ async fn whatever_is_killed_a_standby_is_whole() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_epoch_begins_when_something_has_happened() {
-    let Sites { _dir, a, b, .. } = sites(&KEYS).await;
+    let Sites { _dir, a, b, c } = sites(&KEYS).await;
     let recorder = a.record(VM).await.unwrap();
     let words = ["sync", VM, "--to", "b", "--when-left", "--cap", "100mbit"];
     let mut sync = a.spawn(&words).unwrap();
@@ -228,7 +270,18 @@ async fn an_epoch_begins_when_something_has_happened() {
     type_keys(&recorder.vnc, "d").await;
     a.json(&["checkpoint", VM]).await.unwrap();
     event(&mut sync, "shipped", |_| keys_at(&b) == Some(4)).await;
+    // Somebody has it hold still, and somebody else wants that as well.
+    let vm = site::Store::open(a.dir())
+        .unwrap()
+        .vm(&VM.parse().unwrap());
+    let socket = vm.runtime_dir("sync").unwrap().join("sync.sock");
+    let mut first = UnixStream::connect(socket).await.unwrap();
+    assert_eq!(first.read_u8().await.unwrap(), b'h');
+    let seed = a.json(&["seed", VM, "--to", "c"]);
+    tokio::time::timeout(SOON, seed).await.unwrap().unwrap();
+    drop(first);
     let stopped: Value = sync.stop().await.unwrap().last().unwrap();
     assert_eq!(stopped["ended"], "stopped", "{stopped}");
+    assert_eq!(keys_at(&c), Some(4));
     assert_eq!(a.state(VM).await.unwrap(), "running");
 }

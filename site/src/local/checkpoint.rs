@@ -14,7 +14,7 @@ use crate::disks::{self, DiskImage};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::{GenerationFiles, ImageInfo, Manifest};
-use crate::recording;
+use crate::recording::{self, stretch};
 use crate::store::VmDir;
 use crate::vm::VmRecord;
 
@@ -83,7 +83,7 @@ pub(crate) async fn checkpoint_locked(
         resume_live(vm, qemu).await?;
         still::end(vm)?;
     }
-    drop(held);
+    let position = held.and_then(|held| held.position);
     let paused = begun.elapsed();
     let taken = taken?;
     let overlays = taken.overlays.clone();
@@ -95,6 +95,9 @@ pub(crate) async fn checkpoint_locked(
         ran: was_running,
     }
     .store(vm)?;
+    if let Some(position) = position {
+        stretch::note(vm, manifest.generation, position)?;
+    }
     Ok(Made { manifest, paused })
 }
 

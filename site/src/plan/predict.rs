@@ -22,7 +22,7 @@ const SAMPLE: usize = 1024;
 const RUNS: usize = 16;
 
 /// About how many bytes the disks and RAM of a state take that are reconciled with a base.
-pub(super) fn bytes(state: &State, base: &Base, rate: f64) -> Result<f64> {
+pub(crate) fn bytes(state: &State, base: &Base, rate: f64) -> Result<f64> {
     let kinds = state.heads().into_iter().map(|head| head.kind);
     kinds
         .filter(|kind| *kind != ImageKind::Device)

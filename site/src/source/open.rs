@@ -161,7 +161,7 @@ pub(super) async fn ship_base(
     if let Some(base) = base
         && !welcome.common.contains(&base)
     {
-        ship_generation(line, vm, record, base.number, welcome, rate, progress).await?;
+        ship_generation(line, vm, record, base.number, welcome, rate, None, progress).await?;
     }
     Ok(traffic.sent() - before)
 }

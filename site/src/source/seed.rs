@@ -13,8 +13,8 @@ use crate::peers::{Peer, Permission};
 use crate::phase::Phase;
 use crate::plan::{self, Estimates, Feasible};
 use crate::progress::Progress;
-use crate::protocol::{Purpose, ToSource, ToTarget, Welcome};
-use crate::report::ByteReport;
+use crate::protocol::{Plan, Purpose, ToSource, ToTarget, Welcome};
+use crate::report::{ByteReport, ReplaySummary, Strategy};
 use crate::state::{Base, State};
 use crate::store::VmDir;
 use crate::transport::RateCap;
@@ -25,7 +25,7 @@ use super::account::{account, finish_traffic};
 use super::control;
 use super::hand_over::{give_way_if_so, settle};
 use super::opening::{begin, hello, live};
-use super::sync;
+use super::sync::{self, ByLog, Choice};
 
 pub(super) async fn ship_files(
     line: &mut Line,
@@ -48,6 +48,17 @@ pub(super) async fn ship_files(
     Ok(())
 }
 
+/// A generation that was shipped.
+pub(super) struct Shipped {
+    pub(super) sent: Vec<Sent>,
+    /// The log, if it went that way.
+    log: u64,
+    by_log: Option<ByLog>,
+}
+
+/// Ships a generation as what differs from the newest older one that the target has; by log, where
+/// `choice` says so.
+#[expect(clippy::too_many_arguments)]
 pub(super) async fn ship_generation(
     line: &mut Line,
     vm: &VmDir,
@@ -55,34 +66,54 @@ pub(super) async fn ship_generation(
     number: u64,
     welcome: &Welcome,
     rate: f64,
+    mut choice: Option<&mut Choice>,
     progress: &dyn Progress,
-) -> Result<Vec<Sent>> {
+) -> Result<Shipped> {
     let manifest = vm.manifest(number)?;
     let id = manifest.identity();
-    let common = welcome
-        .common
-        .iter()
-        .rfind(|id| id.number < number)
-        .map(|id| id.number);
+    let common = welcome.common.iter().rfind(|id| id.number < number);
+    let common = common.copied();
     let (state, base) = {
         let (vm, record, manifest) = (vm.clone(), record.clone(), manifest.clone());
         local::blocking(move || {
             Ok((
                 Arc::new(State::of_generation(&vm, &manifest)?),
-                Arc::new(Base::load(&vm, &record, common)?),
+                Arc::new(Base::load(&vm, &record, common.map(|id| id.number))?),
             ))
         })
         .await?
     };
+    let recorded = match (choice.as_deref_mut(), common) {
+        (Some(choice), Some(from)) => {
+            let stretch = [from.number, number];
+            choice.recorded(vm, stretch, &state, &base, rate).await
+        }
+        _ => None,
+    };
+    if recorded.is_some() {
+        line.send(ToTarget::Plan(Plan {
+            strategy: Strategy::Replay,
+            base: common,
+            quick: true,
+        }))
+        .await?;
+    }
     line.send(ToTarget::Generation {
         manifest: Box::new(manifest),
-        base: common,
+        base: common.map(|id| id.number),
     })
     .await?;
+    let by_log = match &recorded {
+        Some(recorded) => Some(ByLog {
+            replay: have_replayed(line, &recorded.segment, progress).await?,
+            state_expected: recorded.state_expected.map(|bytes| bytes as u64),
+        }),
+        None => None,
+    };
     let out = Outgoing {
         state: &state,
         base: &base,
-        replayed: false,
+        replayed: by_log.is_some(),
         twin: None,
         rate,
         progress,
@@ -92,10 +123,45 @@ pub(super) async fn ship_generation(
     match line.recv(Phase::Base).await? {
         ToSource::Published => {
             seen::shared(vm, line.peer(), id)?;
-            Ok(sent)
         }
-        _ => Err(line.unexpected(Phase::Base, "no word that it kept the generation")),
+        _ => return Err(line.unexpected(Phase::Base, "no word that it kept the generation")),
     }
+    let log = recorded
+        .as_ref()
+        .map_or(0, |recorded| recorded.segment.len());
+    if let (Some(choice), Some(recorded)) = (choice, recorded) {
+        let images = sent.iter().map(|sent| sent.hashes + sent.payload);
+        let all = log as u64 + images.sum::<u64>();
+        choice.took(all, recorded.state_expected);
+    }
+    Ok(Shipped {
+        sent,
+        log: log as u64,
+        by_log,
+    })
+}
+
+/// Has the target replay a log on the working copy of the generation that was announced.
+async fn have_replayed(
+    line: &mut Line,
+    segment: &[u8],
+    progress: &dyn Progress,
+) -> Result<ReplaySummary> {
+    for part in reconciler::blob_parts(segment) {
+        line.send(ToTarget::Log(part)).await?;
+    }
+    line.flush().await?;
+    let summary = loop {
+        match line.recv(Phase::Replay).await? {
+            ToSource::Replaying { done, total } => {
+                progress.advance(Phase::Replay, done, Some(total));
+            }
+            ToSource::Replayed(summary) => break summary,
+            _ => return Err(line.unexpected(Phase::Replay, "no word of the replay")),
+        }
+    };
+    line.send(ToTarget::Freeze).await?;
+    Ok(summary)
 }
 
 /// What seeding a site took.
@@ -105,6 +171,8 @@ pub struct SeedReport {
     pub generation: u64,
     /// The generation that both had before.
     pub generation_from: Option<u64>,
+    /// How it was replayed there, if it was shipped by log.
+    pub by_log: Option<ByLog>,
     /// What crossed the socket.
     pub bytes: ByteReport,
     /// Seconds in all.
@@ -117,7 +185,7 @@ pub async fn seed(vm: &VmDir, peer: &Peer, progress: &dyn Progress) -> Result<Se
     settle(vm).await?;
     let seeded = {
         let _lock = vm.lock_soon().await?;
-        ship_newest(vm, peer, None, progress).await
+        ship_newest(vm, peer, None, None, progress).await
     };
     give_way_if_so(vm, peer, seeded).await
 }
@@ -128,6 +196,7 @@ pub(super) async fn ship_newest(
     vm: &VmDir,
     peer: &Peer,
     cap: Option<Arc<RateCap>>,
+    choice: Option<&mut Choice>,
     progress: &dyn Progress,
 ) -> Result<SeedReport> {
     let begun = Instant::now();
@@ -159,18 +228,23 @@ pub(super) async fn ship_newest(
     progress.phase(Phase::Base);
     ship_files(&mut line, vm, &record, &welcome, progress).await?;
     let mut bytes = ByteReport::default();
+    let mut by_log = None;
     if !welcome.common.contains(&newest.identity()) {
         let number = newest.generation;
-        let sent =
-            ship_generation(&mut line, vm, &record, number, &welcome, rate, progress).await?;
-        account(&mut bytes, &sent);
-        LinkHistory::load(vm.store())?.note(vm.store(), peer, &sent)?;
+        let shipped = ship_generation(
+            &mut line, vm, &record, number, &welcome, rate, choice, progress,
+        );
+        let shipped = shipped.await?;
+        account(&mut bytes, &shipped.sent);
+        (bytes.log, by_log) = (shipped.log, shipped.by_log);
+        LinkHistory::load(vm.store())?.note(vm.store(), peer, &shipped.sent)?;
     }
     finish_traffic(&mut bytes, &handle);
     line.close().await;
     Ok(SeedReport {
         generation: newest.generation,
         generation_from: welcome.common.last().map(|id| id.number),
+        by_log,
         bytes,
         seconds: begun.elapsed().as_secs_f64(),
     })

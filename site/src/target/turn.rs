@@ -37,8 +37,14 @@ impl Turn<'_> {
     /// Whether the message has a place here.
     pub(super) fn allows(&self, message: &ToTarget) -> bool {
         let migrates = *self.purpose == Purpose::Migrate;
-        let after_replay = matches!(self.strategy, Some(Strategy::Replay | Strategy::Live));
-        let replays = migrates && self.work && !self.received && !self.rounds && after_replay;
+        // A copy that is left for later is brought near by a replay as well.
+        let seeds = *self.purpose == Purpose::Seed;
+        let after_replay = match self.strategy {
+            Some(Strategy::Replay) => migrates || seeds,
+            Some(Strategy::Live) => migrates,
+            _ => false,
+        };
+        let replays = self.work && !self.received && !self.rounds && after_replay;
         match message {
             ToTarget::Probe(_) => true,
             _ if !self.locked || self.committed => false,
@@ -47,7 +53,7 @@ impl Turn<'_> {
                 !self.fork && self.work && !self.received
             }
             ToTarget::Log(_) => replays,
-            ToTarget::Follow { .. } => replays && self.follows,
+            ToTarget::Follow { .. } => replays && migrates && self.follows,
             ToTarget::Rounds => {
                 let live = self.strategy == Some(Strategy::Live);
                 migrates && live && self.received && !self.rounds
@@ -55,8 +61,8 @@ impl Turn<'_> {
             ToTarget::Changed { .. } | ToTarget::RoundEnd => {
                 migrates && self.rounds && !self.received && !self.fork
             }
-            ToTarget::Freeze => migrates && !self.received,
-            ToTarget::Plan(_) => migrates,
+            ToTarget::Freeze => (migrates || seeds) && !self.received,
+            ToTarget::Plan(_) => migrates || seeds,
             ToTarget::CatchUp { .. } | ToTarget::Leave => self.following,
             ToTarget::Commit(_) => migrates && self.received,
             ToTarget::Publish => self.received,
@@ -325,8 +331,21 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_is_never_played_nor_committed() {
+    fn a_seed_may_be_played_and_is_never_followed_nor_committed() {
         let purpose = Purpose::Seed;
+        let work = Turn {
+            strategy: Some(Strategy::Replay),
+            work: true,
+            ..begun(&purpose)
+        };
+        let now = allowed(&work);
+        assert!(now.contains(&"Log") && now.contains(&"Freeze"));
+        assert!(!now.contains(&"Follow") && !now.contains(&"Rounds"));
+        let live = Turn {
+            strategy: Some(Strategy::Live),
+            ..work
+        };
+        assert!(!allowed(&live).contains(&"Log"));
         let received = Turn {
             strategy: Some(Strategy::Replay),
             work: true,
@@ -335,7 +354,7 @@ mod tests {
         };
         assert_eq!(
             allowed(&received),
-            ["Probe", "File", "Generation", "Publish", "Prepare"]
+            ["Probe", "Plan", "File", "Generation", "Publish", "Prepare"]
         );
     }
 
@@ -386,7 +405,8 @@ mod tests {
                     "Changed" | "RoundEnd" => {
                         prop_assert!(rounds && !received && !fork && !seed, "{name}");
                     }
-                    "Log" | "Follow" => {
+                    "Log" => prop_assert!(work && !received && !rounds, "{name}"),
+                    "Follow" => {
                         prop_assert!(work && !received && !rounds && !seed, "{name}");
                     }
                     _ => {}

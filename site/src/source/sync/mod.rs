@@ -9,6 +9,7 @@
 //! Nothing here locks the VM but while a generation is made: it can be checkpointed, recorded and
 //! moved meanwhile. Who moves it has this hold still ([`hold`]).
 
+mod by_log;
 mod change;
 mod due;
 mod hold;
@@ -42,6 +43,8 @@ use change::Change;
 use due::{Due, Sight};
 use ship::{Shared, Shipping, Told};
 
+pub(super) use by_log::Choice;
+pub use by_log::{By, ByLog};
 pub use due::{Policy, Why};
 pub(crate) use hold::{hold, syncing_lock};
 
@@ -53,6 +56,8 @@ const LOOK: Duration = Duration::from_secs(1);
 pub struct SyncOptions {
     /// When there is another epoch.
     pub policy: Policy,
+    /// By what epochs are shipped.
+    pub by: By,
     /// No more bits per second than these, to all standbys together.
     pub cap: Option<u64>,
     /// Besides what somebody relies on, so many of the newest generations stay here.
@@ -75,7 +80,7 @@ pub enum SyncEvent {
         paused: f64,
     },
     /// A standby has it.
-    Shipped(Shipment),
+    Shipped(Box<Shipment>),
     /// A standby can't be brought up to date, and is tried again.
     Waiting {
         /// Which.
@@ -103,6 +108,8 @@ pub struct Shipment {
     pub generation: u64,
     /// The one that it had before.
     pub generation_from: Option<u64>,
+    /// How it was replayed there, if it was shipped by log.
+    pub by_log: Option<ByLog>,
     /// What crossed the socket.
     pub bytes: ByteReport,
     /// How long it took.
@@ -166,6 +173,7 @@ pub async fn sync(
         gate: gate.clone(),
         shipping: shipping.clone(),
         cap: options.cap.map(|cap| Arc::new(RateCap::new(cap))),
+        choice: Choice::new(options.by),
         out,
     };
     // Dropped, it ends those tasks.
@@ -243,7 +251,7 @@ impl Keeping<'_> {
                 () = stop.cancelled() => return Ok(SyncEnded::Stopped),
                 accepted = socket.listener.accept() => {
                     let (caller, _) = accepted.map_err(Error::file("accept on", &socket.path))?;
-                    self.hold_still(caller, stop).await;
+                    self.hold_still(caller, socket, stop).await;
                 }
                 // The shippers last as long as this.
                 Some(told) = told.recv() => {
@@ -339,15 +347,32 @@ impl Keeping<'_> {
         }
     }
 
-    /// Does nothing until the caller lets go.
-    async fn hold_still(&mut self, caller: tokio::net::UnixStream, stop: &CancellationToken) {
+    /// Does nothing until the caller lets go, and all others that have come meanwhile: who of them works on the
+    /// VM is settled by its lock.
+    async fn hold_still(
+        &mut self,
+        caller: tokio::net::UnixStream,
+        socket: &ControlSocket,
+        stop: &CancellationToken,
+    ) {
         (self.tell)(&SyncEvent::Held);
         self.held.send_replace(true);
+        let gate = self.gate.clone();
         tokio::select! {
             () = async {
                 // All have let go of what they shipped.
-                let _all = self.gate.write().await;
-                hold::until_let_go(caller).await;
+                let _all = gate.write().await;
+                let mut callers = JoinSet::from_iter([hold::until_let_go(caller)]);
+                loop {
+                    tokio::select! {
+                        gone = callers.join_next() => if gone.is_none() {
+                            break;
+                        },
+                        Ok((caller, _)) = socket.listener.accept() => {
+                            callers.spawn(hold::until_let_go(caller));
+                        }
+                    }
+                }
             } => {}
             () = stop.cancelled() => {}
         }
@@ -368,7 +393,10 @@ impl Keeping<'_> {
             self.began(Why::Made, newest, Duration::ZERO);
             return Ok(());
         }
-        self.clear_away().await?;
+        if let Err(error) = self.clear_away().await {
+            // Room is no reason to be without a standby.
+            tracing::warn!(vm = %self.vm.name(), error = error.chain(), "nothing was pruned");
+        }
         let sight = self.sight().await?;
         // One that no standby is ready for would only be skipped.
         let Some(why) = self.due.look(sight).filter(|_| self.up_to_date() > 0) else {

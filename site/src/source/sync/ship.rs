@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{RwLock, mpsc, watch};
 
-use super::Shipment;
+use super::{Choice, Shipment};
 use crate::error::{Error, Result};
 use crate::identity::SiteKey;
 use crate::peers::Peer;
@@ -22,7 +22,7 @@ const BACK_OFF: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)
 
 /// What a shipper tells.
 pub(super) enum Told {
-    Shipped(Shipment),
+    Shipped(Box<Shipment>),
     Waiting {
         site: String,
         why: String,
@@ -75,6 +75,7 @@ pub(super) struct Shared {
     /// What each standby is being sent, or what is newer: it stays meanwhile.
     pub(super) shipping: Shipping,
     pub(super) cap: Option<Arc<RateCap>>,
+    pub(super) choice: Choice,
     pub(super) out: mpsc::UnboundedSender<Told>,
 }
 
@@ -87,6 +88,7 @@ pub(super) async fn ship(shared: Shared, peer: Peer) {
         gate,
         shipping,
         cap,
+        mut choice,
         out,
     } = shared;
     let mut wait = BACK_OFF[0];
@@ -106,16 +108,19 @@ pub(super) async fn ship(shared: Shared, peer: Peer) {
                 biased;
                 // Dropped, a conversation is called off.
                 _ = held.wait_for(|held| *held) => continue,
-                outcome = ship_newest(&vm, &peer, cap.clone(), &Silent) => outcome,
+                outcome = ship_newest(&vm, &peer, cap.clone(), Some(&mut choice), &Silent) => outcome,
             }
         };
+        let was_by_log = outcome.is_err() && choice.failed();
         let told = match give_way_if_so(&vm, &peer, outcome).await {
             Ok(report) => {
                 (has, reached, wait) = (report.generation, true, BACK_OFF[0]);
-                Told::Shipped(shipment(&peer, &report, begun))
+                Told::Shipped(Box::new(shipment(&peer, &report, begun)))
             }
             // At first a person looks on: what can't be done is said at once.
-            Err(error) if !reached || !may_go_better(&error) => Told::Failed(error),
+            Err(error) if !was_by_log && (!reached || !may_go_better(&error)) => {
+                Told::Failed(error)
+            }
             Err(error) => Told::Waiting {
                 site: peer.name.to_string(),
                 why: error.chain(),
@@ -155,6 +160,7 @@ fn shipment(peer: &Peer, report: &SeedReport, begun: Instant) -> Shipment {
         site: peer.name.to_string(),
         generation: report.generation,
         generation_from: report.generation_from,
+        by_log: report.by_log.clone(),
         bytes: report.bytes,
         seconds: begun.elapsed().as_secs_f64(),
     }

@@ -42,9 +42,10 @@ struct Options {
     /// Trips back and forth; 0 for none
     #[arg(long, default_value_t = 10)]
     trips: usize,
-    /// Keep a standby during the demo's session, and switch to it: true or false
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
-    standby: bool,
+    /// Keep a standby during the demo's session, and switch to it: once for each of these ways to ship epochs
+    #[arg(long, value_delimiter = ',', default_values = ["state", "log", "less"], num_args = 0..,
+          value_parser = ["state", "log", "less"])]
+    standby: Vec<String>,
     /// Kills of who keeps a standby; 0 for none
     #[arg(long, default_value_t = 100)]
     kills: u32,
@@ -149,18 +150,19 @@ async fn run(options: &Options) -> anyhow::Result<()> {
         }
         if options.trips > 0 {
             let (mut a, mut b) = sites(&dir.path().join("trips")).await?;
-            start(&a).await?;
+            start(&a, false).await?;
             let strategy = &options.trip_strategy;
             results.trips =
                 ours::back_and_forth(&mut a, &mut b, profile, strategy, options.trips + 1).await?;
             results.save(&options.out)?;
         }
-        if options.standby {
-            let (mut a, mut b) = sites(&dir.path().join("standby")).await?;
-            start(&a).await?;
-            let row = standby::measure(&mut a, &mut b, profile).await?;
+        for by in &options.standby {
+            let (mut a, mut b) = sites(&dir.path().join(format!("standby-{by}"))).await?;
+            start(&a, true).await?;
+            let row = standby::measure(&mut a, &mut b, profile, by).await?;
             println!("{row:?}");
-            results.standby = Some(row);
+            results.standbys.retain(|other| other.by != row.by);
+            results.standbys.push(row);
             results.save(&options.out)?;
         }
         if options.kills > 0 {
@@ -191,10 +193,13 @@ async fn sites(dir: &Path) -> anyhow::Result<(Site, Site)> {
     Ok((a, b))
 }
 
-/// Makes and starts the VM.
-async fn start(site: &Site) -> anyhow::Result<()> {
-    let guest = site.build_guest(false).await?;
-    site.json(&["vm", "create", VM, "--disk", &guest]).await?;
+/// Makes and starts the VM, as Debian makes it or with chance taken out.
+async fn start(site: &Site, replay_friendly: bool) -> anyhow::Result<()> {
+    let guest = site.build_guest(replay_friendly).await?;
+    let friendly = replay_friendly.then_some("--replay-friendly");
+    let words = ["vm", "create", VM, "--disk", &guest];
+    let words: Vec<&str> = words.into_iter().chain(friendly).collect();
+    site.json(&words).await?;
     site.json(&["vm", "start", VM]).await?;
     Ok(())
 }
@@ -208,7 +213,7 @@ async fn measure(
 ) -> anyhow::Result<()> {
     let folder = dir.join(format!("{busy:?}"));
     let (mut a, mut b) = sites(&folder).await?;
-    start(&a).await?;
+    start(&a, false).await?;
     // The read-only image is at both sites.
     a.json(&["checkpoint", VM]).await?;
     a.json(&["seed", VM, "--to", b.name()]).await?;

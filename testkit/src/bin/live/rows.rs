@@ -81,8 +81,11 @@ pub(crate) struct Trip {
     pub(crate) strategy: String,
     /// Over the line, both ways.
     pub(crate) bytes: u64,
-    /// In all.
+    /// In all: until the source has its stale copy in place as well.
     pub(crate) seconds: f64,
+    /// Until it ran at the other site.
+    #[serde(default)]
+    pub(crate) running: f64,
     /// Standing still.
     pub(crate) downtime: f64,
 }
@@ -90,15 +93,26 @@ pub(crate) struct Trip {
 /// A standby that was kept during a session, and switched to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Standby {
+    /// By what epochs were shipped.
+    #[serde(default)]
+    pub(crate) by: String,
     /// How often there was an epoch.
     pub(crate) every: String,
     /// What the session took.
     pub(crate) session_seconds: f64,
+    /// From its end until the standby had all of it.
+    #[serde(default)]
+    pub(crate) caught_up_seconds: f64,
     /// Generations made in it.
     pub(crate) epochs: u64,
     /// For how long the guest stood still for one: the median, and the longest.
     pub(crate) paused: f64,
     pub(crate) longest_paused: f64,
+    /// How many of them came to the standby, and how many of those by log.
+    #[serde(default)]
+    pub(crate) shipped: u64,
+    #[serde(default)]
+    pub(crate) by_log: u64,
     /// How long one took to the standby: the median.
     pub(crate) shipped_seconds: f64,
     /// All that crossed the line for them, both ways.
@@ -141,7 +155,7 @@ pub(crate) struct Results {
     /// The first trip, to a site that had nothing, and those after it.
     pub(crate) trips: Vec<Trip>,
     #[serde(default)]
-    pub(crate) standby: Option<Standby>,
+    pub(crate) standbys: Vec<Standby>,
     #[serde(default)]
     pub(crate) kills: Option<Kills>,
 }
@@ -215,35 +229,44 @@ impl Results {
             }
         }
         if let Some((first, rest)) = self.trips.split_first() {
-            text += "\n**Back and forth**\n\n| trip | how | on the wire | in all | downtime | of the first one's bytes | \
-                     of its time |\n|---|---|---|---|---|---|---|\n";
+            text += "\n**Back and forth** (in all: until the source has its stale copy in place, too)\n\n\
+                     | trip | how | on the wire | runs there after | in all | downtime | of the first one's bytes | \
+                     of its time, until it ran | in all |\n|---|---|---|---|---|---|---|---|---|\n";
             for (number, trip) in std::iter::once(first).chain(rest).enumerate() {
                 text += &format!(
-                    "| {} | `{}` | {:.2} MiB | {:.1} s | {:.1} s | {:.2} % | {:.2} % |\n",
+                    "| {} | `{}` | {:.2} MiB | {:.1} s | {:.1} s | {:.1} s | {:.2} % | {:.2} % | {:.2} % |\n",
                     number + 1,
                     trip.strategy,
                     mebibytes(trip.bytes),
+                    trip.running,
                     trip.seconds,
                     trip.downtime,
                     100.0 * trip.bytes as f64 / first.bytes.max(1) as f64,
+                    100.0 * trip.running / first.running.max(0.001),
                     100.0 * trip.seconds / first.seconds.max(0.001),
                 );
             }
         }
-        if let Some(standby) = &self.standby {
+        if let Some(first) = self.standbys.first() {
             text += &format!(
-                "\n**A standby during the demo's session** ({:.0} s, an epoch each {})\n\n\
-                 | | |\n|---|---|\n\
-                 | epochs | {}, for which the guest stood still {:.2} s (median), {:.2} s (longest) |\n\
-                 | shipping one | {:.1} s (median); {:.1} MiB for all |\n\
-                 | `switch` | downtime {:.2} s, {:.1} s in all, {:.2} MiB |\n",
-                standby.session_seconds,
-                standby.every,
+                "\n**A standby during the demo's session** ({:.0} s, an epoch each {}, a replay-friendly guest)\n\n\
+                 | shipped by | epochs | stood still, median (longest) | shipped, by log | all of them | one of them, \
+                 median | all there after the session | `switch`: downtime | in all | bytes |\n|---|---|---|---|---|---|---|---|---|---|\n",
+                first.session_seconds, first.every,
+            );
+        }
+        for standby in &self.standbys {
+            text += &format!(
+                "| {} | {} | {:.2} s ({:.2}) | {}, {} | {:.1} MiB | {:.1} s | {:.1} s | {:.2} s | {:.1} s | {:.2} MiB |\n",
+                standby.by,
                 standby.epochs,
                 standby.paused,
                 standby.longest_paused,
-                standby.shipped_seconds,
+                standby.shipped,
+                standby.by_log,
                 mebibytes(standby.shipped_bytes),
+                standby.shipped_seconds,
+                standby.caught_up_seconds,
                 standby.switch_downtime,
                 standby.switch_seconds,
                 mebibytes(standby.switch_bytes),

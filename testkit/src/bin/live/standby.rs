@@ -22,11 +22,13 @@ const EVERY: &str = "30s";
 /// A site's answer.
 const SOON: Duration = Duration::from_secs(60);
 
-/// Plays the demo's session at `a` while `b` is its standby over a thin line, and then switches.
+/// Plays the demo's session at `a` while `b` is its standby over a thin line, with epochs `by` state or log, and
+/// then switches.
 pub(crate) async fn measure(
     a: &mut Site,
     b: &mut Site,
     profile: LinkProfile,
+    by: &str,
 ) -> anyhow::Result<Standby> {
     // Once, over no line: a standby is set up ahead of time.
     a.json(&["checkpoint", VM]).await?;
@@ -34,7 +36,8 @@ pub(crate) async fn measure(
     let agent = b.serve().await?;
     let link = Link::start(agent.addr, profile).context("cannot lay a line")?;
     a.trust(b.name(), link.addr(), &agent.key).await?;
-    let mut sync = a.spawn(&["sync", VM, "--to", b.name(), "--every", EVERY])?;
+    let words = ["sync", VM, "--to", b.name(), "--every", EVERY, "--by", by];
+    let mut sync = a.spawn(&words)?;
     let shipped = |line: &Value| line["sync"] == "shipped";
     sync.until("ship", LIMIT, shipped).await?;
     let recorder = a.record(VM).await?;
@@ -45,6 +48,14 @@ pub(crate) async fn measure(
     session.play(&mut robot, None, |_, _| {}).await?;
     let session_seconds = begun.elapsed().as_secs_f64();
     drop(robot);
+    // Until the standby has all of the session: what comes after is the switch's own.
+    let made: Value = a.json(&["checkpoint", VM]).await?;
+    let made = made["generation"]
+        .as_u64()
+        .context("no generation was made")?;
+    let caught_up = |line: &Value| shipped(line) && line["generation"].as_u64() >= Some(made);
+    sync.until("ship the session", LIMIT, caught_up).await?;
+    let caught_up_seconds = begun.elapsed().as_secs_f64() - session_seconds;
     let before = link.bytes_up() + link.bytes_down();
     let moved = a.spawn(&["switch", VM, "--to", b.name()])?;
     let report: Value = moved.finish(LIMIT).await?.success()?.last()?;
@@ -63,9 +74,18 @@ pub(crate) async fn measure(
     };
     let paused = of("epoch", "paused");
     println!("{report}");
+    let mut by_log = 0;
+    for shipped in events.iter().filter(|line| line["sync"] == "shipped") {
+        println!("{shipped}");
+        by_log += u64::from(!shipped["by_log"].is_null());
+    }
     Ok(Standby {
+        by: by.to_owned(),
+        shipped: of("shipped", "seconds").len() as u64,
+        by_log,
         every: EVERY.to_owned(),
         session_seconds,
+        caught_up_seconds,
         epochs: paused.len() as u64,
         paused: median(&paused),
         longest_paused: paused.iter().copied().fold(0.0, f64::max),
