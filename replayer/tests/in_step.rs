@@ -89,7 +89,7 @@ impl Guest {
         guest
     }
 
-    /// Waits until the first line of text has so many prompts and keys, by where it is lit.
+    /// Waits until the first line of text has these prompts.
     async fn await_line(&self, lit: &[bool]) {
         let limit = Instant::now() + Duration::from_secs(60);
         loop {
@@ -123,16 +123,18 @@ impl Drop for Guest {
     }
 }
 
-/// Whether the `n`-th prompt's last character is on the screen: each prompt and its key take
-/// six cells of 9 x 16 pixels.
+/// Whether all of the `n`-th prompt is on the screen: each prompt and its key take six cells of 9 x 16
+/// pixels. A screen may arrive in pieces: each character has to look like the first of all, but for the rows of
+/// the caret.
 fn prompt_is_lit(frame: &Frame, n: usize) -> bool {
-    let left = (n * 6 + 4) * 9;
-    (0..13).any(|row| {
-        let start = (row * usize::from(frame.width) + left) * 3;
-        frame.rgb[start..start + 9 * 3]
-            .iter()
-            .any(|byte| *byte > 100)
-    })
+    let cell = |column: usize| {
+        (0..13).flat_map(move |row| {
+            let start = (row * usize::from(frame.width) + column * 9) * 3;
+            &frame.rgb[start..start + 9 * 3]
+        })
+    };
+    let looks_like_the_first = |column| cell(column).eq(cell(0));
+    cell(0).any(|byte| *byte > 100) && (n * 6..n * 6 + 5).all(looks_like_the_first)
 }
 
 fn convert(raw: &PathBuf, disk: &PathBuf) {

@@ -271,9 +271,7 @@ async fn an_epoch_begins_when_something_has_happened() {
     a.json(&["checkpoint", VM]).await.unwrap();
     event(&mut sync, "shipped", |_| keys_at(&b) == Some(4)).await;
     // Somebody has it hold still, and somebody else wants that as well.
-    let vm = site::Store::open(a.dir())
-        .unwrap()
-        .vm(&VM.parse().unwrap());
+    let vm = site::Store::open(a.dir()).unwrap().vm(&VM.parse().unwrap());
     let socket = vm.runtime_dir("sync").unwrap().join("sync.sock");
     let mut first = UnixStream::connect(socket).await.unwrap();
     assert_eq!(first.read_u8().await.unwrap(), b'h');
