@@ -87,48 +87,40 @@ impl Choice {
         base: &Arc<Base>,
         rate: f64,
     ) -> Option<Recorded> {
-        let recorded = self.find(vm, stretch, state, base, rate).await;
-        let recorded = recorded.unwrap_or_else(|error| {
+        self.under_way = false;
+        if self.by == By::State || std::mem::take(&mut self.failed) {
+            return None;
+        }
+        let by = self.by;
+        let found = async {
+            let flushed = recording::flush(vm).await?.is_some();
+            let (vm, state, base) = (vm.clone(), state.clone(), base.clone());
+            blocking(move || {
+                let Some(records) = stretch::between(&vm, stretch, flushed)? else {
+                    return Ok(None);
+                };
+                let segment = pack(&records)?;
+                let state_expected = match by {
+                    By::Less => Some(plan::state_bytes(&state, &base, rate)?),
+                    By::State | By::Log => None,
+                };
+                Ok(Some(Recorded {
+                    segment,
+                    state_expected,
+                }))
+            })
+            .await
+        };
+        let found = found.await.unwrap_or_else(|error| {
             tracing::warn!(vm = %vm.name(), error = error.chain(), "this epoch can't go by log");
             None
         });
-        self.under_way = recorded.is_some();
-        recorded
-    }
-
-    async fn find(
-        &mut self,
-        vm: &VmDir,
-        stretch: [u64; 2],
-        state: &Arc<State>,
-        base: &Arc<Base>,
-        rate: f64,
-    ) -> Result<Option<Recorded>> {
-        if self.by == By::State || std::mem::take(&mut self.failed) {
-            return Ok(None);
-        }
-        let flushed = recording::flush(vm).await?.is_some();
-        let by = self.by;
-        let (vm, state, base) = (vm.clone(), state.clone(), base.clone());
-        let found = blocking(move || {
-            let Some(records) = stretch::between(&vm, stretch, flushed)? else {
-                return Ok(None);
-            };
-            let segment = pack(&records)?;
-            let state_expected = match by {
-                By::Less => Some(plan::state_bytes(&state, &base, rate)?),
-                By::State | By::Log => None,
-            };
-            Ok(Some(Recorded {
-                segment,
-                state_expected,
-            }))
-        });
-        let found = found.await?;
-        Ok(found.filter(|recorded| match recorded.state_expected {
+        let paying = found.filter(|recorded| match recorded.state_expected {
             Some(expected) => self.pays(recorded.segment.len(), expected),
             None => true,
-        }))
+        });
+        self.under_way = paying.is_some();
+        paying
     }
 
     fn pays(&mut self, log: usize, state: f64) -> bool {
@@ -141,6 +133,7 @@ impl Choice {
 
     /// An epoch went by log, and took so many bytes in all.
     pub(in crate::source) fn took(&mut self, sent: u64, state_expected: Option<f64>) {
+        self.under_way = false;
         let Some(expected) = state_expected.filter(|expected| *expected > 0.0) else {
             return;
         };
