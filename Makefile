@@ -47,7 +47,7 @@ bench-reconcile: setup build ## ours beside QEMU, rsync, zstd, xdelta3 and xz, o
 	$(CARGO) run --release --locked --package testkit --bin peers -- $(PEERS) \
 		$(or $(CAPTURES),$(CAPTURE),target/capture)
 
-# Three quarters of an hour for all of it, most of it QEMU's own ways; rows that were measured before stay. LIVE takes
+# An hour or so for all of it, most of it QEMU's own ways; rows that were measured before stay. LIVE takes
 # options: LIVE="--workloads counters --only live,qemu-xbzrle --trips 0".
 bench-live: setup build ## moving a VM that runs on, ours beside QEMU's own migration on the same guest and line
 	$(CARGO) run --release --locked --package testkit --bin live -- $(LIVE)
