@@ -126,6 +126,12 @@ pub(crate) enum Command {
     },
     /// Move a VM to another site
     Migrate(MigrateArgs),
+    /// Bring the rest of a VM's disk to the site that has the VM, after `migrate --post-copy` was interrupted: as
+    /// this site's agent does by itself
+    Supply {
+        /// The VM
+        name: String,
+    },
     /// Keep standbys of a VM: sites that have a whole generation of it, and soon a newer one. Until
     /// the VM moves, or this is ended
     Sync(SyncArgs),

@@ -75,6 +75,7 @@ impl Guest {
             runtime_dir: dir.path().join("run"),
             ram: dir.path().join("ram"),
             disks: vec![disk],
+            arriving: Vec::new(),
             network: Network::Unplugged,
             incoming: false,
         };

@@ -9,6 +9,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::{Admitted, MOST_CALLS};
+use crate::arriving::Arrivals;
 use crate::error::Result;
 use crate::files::FileLock;
 use crate::generations;
@@ -34,6 +35,7 @@ pub struct Agent {
     listener: Listener,
     watch: PeerWatch,
     standbys: Standbys,
+    arrivals: Arrivals,
     keep_logs: Option<Duration>,
     keep_generations: usize,
     _only: FileLock,
@@ -61,6 +63,8 @@ impl Agent {
             target::revive(&vm, &standbys).await?;
         }
         leftovers::clear(store)?;
+        let arrivals = Arrivals::default();
+        arrivals.revive(store)?;
         // No conversation is open yet, nor kept, that could still commit what was given up.
         ownership::forget_voids(store)?;
         Ok(Self {
@@ -68,6 +72,7 @@ impl Agent {
             listener,
             watch,
             standbys,
+            arrivals,
             keep_logs: None,
             keep_generations: usize::MAX,
             _only: only,
@@ -134,6 +139,7 @@ impl Agent {
                     let room = admitted.has_room_for(peer.key);
                     let (store, stop) = (self.store.clone(), token.child_token());
                     let (known, standbys) = (known.clone(), standbys.clone());
+                    let arrivals = self.arrivals.clone();
                     let keep = self.keep_generations;
                     let (who, ends) = (peer.clone(), revoked.clone());
                     let task = conversations.spawn(async move {
@@ -143,7 +149,7 @@ impl Agent {
                         };
                         let line = TargetLine::over(lasting, who, stop, ends);
                         if room {
-                            let talk = Box::pin(target::converse(&store, &standbys, line));
+                            let talk = Box::pin(target::converse(&store, &standbys, &arrivals, line));
                             if let Some(name) = talk.await {
                                 generations::tidy_standby(&store.vm(&name), keep).await;
                             }

@@ -252,7 +252,7 @@ async fn replay(
         record,
         Workplace::Incoming,
         Id::random()?,
-        Some(past.generation),
+        (Some(past.generation), Vec::new()),
     )
     .await?;
     let files = ForkFiles {

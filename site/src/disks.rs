@@ -56,8 +56,8 @@ fn is_gone(error: &vm_host::Error) -> bool {
 pub(crate) enum DiskImage {
     /// Through overlays.
     Overlays(OverlayReader),
-    /// A raw base image.
-    Base(FilePages),
+    /// A raw base image, and the pages of it that are not at both sites: they read as zeroes.
+    Base(FilePages, PageSet),
     /// As it was copied while its guest ran, with its size in bytes.
     Copied(Arc<Shadow>, u64),
 }
@@ -80,11 +80,11 @@ impl DiskImage {
         Ok(Self::Overlays(reader))
     }
 
-    /// Opens a raw base image.
-    pub(crate) fn open_base(image: &Path) -> Result<Self> {
+    /// Opens a raw base image, of which these pages are not at both sites.
+    pub(crate) fn open_base(image: &Path, absent: PageSet) -> Result<Self> {
         std::fs::File::open(image)
             .and_then(FilePages::new)
-            .map(Self::Base)
+            .map(|pages| Self::Base(pages, absent))
             .map_err(Error::file("read the base image", image))
     }
 
@@ -93,7 +93,7 @@ impl DiskImage {
         match self {
             Self::Overlays(reader) => reader.size(),
             // Base images are kept in whole pages.
-            Self::Base(file) => file.pages() * reconciler::PAGE_SIZE as u64,
+            Self::Base(file, _) => file.pages() * reconciler::PAGE_SIZE as u64,
             Self::Copied(_, bytes) => *bytes,
         }
     }
@@ -114,7 +114,7 @@ impl ReadPages for DiskImage {
     fn pages(&self) -> u64 {
         match self {
             Self::Overlays(reader) => reader.pages(),
-            Self::Base(file) => file.pages(),
+            Self::Base(file, _) => file.pages(),
             Self::Copied(copy, _) => copy.pages(),
         }
     }
@@ -122,7 +122,11 @@ impl ReadPages for DiskImage {
     fn read(&self, index: PageIndex, page: &mut Page) -> io::Result<()> {
         match self {
             Self::Overlays(reader) => reader.read_page(index.0, page).map_err(io::Error::other),
-            Self::Base(file) => file.read(index, page),
+            Self::Base(_, absent) if absent.contains(index) => {
+                page.fill(0);
+                Ok(())
+            }
+            Self::Base(file, _) => file.read(index, page),
             Self::Copied(copy, _) => copy.read(index, page),
         }
     }
@@ -130,7 +134,16 @@ impl ReadPages for DiskImage {
     fn read_many(&self, first: PageIndex, into: &mut [u8]) -> io::Result<()> {
         match self {
             Self::Overlays(reader) => reader.read_pages(first.0, into).map_err(io::Error::other),
-            Self::Base(file) => file.read_many(first, into),
+            Self::Base(file, absent) => {
+                file.read_many(first, into)?;
+                if !absent.is_empty() {
+                    let pages = into.as_chunks_mut::<{ reconciler::PAGE_SIZE }>().0;
+                    let numbered = (first.0..).map(PageIndex).zip(pages);
+                    let gone = numbered.filter(|(index, _)| absent.contains(*index));
+                    gone.for_each(|(_, page)| page.fill(0));
+                }
+                Ok(())
+            }
             Self::Copied(copy, _) => {
                 let pages = into.as_chunks_mut::<{ reconciler::PAGE_SIZE }>().0;
                 let mut numbered = (first.0..).map(PageIndex).zip(pages);
@@ -142,7 +155,7 @@ impl ReadPages for DiskImage {
     fn known_zero(&self, first: PageIndex, count: u64) -> bool {
         match self {
             Self::Overlays(_) | Self::Copied(..) => false,
-            Self::Base(file) => file.known_zero(first, count),
+            Self::Base(file, _) => file.known_zero(first, count),
         }
     }
 }

@@ -5,6 +5,7 @@
 //! that they overlap with sending, and a slow line holds them back. How hard they compress follows
 //! what the line takes and what this host's processor can do ([`Governor`]).
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -108,15 +109,17 @@ pub(crate) async fn send_images(
             .map(|head| {
                 let base = base_for_offers.tree(head.kind)?;
                 let base_ram = base_for_offers.tree(ImageKind::Ram)?;
+                let held = shared(
+                    &state,
+                    &base_for_offers,
+                    head.kind,
+                    &base,
+                    &base_ram,
+                    replayed,
+                )?;
+                let held: Vec<_> = held.iter().map(AsRef::as_ref).collect();
                 let known = Known {
-                    shared: &shared(
-                        &state,
-                        &base_for_offers,
-                        head.kind,
-                        &base,
-                        &base_ram,
-                        replayed,
-                    ),
+                    shared: &held,
                     twin: &twin
                         .as_ref()
                         .map_or_else(Vec::new, |twin| twin.trees(head.kind)),
@@ -169,17 +172,18 @@ pub(crate) fn shared<'a>(
     base: &'a ImageTree,
     base_ram: &'a ImageTree,
     replayed: bool,
-) -> Vec<&'a ImageTree> {
+) -> Result<Vec<Cow<'a, ImageTree>>> {
     let generation = common.has_ram();
     let mut shared = Vec::new();
     if common.is_ahead(kind) {
-        return shared;
+        return Ok(shared);
     }
+    let (base, base_ram) = (Cow::Borrowed(base), Cow::Borrowed(base_ram));
     match kind {
         ImageKind::Device if generation => shared.push(base),
         ImageKind::Device => {}
-        ImageKind::Disk(_) => {
-            shared.push(base);
+        ImageKind::Disk(index) => {
+            shared.push(common.readable(index.into(), base)?);
             if generation && !replayed {
                 shared.push(base_ram);
             }
@@ -190,11 +194,14 @@ pub(crate) fn shared<'a>(
             }
             // They come before.
             let disks = state.heads().into_iter().map(|head| head.kind);
-            let disks = disks.filter(|kind| matches!(kind, ImageKind::Disk(_)));
-            shared.extend(disks.map(|disk| state.tree(disk)));
+            for disk in disks {
+                if let ImageKind::Disk(index) = disk {
+                    shared.push(common.readable(index.into(), Cow::Borrowed(state.tree(disk)))?);
+                }
+            }
         }
     }
-    shared
+    Ok(shared)
 }
 
 async fn send_image(

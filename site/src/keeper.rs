@@ -9,6 +9,8 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
+use tokio_util::sync::CancellationToken;
+
 use crate::error::{Error, Result};
 use crate::generations::seen;
 use crate::identity::SiteKey;
@@ -67,6 +69,19 @@ pub(crate) async fn keep(store: Store) {
     }
 }
 
+/// Brings what is left of the disk images of a VM that has moved.
+async fn bring_rest(vm: VmDir) {
+    let never = CancellationToken::new();
+    match source::supply(&vm, &crate::Silent, &never).await {
+        Ok(None) => {}
+        Ok(Some(_)) => tracing::info!(vm = %vm.name(), "all of its disk has gone where it runs"),
+        Err(error) => {
+            let (vm, error) = (vm.name(), error.chain());
+            tracing::info!(%vm, error, "the rest of its disk can't be brought yet");
+        }
+    }
+}
+
 async fn look_after(
     vm: &VmDir,
     calls: &mut Calls,
@@ -114,7 +129,14 @@ async fn look_after(
                 calls.note(what, answered);
             }
         }
-        Lease::Elsewhere { .. } => {}
+        Lease::Elsewhere { .. } => {
+            let what = (vm.name().clone(), None);
+            if source::owed(vm)?.is_some() && calls.due(&what) {
+                // Should it fail, that is soon enough to try again; while it goes on, nobody else is let to it.
+                calls.note(what, false);
+                tokio::spawn(bring_rest(vm.clone()));
+            }
+        }
     }
     Ok(())
 }

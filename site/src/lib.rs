@@ -14,6 +14,7 @@
 
 mod admission;
 pub mod agent;
+mod arriving;
 pub mod at_rest;
 pub mod booted;
 pub mod capture;

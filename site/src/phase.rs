@@ -34,11 +34,13 @@ pub enum Phase {
     Commit,
     /// The target starts the VM from the reconciled images: downtime ends.
     Resume,
+    /// The rest of the disk images goes over, with post-copy.
+    Rest,
 }
 
 impl Phase {
     /// All phases, in order.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Hello,
         Self::Plan,
         Self::Base,
@@ -52,6 +54,7 @@ impl Phase {
         Self::Verify,
         Self::Commit,
         Self::Resume,
+        Self::Rest,
     ];
 
     /// Its name, as reports and logs write it.
@@ -70,6 +73,7 @@ impl Phase {
             Self::Verify => "verify",
             Self::Commit => "commit",
             Self::Resume => "resume",
+            Self::Rest => "rest",
         }
     }
 }

@@ -8,6 +8,12 @@
 //!   | <---------------------------------------- Probed   |
 //!   | -- Plan (strategy, base generation) ------------>  |
 //!   | -- File, Data.., DataEnd ----------------------->  |  Base: base files it lacks
+//!   | -- Later, Data.., DataEnd ---------------------->  |  Base, with post-copy: the hashes of a disk
+//!   | <---------------------------------------- Lacks..  |  image, of which only the pages come that
+//!   | -- Blocks.. ------------------------------------>  |  the guest has in its memory
+//!   | <------------------------------------------ Took   |
+//!   | -- Rest ---------------------------------------->  |  no more of it for now
+//!   | <---------------------------------------- Lacks..  |
 //!   | -- Generation, <images>, Publish --------------->  |  Base: the generation, if it lacks it
 //!   | <--------------------------------------- Published |
 //!   | -- Prepare ------------------------------------->  |  a working copy of the generation
@@ -33,6 +39,13 @@
 //!   | -- CatchUp ------------------------------------->  |  the user moves: nothing else comes
 //!   | <--------------------------------------- Replayed  |  before Freeze
 //!   | -- Leave --------------------------------------->  |  or the user stays where they are
+//!
+//! After a migration with post-copy, over a line of its own that begins with Hello, the rest of the disk images:
+//!   | -- Rest ---------------------------------------->  |  for each
+//!   | <---------------------------------------- Lacks..  |
+//!   | -- Blocks.. ------------------------------------>  |
+//!   | <------------------------------------ Took, Want   |  and what the guest waits for, which comes next
+//!   | <------------------------------------------ Here   |  all of one has come and is verified
 //!
 //! <images>, for each image:
 //!   | -- Image (which, size), Offer.. ---------------->  |  all images at once, before any answer
@@ -150,6 +163,20 @@ pub enum ToTarget {
     },
     /// A round is over. Answered by `Rounded`.
     RoundEnd,
+    /// A disk image is to come in pieces, most of it after the VM: the hashes of its pages follow, as `Data`
+    /// ([`reconciler::ImageTree::encode`]). Answered by `Lacks`.
+    Later {
+        /// Of which disk.
+        disk: u8,
+    },
+    /// Pages of a disk image.
+    Blocks(Blocks),
+    /// What is lacking of a disk image is to be said: in a migration no more comes of it before the VM has moved;
+    /// afterwards it comes now. Answered by `Lacks`.
+    Rest {
+        /// Of which disk.
+        disk: u8,
+    },
 }
 
 /// From the target of a VM.
@@ -183,7 +210,8 @@ pub enum ToSource {
         /// What that costs so far, if it can be measured there.
         cost: Option<StandbyCost>,
     },
-    /// Part of [`reconciler`]'s answer to an offer: what is lacking.
+    /// Part of [`reconciler`]'s answer to an offer: what is lacking. Or of what is lacking of a disk image:
+    /// [`reconciler::PageSet::encode`].
     Lacks(BlobPart),
     /// The image is the source's.
     Verified(ImageOutcome),
@@ -228,6 +256,39 @@ pub enum ToSource {
         /// How it came to it.
         chain: Chain,
     },
+    /// `Blocks` are taken.
+    Took,
+    /// The guest waits for these pages of a disk image.
+    Want {
+        /// Of which disk.
+        disk: u8,
+        /// The first.
+        first: u64,
+        /// How many.
+        count: u32,
+    },
+    /// A disk image is here, whole and verified.
+    Here {
+        /// Of which disk.
+        disk: u8,
+    },
+}
+
+/// Pages of a disk image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blocks {
+    /// Of which disk.
+    pub disk: u8,
+    /// Runs of pages: the first of each, and how many.
+    pub runs: Vec<(u64, u32)>,
+    /// The pages, one behind the other, in zstd.
+    #[serde(with = "serde_bytes")]
+    pub bytes: Vec<u8>,
+}
+
+impl Blocks {
+    /// No more pages than these come at a time.
+    pub const PAGES: u64 = 256;
 }
 
 /// Who wants what.
@@ -276,6 +337,8 @@ pub enum Purpose {
     Estimate,
     /// Ask whether this transfer was committed; if it was not, it never will be.
     Settle(Id),
+    /// Bring the rest of the disk images of a VM that was moved with post-copy.
+    Supply,
 }
 
 /// What the target has.

@@ -115,7 +115,7 @@ pub async fn replay_and_discard(
             &record,
             Workplace::Incoming,
             Id::random()?,
-            Some(number),
+            (Some(number), Vec::new()),
         )
         .await?;
         let files = ForkFiles {

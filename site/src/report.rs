@@ -64,9 +64,27 @@ pub struct MigrationReport {
     pub replay: Option<ReplaySummary>,
     /// How the rounds went, if there were some.
     pub live: Option<LiveReport>,
+    /// What came of the disk images after the VM had moved, where some of them came so.
+    #[serde(default)]
+    pub rest: Option<RestReport>,
     /// What was predicted for it, where the strategy was chosen by that.
     #[serde(default)]
     pub predicted: Option<Estimate>,
+}
+
+/// What came of the disk images after the VM had moved.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RestReport {
+    /// Pages of disk images.
+    pub pages: u64,
+    /// Of them, those that went out of turn, for the guest waited for them, and those read along with them.
+    pub wanted: u64,
+    /// Bytes of pages, compressed.
+    pub bytes: u64,
+    /// Bytes sent, TLS included.
+    pub sent: u64,
+    /// Seconds.
+    pub seconds: f64,
 }
 
 /// How rounds of pre-copy went.

@@ -1,10 +1,13 @@
 //! The images of a VM's state, as both sides of a migration handle them.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use reconciler::{FilePages, ImageTree, ReadPages, Shadow, SlicePages, no_progress, pages_for};
+use reconciler::{
+    FilePages, ImageTree, PageHash, PageSet, ReadPages, Shadow, SlicePages, no_progress, pages_for,
+};
 use vm_host::RamMap;
 
 use crate::disks::{self, DiskImage};
@@ -215,17 +218,32 @@ pub(crate) struct Base {
     /// RAM and disks were brought farther than any generation, by rounds of pre-copy: there is
     /// nothing at hand to read them from.
     ahead: bool,
+    /// Of each disk, the pages of its base image that the target lacks, where that is so.
+    absent: Vec<PageSet>,
 }
 
 impl Base {
     /// A generation; without one, the base disk images and nothing else.
     pub(crate) fn load(vm: &VmDir, record: &VmRecord, generation: Option<u64>) -> Result<Self> {
+        Self::load_without(vm, record, generation, &[])
+    }
+
+    /// The same, where the target lacks these pages of the base image of each disk: they are known, and can't be
+    /// read there. With a generation all are there.
+    pub(crate) fn load_without(
+        vm: &VmDir,
+        record: &VmRecord,
+        generation: Option<u64>,
+        absent: &[PageSet],
+    ) -> Result<Self> {
         let Some(number) = generation else {
             let disks = record
                 .disks
                 .iter()
-                .map(|disk| {
-                    let image = DiskImage::open_base(&vm.store().base_path(disk.hash))?;
+                .enumerate()
+                .map(|(index, disk)| {
+                    let absent = absent.get(index).cloned().unwrap_or_default();
+                    let image = DiskImage::open_base(&vm.store().base_path(disk.hash), absent)?;
                     Ok((image, vm.store().base_tree(*disk)?))
                 })
                 .collect::<Result<Vec<_>>>()?;
@@ -236,6 +254,7 @@ impl Base {
                 disks,
                 device: Vec::new(),
                 ahead: false,
+                absent: absent.to_vec(),
             });
         };
         let files = vm.generation(number);
@@ -254,6 +273,7 @@ impl Base {
             disks,
             device: files.load_device()?,
             ahead: false,
+            absent: Vec::new(),
         })
     }
 
@@ -303,6 +323,26 @@ impl Base {
     /// The disks, with their trees.
     pub(crate) fn disks(&self) -> &[(DiskImage, ImageTree)] {
         &self.disks
+    }
+
+    /// The tree of a disk, this one's or a newer one's, without what the target can't read of it: as zeroes, which
+    /// nobody looks for.
+    pub(crate) fn readable<'a>(
+        &self,
+        disk: usize,
+        tree: Cow<'a, ImageTree>,
+    ) -> Result<Cow<'a, ImageTree>> {
+        let (Some(absent), Some((_, base))) = (self.absent.get(disk), self.disks.get(disk)) else {
+            return Ok(tree);
+        };
+        let mut readable = tree.clone().into_owned();
+        let unchanged = absent
+            .iter()
+            .filter(|&page| tree.leaf(page) == base.leaf(page));
+        readable
+            .update(unchanged.map(|page| (page, PageHash::ZERO)))
+            .map_err(Error::reconcile("cannot tell what is there of a disk"))?;
+        Ok(Cow::Owned(readable))
     }
 
     /// Whether it is a generation, with RAM of its own.

@@ -7,6 +7,7 @@
 //! peers.json               the sites it knows
 //! images/HASH              read-only base files: raw disk images, kernels; named by BLAKE3
 //! images/HASH.tree         hash tree of a disk image
+//! images/HASH.arriving     a part of it is still on its way, see `arriving`
 //! vms/NAME/vm.json         what the VM is
 //! vms/NAME/lease.json      whether this site may run it, and the hand-overs that led there
 //! vms/NAME/lock            held while one process changes the VM
@@ -36,6 +37,7 @@ use std::path::{Path, PathBuf};
 use reconciler::{FilePages, ImageTree};
 use serde::{Deserialize, Serialize};
 
+use crate::arriving::Paths;
 use crate::at_rest;
 use crate::error::{Error, Result};
 use crate::files::{self, FileLock};
@@ -264,7 +266,12 @@ impl Store {
     /// Where a base file lies, if this site has it.
     pub fn base_file(&self, hash: FileHash) -> Option<PathBuf> {
         let path = self.base_path(hash);
-        path.exists().then_some(path)
+        (path.exists() && !self.is_arriving(hash)).then_some(path)
+    }
+
+    /// Whether a part of a base file is still on its way.
+    pub(crate) fn is_arriving(&self, hash: FileHash) -> bool {
+        Paths::of(self, hash).note.exists()
     }
 
     pub(crate) fn base_path(&self, hash: FileHash) -> PathBuf {
@@ -309,7 +316,7 @@ impl Store {
         Ok(right)
     }
 
-    fn identify(file: &Path) -> Result<BaseFile> {
+    pub(crate) fn identify(file: &Path) -> Result<BaseFile> {
         let mut hasher = blake3::Hasher::new();
         // Read and not mapped: a disk that fails is an error then, and not a signal that ends the
         // process.
@@ -323,7 +330,7 @@ impl Store {
 
     fn keep_file(&self, file: &Path, known: BaseFile) -> Result<()> {
         let path = self.base_path(known.hash);
-        if !path.exists() {
+        if self.base_file(known.hash).is_none() {
             let done = (|| {
                 fs::set_permissions(file, fs::Permissions::from_mode(0o400))?;
                 fs::File::open(file)?.sync_all()?;
@@ -331,6 +338,8 @@ impl Store {
                 files::sync_dir(&self.root.join("images"))
             })();
             done.map_err(Error::file("keep", &path))?;
+            // What was on its way is here by another way.
+            Paths::of(self, known.hash).settle()?;
         }
         Ok(())
     }

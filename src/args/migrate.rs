@@ -37,6 +37,11 @@ pub(crate) struct MigrateArgs {
     /// With `live`: first replay the log on the stale copy at the target, while the VM runs
     #[arg(long)]
     pub(crate) replay_first: bool,
+    /// Where the target lacks the images that the disks rest on: let the VM go on there once what its guest
+    /// has of them in memory is there. The rest follows while it runs, what it waits for first; until all is
+    /// there it needs this site. With `full`, or `live` to a site without a stale copy
+    #[arg(long)]
+    pub(crate) post_copy: bool,
     /// Say what each strategy would cost, and stop
     #[arg(long)]
     pub(crate) dry_run: bool,

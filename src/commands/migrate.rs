@@ -33,6 +33,7 @@ pub(crate) async fn run(store: &Store, args: &MigrateArgs, output: &Output) -> a
         paused: args.paused,
         quick: args.quick,
         drop_free: args.drop_free,
+        post_copy: args.post_copy,
         live: LiveOptions {
             downtime: args.downtime,
             rounds: args.rounds,

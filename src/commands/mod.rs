@@ -14,6 +14,7 @@ mod replay;
 mod seed;
 mod serve;
 mod site;
+mod supply;
 mod sync;
 mod vm;
 
@@ -76,6 +77,7 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
             };
             record::run(&vm_of(&store()?, &name).await?, &options, output).await
         }
+        Command::Supply { name } => supply::run(&store()?, &name, output).await,
         Command::Seed { name, to } => seed::run(&store()?, &name, &to, output).await,
         Command::Follow { name, to, no_twin } => {
             Box::pin(follow::run(&store()?, &name, &to, !no_twin, output)).await

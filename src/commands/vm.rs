@@ -11,7 +11,7 @@ use vm_host::{Accelerator, Hardware, programs};
 
 use super::{peer_of, vm_of};
 use crate::args::{AccelArg, CreateArgs, VmCommand};
-use crate::output::{Output, table};
+use crate::output::{Output, bytes, table};
 
 /// A guest that has said nothing for so long will not.
 const READY_LIMIT: Duration = Duration::from_secs(600);
@@ -209,12 +209,22 @@ fn row(status: &VmStatus) -> Vec<String> {
         .generations
         .last()
         .map_or("none".into(), u64::to_string);
-    vec![
+    let mut row = vec![
         status.record.name.to_string(),
         state,
         format!("{} MiB", status.record.hardware.memory_mib),
         format!("generation {generation}"),
-    ]
+    ];
+    if status.arriving > 0 {
+        row.push(format!("{} of its disk to come", bytes(status.arriving)));
+    }
+    row.extend(
+        status
+            .owed
+            .as_ref()
+            .map(|site| format!("disk owed to {site}")),
+    );
+    row
 }
 
 /// What taking a VM over means, for the person who decides.

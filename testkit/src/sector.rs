@@ -61,6 +61,37 @@ pub const KEYS: [u8; 22] = [
 /// Where it counts them, in its memory.
 pub const KEY_COUNT: usize = 0x7e00;
 
+/// Reads a sector of its disk for each key that is pressed, each 4 MiB behind the one before, and counts keys and
+/// sectors.
+///
+/// Real mode, loaded at 0x7c00 with the drive's number in `dl`:
+///
+/// ```text
+///         xor ax,ax; mov ds,ax; mov es,ax; mov [drive],dl
+/// again:  xor ax,ax; int 0x16                                        ; wait for a key
+///         inc byte [0x7e00]
+///         add dword [lba],0x2000
+///         mov si,packet; mov dl,[drive]; mov ah,0x42; int 0x13       ; read a sector
+///         jc again
+///         inc byte [0x7e01]
+///         jmp again
+/// packet: db 16,0; dw 1,0x8000,0
+/// lba:    dd 0,0
+/// drive:  db 0
+/// ```
+pub const READS: [u8; 63] = [
+    0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x88, 0x16, 0x3e, 0x7c, 0x31, 0xc0, 0xcd, 0x16, 0xfe, 0x06,
+    0x00, 0x7e, 0x66, 0x81, 0x06, 0x36, 0x7c, 0x00, 0x20, 0x00, 0x00, 0xbe, 0x2e, 0x7c, 0x8a, 0x16,
+    0x3e, 0x7c, 0xb4, 0x42, 0xcd, 0x13, 0x72, 0xe2, 0xfe, 0x06, 0x01, 0x7e, 0xeb, 0xdc, 0x10, 0x00,
+    0x01, 0x00, 0x00, 0x80, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+];
+/// Where that counts what it has read, in its memory.
+pub const READ_COUNT: usize = 0x7e01;
+/// Where it has the sector that it read last, in its memory.
+pub const READ_AT: usize = 0x8000;
+/// How far each sector that it reads is behind the one before, in bytes.
+pub const READ_STEP: usize = 4 << 20;
+
 /// Writes a disk that begins with this code, and with `after` behind it.
 ///
 /// # Errors

@@ -33,6 +33,7 @@ fn the_commands_are_those_of_the_design() {
         "seed",
         "follow",
         "migrate",
+        "supply",
         "sync",
         "switch",
         "replay",

@@ -23,6 +23,7 @@ mod live;
 mod ownership;
 mod pause;
 mod permissions;
+mod post_copy;
 mod resume;
 mod roam;
 mod state;

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::hardware::{Accelerator, Launch, Network};
 use crate::runtime::Paths;
@@ -23,7 +23,14 @@ fn value(path: &Path) -> String {
 }
 
 /// The arguments, for a launch with absolute paths and an accelerator that is decided.
-pub(crate) fn arguments(launch: &Launch, accelerator: Accelerator, paths: &Paths) -> Vec<String> {
+///
+/// `nodes` are what disks are opened by whose chain of overlays does not end in a file.
+pub(crate) fn arguments(
+    launch: &Launch,
+    accelerator: Accelerator,
+    paths: &Paths,
+    nodes: &[Vec<Value>],
+) -> Vec<String> {
     let hardware = &launch.hardware;
     let mut args = Vec::new();
     let mut add = |words: &[&str]| args.extend(words.iter().map(|&word| word.to_owned()));
@@ -82,16 +89,29 @@ pub(crate) fn arguments(launch: &Launch, accelerator: Accelerator, paths: &Paths
         add(&["virtio-net-pci,id=nic0,netdev=net0,bus=pcie.0,addr=4,romfile="]);
     }
     for (index, disk) in launch.disks.iter().enumerate() {
-        let node = json!({
-            "driver": "qcow2",
-            "node-name": format!("disk{index}"),
-            "discard": "unmap",
-            "file": { "driver": "file", "filename": disk, "node-name": file_node(&format!("disk{index}")) },
-        });
+        let arriving = nodes.get(index).map_or(&[][..], Vec::as_slice);
+        for node in arriving {
+            add(&["-blockdev", &node.to_string()]);
+        }
+        if arriving.is_empty() {
+            let node = json!({
+                "driver": "qcow2",
+                "node-name": format!("disk{index}"),
+                "discard": "unmap",
+                "file": { "driver": "file", "filename": disk, "node-name": file_node(&format!("disk{index}")) },
+            });
+            add(&["-blockdev", &node.to_string()]);
+        }
         let slot = FIRST_DISK_SLOT + index;
-        add(&["-blockdev", &node.to_string(), "-device"]);
+        // What can't be read now can be later: the guest stands still until then, and sees no error.
+        let patient = if arriving.is_empty() {
+            ""
+        } else {
+            ",rerror=stop,werror=stop"
+        };
+        add(&["-device"]);
         add(&[&format!(
-            "virtio-blk-pci,id=disk{index},drive=disk{index},bus=pcie.0,addr={slot:#x}"
+            "virtio-blk-pci,id=disk{index},drive=disk{index},bus=pcie.0,addr={slot:#x}{patient}"
         )]);
     }
     if let Some(boot) = &launch.boot {
@@ -140,11 +160,12 @@ mod tests {
             runtime_dir: "/run/desk".into(),
             ram: "/run/desk/ram.img".into(),
             disks: vec!["/vm/disk0.qcow2".into()],
+            arriving: Vec::new(),
             network: network.unwrap_or(Network::Connected),
             incoming,
         };
         let paths = Paths::new(&launch.runtime_dir).unwrap();
-        arguments(&launch, Accelerator::Tcg, &paths)
+        arguments(&launch, Accelerator::Tcg, &paths, &[])
     }
 
     /// What follows each mention of an option.

@@ -167,6 +167,10 @@ pub struct Launch {
     pub ram: PathBuf,
     /// qcow2 images, in the guest's order.
     pub disks: Vec<PathBuf>,
+    /// For each disk whose base image has not arrived yet, the unix socket at which it is read instead, see
+    /// [`crate::nbd`]. Disks beyond its end have theirs.
+    #[serde(default)]
+    pub arriving: Vec<Option<PathBuf>>,
     /// Whether the network is plugged in.
     pub network: Network,
     /// Start empty and wait for [`crate::Vm::load_device_state`] instead of booting.
@@ -207,6 +211,10 @@ impl Launch {
             .iter()
             .map(|disk| absolute(disk))
             .collect::<Result<_>>()?;
+        for socket in launch.arriving.iter_mut().flatten() {
+            *socket = absolute(socket)?;
+            check_socket_path(socket)?;
+        }
         if let Some(boot) = &mut launch.boot {
             boot.kernel = absolute(&boot.kernel)?;
             boot.initrd = boot.initrd.as_deref().map(absolute).transpose()?;

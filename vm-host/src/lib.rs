@@ -12,6 +12,7 @@
 //! No goals: the network between sites, generations and their files; recording and replay.
 
 pub mod ahead;
+mod arriving;
 mod clock;
 mod command_line;
 mod device_state;
@@ -22,6 +23,7 @@ mod hardware;
 mod input;
 pub mod keys;
 mod merge;
+pub mod nbd;
 pub mod probe;
 mod process;
 pub mod programs;

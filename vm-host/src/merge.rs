@@ -169,7 +169,7 @@ impl Vm {
     }
 
     /// The nodes of a disk, from the topmost to the base.
-    async fn backing_chain(&self, disk: usize) -> Result<Vec<String>> {
+    pub(crate) async fn backing_chain(&self, disk: usize) -> Result<Vec<String>> {
         let top = self.top_node(disk).await?;
         let graph = self.ask("describe its disks", QueryBlockGraph {}).await?;
         Ok(chain_in(&graph, &top))

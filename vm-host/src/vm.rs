@@ -120,7 +120,8 @@ impl Vm {
 
         let mut record = Record::new(launch, accelerator);
         record.write(&paths)?;
-        let args = crate::command_line::arguments(&record.launch, accelerator, &paths);
+        let nodes = crate::arriving::nodes(&record.launch)?;
+        let args = crate::command_line::arguments(&record.launch, accelerator, &paths, &nodes);
         let qemu = programs::qemu();
         tracing::debug!(qemu = %qemu.display(), ?args, "starting");
         let process = match Process::start(&qemu, &args, &paths.dir, &paths.log) {

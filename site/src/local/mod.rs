@@ -15,6 +15,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use vm_host::{Accelerator, Boot, Hardware, Launch, Network, Status, Vm, programs};
 
+use crate::arriving;
 use crate::chance;
 use crate::disks::{self};
 use crate::error::{Error, Result};
@@ -147,6 +148,10 @@ pub struct VmStatus {
     pub vnc: Option<PathBuf>,
     /// Whether it is being recorded, and what is typed gets into the log.
     pub recording: Option<Logging>,
+    /// Bytes of its disks that are still to come from another site, by what was noted last.
+    pub arriving: u64,
+    /// The site that the rest of its disks is owed, where it moved there and not all of them has.
+    pub owed: Option<String>,
 }
 
 /// Finds the running QEMU of a VM.
@@ -187,7 +192,13 @@ pub async fn status(vm: &VmDir) -> Result<VmStatus> {
             _ => VmState::Paused,
         },
     };
+    let mut arriving = 0;
+    for disk in &record.disks {
+        arriving += arriving::missing(vm.store(), disk.hash)?.map_or(0, |(bytes, _)| bytes);
+    }
     Ok(VmStatus {
+        arriving,
+        owed: source::owed(vm)?,
         record,
         state,
         lease,
@@ -255,6 +266,9 @@ pub(crate) async fn start_locked(vm: &VmDir, accelerator: Accelerator, paused: b
         }
         StartAt::Boot => (lay_overlays(vm, &record, None)?, None),
     };
+    for disk in &record.disks {
+        arriving::require_served(vm, disk.hash)?;
+    }
     files::remove_dir(&runtime)?;
     files::make_dir(&runtime)?;
     let hardware = restore
@@ -374,6 +388,12 @@ pub(crate) fn launch(
         runtime_dir: runtime.to_owned(),
         ram: runtime.join("ram.img"),
         disks,
+        arriving: record
+            .disks
+            .iter()
+            .map(|disk| vm.store().is_arriving(disk.hash).then_some(disk.hash))
+            .map(|hash| hash.and_then(|hash| arriving::socket(vm.store(), hash).ok()))
+            .collect(),
         network,
         incoming,
     }

@@ -34,7 +34,8 @@ fn image(state: &State, base: &Base, kind: ImageKind, rate: f64) -> Result<f64> 
     let failed = || Error::reconcile("cannot predict what an image takes");
     let base_tree = base.tree(kind)?;
     let base_ram = base.tree(ImageKind::Ram)?;
-    let shared = shared(state, base, kind, &base_tree, &base_ram, false);
+    let shared = shared(state, base, kind, &base_tree, &base_ram, false)?;
+    let shared: Vec<_> = shared.iter().map(AsRef::as_ref).collect();
     let options = OfferOptions {
         // Nobody else sees it.
         salt: Salt([0; 32]),

@@ -2,6 +2,7 @@
 
 use super::account::{finish_traffic, pages};
 use super::hand_over::keep;
+use super::later;
 use super::persist::Guest;
 use super::{Migration, Prepared, warn_unclean};
 use crate::error::Result;
@@ -42,6 +43,9 @@ impl Migration<'_> {
         self.view.guest(Guest::HandedOver);
         // Not written: from here on the lease says how far it is.
         self.moving.phase = Phase::Commit;
+        if self.absent.iter().any(|pages| !pages.is_empty()) {
+            later::owe(self.vm, self.peer)?;
+        }
         self.commit(&mut line, &manifest).await?;
         self.clock.enter(Phase::Resume);
         let resumed = self.resume(&mut line).await;
@@ -77,6 +81,7 @@ impl Migration<'_> {
             refetched: sent.iter().map(|sent| sent.outcome.refetched).sum(),
             replay,
             live: rounds,
+            rest: None,
             predicted: self.predicted,
         };
         let noted = LinkHistory::load(self.vm.store())

@@ -11,10 +11,12 @@ mod control;
 mod follow;
 mod free;
 mod hand_over;
+mod later;
 mod live;
 mod open;
 mod opening;
 mod persist;
+mod prepare;
 mod replay;
 mod seed;
 mod standing;
@@ -22,45 +24,39 @@ mod stop;
 pub mod sync;
 mod twin;
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use vm_host::{Status, Vm};
 
 use crate::error::{Error, Result};
-use crate::exchange::{self, Outgoing, Sent};
-use crate::generation::{GenerationId, Manifest};
+use crate::generation::GenerationId;
 use crate::generations::seen;
 use crate::lease::Lease;
 use crate::line::{CALL_AGAIN, Line};
-use crate::local::{self, Live};
+use crate::local;
 use crate::moving::Moving;
 use crate::peers::{Peer, Permission};
 use crate::phase::Phase;
-use crate::plan::{self, Estimate};
+use crate::plan;
 use crate::progress::Progress;
 use crate::protocol::Stage;
-use crate::report::{
-    ByteReport, LiveReport, MigrationReport, PhaseClock, ReplaySummary, Roots, Strategy,
-};
-use crate::state::{Base, State};
+use crate::report::{ByteReport, MigrationReport, PhaseClock, Strategy};
 use crate::store::VmDir;
-use crate::vm::VmRecord;
 use crate::work::Workplace;
 
-use account::account;
 use hand_over::{ask_target, give_way_if_so};
-use persist::{Attempt, View, persist};
-use replay::{realign, tell, without_twin};
+use persist::{Attempt, persist};
+use prepare::{Migration, Prepared};
 pub(crate) use stop::CLOSE;
-use stop::Stopped;
 use twin::Twin;
 
 pub use follow::follow;
 pub(crate) use follow::{clear_following, following_lock};
 pub use hand_over::settle;
 pub(crate) use hand_over::{ask_whether_superseded, settle_unattended};
+pub(crate) use later::owed;
+pub use later::supply;
 pub use live::LiveOptions;
 pub(crate) use live::{Judge, SHARE};
 pub use seed::{SeedReport, dry_run, seed};
@@ -95,6 +91,8 @@ pub struct MigrateOptions {
     pub live: LiveOptions,
     /// Make the guest's free pages zero before it moves: what they hold is not preserved.
     pub drop_free: bool,
+    /// Disk images that the target lacks come after the VM, but for what the guest has of them in memory.
+    pub post_copy: bool,
     /// How long a line that is lost is called again.
     pub give_up_after: Duration,
 }
@@ -108,6 +106,7 @@ impl Default for MigrateOptions {
             quick: false,
             live: LiveOptions::default(),
             drop_free: false,
+            post_copy: false,
             give_up_after: CALL_AGAIN,
         }
     }
@@ -153,9 +152,20 @@ pub async fn migrate(
         },
         _ => options,
     };
+    // The agent of this site would begin with it as soon as the VM has moved.
+    let supplying = if options.post_copy {
+        later::supplying_lock(vm)?
+    } else {
+        None
+    };
     let moving = Moving::begin(vm, peer, local::require_lease(vm)?)?;
     let moved = persist(vm, peer, moving, options, None, progress, cancel).await;
-    give_way_if_so(vm, peer, moved).await
+    let report = give_way_if_so(vm, peer, moved).await?;
+    let rest = match supplying {
+        Some(only) => later::bring_rest(vm, peer, only, progress, cancel).await,
+        None => None,
+    };
+    Ok(MigrationReport { rest, ..report })
 }
 
 /// Moves a VM to a site that has a generation of it, standing still for no longer than `downtime` where
@@ -250,6 +260,7 @@ async fn migrate_from(attempt: Attempt<'_>, opened: Option<Opened>) -> Result<Mi
         stopped: false,
         twin: None,
         predicted: None,
+        absent: Vec::new(),
     };
     run.note(Phase::Plan, false)?;
     // Up to the commit, the user can stop it; the commit itself takes a round trip and is seen
@@ -374,198 +385,6 @@ enum Outcome<T> {
     CalledOff,
     /// The guest had stood still for too long without a line.
     StoodStill,
-}
-
-struct Migration<'a> {
-    vm: &'a VmDir,
-    record: &'a VmRecord,
-    peer: &'a Peer,
-    options: MigrateOptions,
-    progress: &'a dyn Progress,
-    qemu: &'a Vm,
-    qemu_version: String,
-    was_running: bool,
-    fence: u64,
-    /// As it is noted.
-    moving: Moving,
-    view: Arc<View>,
-    clock: PhaseClock<'a>,
-    /// Whether this migration has paused the guest.
-    stopped: bool,
-    /// The replay at this site, beside the target's.
-    twin: Option<Twin>,
-    /// What was predicted, where the strategy was chosen by that.
-    predicted: Option<Estimate>,
-}
-
-/// All that is sent and verified, before anything is decided.
-struct Prepared {
-    line: Line,
-    live: Live,
-    state: Arc<State>,
-    base_images: Arc<Base>,
-    manifest: Manifest,
-    strategy: Strategy,
-    base: Option<GenerationId>,
-    rate: f64,
-    sent: Vec<Sent>,
-    bytes: ByteReport,
-    verified: Roots,
-    replay: Option<ReplaySummary>,
-    rounds: Option<LiveReport>,
-    /// Some of it came over an earlier line: its times tell nothing.
-    pieced: bool,
-}
-
-impl Migration<'_> {
-    /// Writes down how far it is, before that is so.
-    fn note(&mut self, phase: Phase, paused: bool) -> Result<()> {
-        self.moving.phase = phase;
-        self.moving.paused = paused;
-        self.moving.store(self.vm)
-    }
-
-    /// A line over which it goes from here on.
-    fn goes_over(&self, line: &mut Line) {
-        line.set_patience(self.options.give_up_after);
-        self.view.line(line.handle());
-    }
-
-    /// Everything up to the commit.
-    async fn prepare(&mut self, opened: Option<Opened>) -> Result<Prepared> {
-        let live = Live::of_running(self.vm, self.qemu).await?;
-        let next = local::next_generation(self.vm)?;
-        let Opened {
-            mut line,
-            strategy,
-            base,
-            rate,
-            records,
-            mut bytes,
-            twin,
-            behind,
-            kept,
-        } = match opened {
-            Some(mut opened) => {
-                self.goes_over(&mut opened.line);
-                opened
-            }
-            None => self.open(&live, next).await?,
-        };
-        self.twin = twin;
-        let base_images = {
-            let (vm, record) = (self.vm.clone(), self.record.clone());
-            let number = base.map(|base| base.number);
-            let load = move || Base::load(&vm, &record, number);
-            tokio::spawn(local::blocking(load))
-        };
-
-        let mut replay = None;
-        let live_replay = strategy == Strategy::Live && self.options.live.replay;
-        if (strategy == Strategy::Replay || live_replay)
-            && let Some(base) = base
-            && behind.is_none()
-            && kept != Some(Stage::Frozen)
-        {
-            // Beside a replay that is on its way or done it would only be late.
-            let begins = !matches!(kept, Some(Stage::Replaying { .. }));
-            if self.options.twin == TwinTurn::Beside && begins {
-                self.start_twin(base).await;
-            }
-            let (summary, log) = self.replay(&mut line, base, records).await?;
-            replay = Some(summary);
-            bytes.log += log;
-        }
-        let base_images = Arc::new(local::joined(base_images).await?);
-        let mut ahead = if strategy == Strategy::Live {
-            // What came of an earlier attempt is in the target's copy.
-            let mixed = live_replay || kept == Some(Stage::Frozen);
-            let rounds = self.rounds(&mut line, &live, &base_images, rate, mixed);
-            Some(Box::pin(rounds).await?)
-        } else {
-            None
-        };
-
-        let still = if let Some(behind) = behind {
-            self.stop_followed(&mut line, &live, base, records, behind)
-                .await?
-        } else {
-            self.stop(&mut line, &live).await?
-        };
-        let Stopped {
-            state,
-            free_dropped,
-            twin,
-            replay: followed,
-            log,
-        } = still;
-        bytes.log += log;
-        replay = replay.or(followed);
-        let twin = match twin {
-            Some(twin) => without_twin(realign(twin, &state, &base_images).await),
-            None => None,
-        };
-        let (twin, lie) = twin.unzip();
-        if let Some(lie) = &lie {
-            bytes.hashes += tell(&mut line, lie).await?;
-        }
-
-        let number = base.map(|base| base.number);
-        let went_ahead = ahead.is_some();
-        let against = match &mut ahead {
-            Some(ahead) => Box::pin(self.last_round(&mut line, ahead, &state, number)).await?,
-            None => base_images.clone(),
-        };
-        let clock = &mut self.clock;
-        let out = Outgoing {
-            state: &state,
-            base: &against,
-            // What rounds have brought on is known exactly.
-            replayed: (replay.is_some() || kept == Some(Stage::Frozen)) && !went_ahead,
-            twin: twin.as_ref(),
-            rate,
-            progress: self.progress,
-        };
-        let mut enter = |phase| clock.enter(phase);
-        let mut sent = exchange::send_images(&mut line, &out, &mut enter).await?;
-        let rounds = ahead.map(|ahead| ahead.close(&mut sent));
-        account(&mut bytes, &sent);
-
-        self.clock.enter(Phase::Verify);
-        let (infos, disks) = state.infos();
-        let verified = Roots {
-            ram: infos[0].root,
-            disk: disks.iter().map(|disk| disk.root).collect(),
-            device: infos[1].root,
-        };
-
-        let mut manifest = Manifest::new(
-            self.record.id,
-            next,
-            live.generation,
-            self.record.hardware.clone(),
-            self.qemu_version.clone(),
-            infos,
-            disks,
-        );
-        manifest.free_dropped = free_dropped;
-        Ok(Prepared {
-            line,
-            live,
-            state,
-            base_images,
-            manifest,
-            strategy,
-            base,
-            rate,
-            sent,
-            bytes,
-            verified,
-            replay,
-            rounds,
-            pieced: kept.is_some(),
-        })
-    }
 }
 
 /// What a replay here left behind hinders nobody, and the next migration clears it away.

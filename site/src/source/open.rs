@@ -1,5 +1,6 @@
 //! Hello, Plan and Base: a line to a target that has all that it needs to begin.
 
+use super::later::announce;
 use super::opening::{begin, hello};
 use super::seed::{ship_files, ship_generation};
 use super::{Migration, Opened};
@@ -125,7 +126,17 @@ impl Migration<'_> {
 
         self.clock.enter(Phase::Base);
         let (vm, record) = (self.vm, self.record);
-        let shipped = ship_base(&mut line, vm, record, &welcome, base, rate, self.progress).await?;
+        let traffic = line.traffic();
+        let before = traffic.sent();
+        if self.options.post_copy && base.is_none() {
+            let announced = announce(&mut line, vm, record, &welcome, rate, self.progress);
+            self.absent = announced.await?;
+            let later = record.disks.iter().map(|disk| disk.hash);
+            let later: Vec<_> = later.collect();
+            welcome.lacks.retain(|lacked| !later.contains(lacked));
+        }
+        ship_base(&mut line, vm, record, &welcome, base, rate, self.progress).await?;
+        let shipped = traffic.sent() - before;
         line.send(ToTarget::Prepare).await?;
         line.flush().await?;
         Ok(Opened {

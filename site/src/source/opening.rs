@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::arriving;
 use crate::chain::Chain;
 use crate::error::{Error, Result};
 use crate::generation::Manifest;
@@ -40,11 +41,14 @@ pub(super) fn hello(
     qemu: &str,
 ) -> Result<Hello> {
     let chain = match purpose {
-        Purpose::Settle(_) => Chain::default(),
+        Purpose::Settle(_) | Purpose::Supply => Chain::default(),
         Purpose::Migrate | Purpose::Seed | Purpose::Estimate => {
             ownership::proof(vm)?.since(record.id, peer)
         }
     };
+    if matches!(purpose, Purpose::Migrate | Purpose::Seed) {
+        arriving::require_whole(vm, record)?;
+    }
     Ok(Hello {
         purpose,
         vm: record.clone(),
@@ -61,7 +65,7 @@ pub(super) fn hello(
 /// The beginning that all purposes share: hello, welcome, how fast the line is.
 pub(super) async fn begin(line: &mut Line, vm: &VmDir, hello: Hello) -> Result<(Welcome, f64)> {
     let ours = hello.generations.clone();
-    let asks = matches!(hello.purpose, Purpose::Settle(_) | Purpose::Estimate);
+    let asks = !matches!(hello.purpose, Purpose::Migrate | Purpose::Seed);
     line.send(ToTarget::Hello(Box::new(hello))).await?;
     let ToSource::Welcome(welcome) = line.recv(Phase::Hello).await? else {
         return Err(line.unexpected(Phase::Hello, "no welcome"));

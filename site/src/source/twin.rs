@@ -57,7 +57,8 @@ impl Twin {
             tracing::info!(free, needed, "no twin: too little memory");
             return Ok(None);
         }
-        let work = Work::prepare_fork(vm, record, place, transfer, Some(base)).await?;
+        let work =
+            Work::prepare_fork(vm, record, place, transfer, (Some(base), Vec::new())).await?;
         let ram = work.ram_path();
         let disks = work.disk_paths();
         let files = ForkFiles {

@@ -24,7 +24,7 @@ const MARGIN: u64 = 64 << 20;
 pub(super) fn check_allowed(caller: &Peer, hello: &Hello) -> Result<()> {
     let allowed = match hello.purpose {
         Purpose::Settle(_) => true,
-        Purpose::Migrate | Purpose::Seed | Purpose::Estimate => {
+        Purpose::Migrate | Purpose::Seed | Purpose::Estimate | Purpose::Supply => {
             caller.may.has(Permission::Send)
                 && (!hello.follows || caller.may.has(Permission::Follow))
         }
@@ -116,7 +116,7 @@ pub(super) async fn superseded(
 ) -> Result<Option<(u64, Chain)>> {
     hello.validate()?;
     // A hand-over that was cut off is settled by its number as well, where it is answered.
-    if matches!(hello.purpose, Purpose::Settle(_)) {
+    if matches!(hello.purpose, Purpose::Settle(_) | Purpose::Supply) {
         return Ok(None);
     }
     let vm = store.vm(&hello.vm.name);

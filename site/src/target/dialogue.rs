@@ -30,6 +30,9 @@ impl Session {
                     match self.welcome().await {
                         Ok(welcome) => {
                             match open.send(ToSource::Welcome(Box::new(welcome))).await {
+                                Ok(()) if self.hello.purpose == Purpose::Supply => {
+                                    self.supplied(open).await
+                                }
                                 Ok(()) => self.dialogue(line).await,
                                 Err(error) => Err(error),
                             }
@@ -71,6 +74,19 @@ impl Session {
                 ToTarget::File(file) => {
                     self.phase = Phase::Base;
                     receive_file(&self.store, line, &self.hello.vm, file).await?;
+                }
+                ToTarget::Later { disk } => {
+                    self.phase = Phase::Base;
+                    self.begin_later(line, disk).await?;
+                }
+                ToTarget::Blocks(blocks) => {
+                    self.take_blocks(blocks).await?;
+                    line.send(ToSource::Took).await?;
+                    line.flush().await?;
+                }
+                ToTarget::Rest { disk } => {
+                    let absent = self.say_absent(line, disk).await?;
+                    self.later.insert(disk, absent);
                 }
                 ToTarget::Generation { manifest, base } => {
                     self.phase = Phase::Base;

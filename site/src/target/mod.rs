@@ -12,9 +12,15 @@ mod receive;
 mod replay;
 mod revive;
 mod standby;
+mod supply;
 mod turn;
 mod waiting;
 
+use std::collections::{BTreeMap, HashMap};
+
+use reconciler::PageSet;
+
+use crate::arriving::Arrivals;
 use crate::error::{Error, Result};
 use crate::files::{self, FileLock};
 use crate::fork::Fork;
@@ -42,6 +48,7 @@ pub(crate) use standby::Standbys;
 pub(crate) async fn converse(
     store: &Store,
     standbys: &Standbys,
+    arrivals: &Arrivals,
     mut line: TargetLine,
 ) -> Option<VmName> {
     let peer = line.peer().name.to_string();
@@ -60,7 +67,10 @@ pub(crate) async fn converse(
     let purpose = hello.purpose.clone();
     tracing::info!(peer, vm = %name, ?purpose, "a peer calls");
     let session = match open(store, standbys, &line, *hello).await {
-        Ok(session) => session,
+        Ok(session) => Session {
+            arrivals: arrivals.clone(),
+            ..session
+        },
         Err(error) => {
             tracing::warn!(peer, vm = %name, error = error.chain(), "refused");
             let answer = match error.superseded() {
@@ -75,7 +85,9 @@ pub(crate) async fn converse(
             return None;
         }
     };
-    if session.lock.is_some() && !session.follows() {
+    if session.hello.purpose == Purpose::Supply {
+        line.set_patience(CALL_AGAIN);
+    } else if session.lock.is_some() && !session.follows() {
         line.set_patience(match session.hello.purpose {
             Purpose::Migrate => standby::PATIENCE,
             _ => CALL_AGAIN,
@@ -179,6 +191,10 @@ struct Session {
     /// Measures what following costs.
     meter: Option<Meter>,
     committed: bool,
+    /// Disk images that are on their way here.
+    arrivals: Arrivals,
+    /// Of each disk whose image comes after the VM, the pages that come then.
+    later: BTreeMap<u8, PageSet>,
 }
 
 impl Session {
@@ -201,6 +217,8 @@ impl Session {
             pieces: Waiting::default(),
             meter: None,
             committed: false,
+            arrivals: Arrivals::default(),
+            later: BTreeMap::new(),
             hello,
         }
     }
@@ -210,7 +228,7 @@ impl Session {
         hello.validate()?;
         let vm = store.vm(&hello.vm.name);
         let session = |lock| Self::new(&vm, line.peer().clone(), hello.clone(), lock);
-        if matches!(hello.purpose, Purpose::Settle(_) | Purpose::Estimate) {
+        if !matches!(hello.purpose, Purpose::Migrate | Purpose::Seed) {
             return Ok(session(None));
         }
         check_known(&vm, &hello, line.peer())?;
@@ -254,7 +272,9 @@ impl Session {
     fn note(&self) -> Option<KeptNote> {
         let plan = self
             .plan
-            .filter(|_| self.hello.purpose == Purpose::Migrate && self.shipping.is_none())?;
+            .filter(|_| self.hello.purpose == Purpose::Migrate && self.shipping.is_none())
+            // What the two agreed upon of the images is not kept.
+            .filter(|_| self.later.is_empty())?;
         let hello = self.hello.clone();
         Some(KeptNote::new(self.peer.key, hello, plan, standby::PATIENCE))
     }
@@ -263,6 +283,7 @@ impl Session {
     fn is_worth_keeping(&self) -> bool {
         self.hello.purpose == Purpose::Migrate
             && !self.committed
+            && self.later.is_empty()
             && self.shipping.is_none()
             && self.kept().is_some()
     }
@@ -329,15 +350,27 @@ impl Session {
     }
 
     async fn prepare(&self, base: Option<u64>) -> Result<Work> {
+        let disks = self.hello.vm.disks.iter().zip(0_u8..);
+        let later: HashMap<_, _> = disks
+            .filter_map(|(disk, index)| Some((disk.hash, (index, self.later.get(&index)?))))
+            .filter(|_| base.is_none())
+            .collect();
         for file in self.hello.vm.base_files() {
-            if self.store.base_file(file.hash).is_none() {
+            if self.store.base_file(file.hash).is_none() && !later.contains_key(&file.hash) {
                 return Err(Error::Refused(format!(
                     "the base file {} is not here",
                     file.hash
                 )));
             }
         }
-        Work::prepare(&self.vm, &self.hello.vm, self.hello.transfer, base).await
+        let mut absent = vec![PageSet::new(); self.hello.vm.disks.len()];
+        for (index, pages) in later.into_values() {
+            if let Some(slot) = absent.get_mut(usize::from(index)) {
+                slot.clone_from(pages);
+            }
+        }
+        let (vm, transfer) = (&self.hello.vm, self.hello.transfer);
+        Work::prepare(&self.vm, vm, transfer, base, absent).await
     }
 
     /// Leaves nothing of a conversation but what it committed.

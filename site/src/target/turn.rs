@@ -49,6 +49,9 @@ impl Turn<'_> {
             ToTarget::Probe(_) => true,
             _ if !self.locked || self.committed => false,
             ToTarget::Generation { .. } | ToTarget::Prepare | ToTarget::File(_) => !self.fork,
+            ToTarget::Later { .. } | ToTarget::Blocks(_) | ToTarget::Rest { .. } => {
+                migrates && !self.work && !self.fork
+            }
             ToTarget::Image(_) | ToTarget::Layout(_) | ToTarget::Rearrangement(_) => {
                 !self.fork && self.work && !self.received
             }
@@ -89,7 +92,7 @@ mod tests {
     use crate::chain::Chain;
     use crate::generation::{ImageInfo, Manifest};
     use crate::identity::Identity;
-    use crate::protocol::{CommitRequest, Hello, ImageHead, ImageKind, Plan};
+    use crate::protocol::{Blocks, CommitRequest, Hello, ImageHead, ImageKind, Plan};
     use crate::vm::{BaseFile, FileHash, Id};
 
     fn manifest() -> Manifest {
@@ -199,6 +202,16 @@ mod tests {
                 },
             ),
             ("RoundEnd", ToTarget::RoundEnd),
+            ("Later", ToTarget::Later { disk: 0 }),
+            (
+                "Blocks",
+                ToTarget::Blocks(Blocks {
+                    disk: 0,
+                    runs: Vec::new(),
+                    bytes: Vec::new(),
+                }),
+            ),
+            ("Rest", ToTarget::Rest { disk: 0 }),
         ]
     }
 
@@ -228,7 +241,8 @@ mod tests {
         let purpose = Purpose::Migrate;
         let begun = begun(&purpose);
         let base = ["Probe", "Plan", "File", "Generation", "Prepare", "Freeze"];
-        assert_eq!(allowed(&begun), base);
+        let later = ["Later", "Blocks", "Rest"];
+        assert_eq!(allowed(&begun), [&base[..], &later].concat());
         let planned = Turn {
             strategy: Some(Strategy::Replay),
             work: true,
@@ -406,6 +420,9 @@ mod tests {
                         prop_assert!(rounds && !received && !fork && !seed, "{name}");
                     }
                     "Log" => prop_assert!(work && !received && !rounds, "{name}"),
+                    "Later" | "Blocks" | "Rest" => {
+                        prop_assert!(!seed && !work && !fork, "{name}");
+                    }
                     "Follow" => {
                         prop_assert!(work && !received && !rounds && !seed, "{name}");
                     }

@@ -28,7 +28,7 @@ use crate::Phase;
 use crate::generation::GenerationId;
 use crate::identity::Identity;
 use crate::peers::{Peer, PeerStore};
-use crate::protocol::{Hello, Kept, Plan, Purpose, Stage, ToSource, ToTarget, Welcome};
+use crate::protocol::{Blocks, Hello, Kept, Plan, Purpose, Stage, ToSource, ToTarget, Welcome};
 use crate::report::{ReplaySummary, StandbyCost, Strategy};
 use crate::vm::{BaseFile, BootFiles, FileHash, Id, VmRecord};
 
@@ -178,6 +178,11 @@ fn rare() -> Vec<Entry> {
         ToTarget::Plan(plan(Strategy::Base)),
         ToTarget::Plan(plan(Strategy::Full)),
         ToTarget::Plan(plan(Strategy::Live)),
+        ToTarget::Blocks(Blocks {
+            disk: 1,
+            runs: vec![(300, 2), (1 << 20, 1)],
+            bytes: vec![8; 3],
+        }),
     ];
     let welcome = |stage| {
         ToSource::Welcome(Box::new(Welcome {
@@ -219,6 +224,11 @@ fn rare() -> Vec<Entry> {
         ToSource::Unpatched(part(5)),
         ToSource::Whole(part(6)),
         ToSource::Refetch(part(7)),
+        ToSource::Want {
+            disk: 1,
+            first: 300,
+            count: 32,
+        },
     ];
     to_source.extend(Phase::ALL.map(|phase| ToSource::Failed {
         phase,

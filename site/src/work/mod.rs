@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use reconciler::{ImageTree, Layout, PageHash, Processes, Rearrangement, SlicePages};
+use reconciler::{ImageTree, Layout, PageHash, PageSet, Processes, Rearrangement, SlicePages};
 use tokio::task::JoinHandle;
 use vm_host::RamMapMut;
 
@@ -67,15 +67,16 @@ pub(crate) struct Received {
 
 impl Work {
     /// Makes a working copy of a generation, or of the bare base images, that is to become a
-    /// generation of its own.
+    /// generation of its own. Of the base images these pages are not here.
     pub(crate) async fn prepare(
         vm: &VmDir,
         record: &VmRecord,
         transfer: Id,
         base_number: Option<u64>,
+        absent: Vec<PageSet>,
     ) -> Result<Self> {
-        let mut work =
-            Self::prepare_fork(vm, record, Workplace::Incoming, transfer, base_number).await?;
+        let base = (base_number, absent);
+        let mut work = Self::prepare_fork(vm, record, Workplace::Incoming, transfer, base).await?;
         work.laying = Some(work.lay_ram()?);
         Ok(work)
     }
@@ -87,7 +88,7 @@ impl Work {
         record: &VmRecord,
         place: Workplace,
         transfer: Id,
-        base_number: Option<u64>,
+        (base_number, absent): (Option<u64>, Vec<PageSet>),
     ) -> Result<Self> {
         let (vm, record) = (vm.clone(), record.clone());
         blocking(move || {
@@ -97,7 +98,7 @@ impl Work {
             files::remove_dir(&runtime)?;
             files::make_dir(&dir)?;
             files::make_dir(&runtime)?;
-            let base = Arc::new(Base::load(&vm, &record, base_number)?);
+            let base = Arc::new(Base::load_without(&vm, &record, base_number, &absent)?);
             let device = base.device().to_vec();
             let work = Self::fresh(vm, record, (dir, runtime), (base_number, base), device);
             if let Some(number) = base_number {

@@ -1,5 +1,7 @@
 //! Device, Disk, Ram and Verify at the target: the images arrive and are checked.
 
+use std::borrow::Cow;
+
 use reconciler::{Holdings, ImageTree, Offer, Place, PlaceKind, SlicePages, SlicePagesMut};
 use tokio::runtime::Handle;
 use vm_host::RamMapMut;
@@ -173,12 +175,13 @@ impl Work {
                     tree: ram_tree,
                     reader: &ram_pages,
                 }];
+                let readable = base.readable(index, Cow::Borrowed(&base_tree))?;
                 if let Some(reader) = base_pages {
                     places.insert(
                         0,
                         Place {
                             kind: PlaceKind::Base,
-                            tree: &base_tree,
+                            tree: &readable,
                             reader,
                         },
                     );
@@ -231,7 +234,10 @@ impl Work {
                     });
                 }
                 // The trees before: device state, then the disks as they are now.
-                for (image, tree) in disks.iter().zip(done.iter().skip(1)) {
+                let trees = done.iter().skip(1).enumerate();
+                let trees = trees.map(|(index, tree)| base.readable(index, Cow::Borrowed(tree)));
+                let trees = trees.collect::<Result<Vec<_>>>()?;
+                for (image, tree) in disks.iter().zip(&trees) {
                     places.push(Place {
                         kind: PlaceKind::Disk,
                         tree,

@@ -18,6 +18,7 @@ use testkit::tap::{Speaker, Tap, said_by};
 use testkit::wire::{self, Entry, What};
 
 const VM: &str = "desk";
+const OTHER: &str = "other";
 /// Memory in MiB: its firmware needs less.
 const MEMORY: &str = "32";
 /// A recording is no larger.
@@ -74,6 +75,7 @@ async fn main() -> anyhow::Result<()> {
     let create = ["vm", "create", VM, "--disk", &disk, "--memory", MEMORY];
     world.a.json(&create).await?;
     world.a.json(&["vm", "start", VM]).await?;
+    record_post_copy(&mut world, dir.path()).await?;
     record(&mut world).await
 }
 
@@ -167,6 +169,24 @@ async fn eventually(
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     Ok(())
+}
+
+/// A VM goes to B, which has nothing of its disk.
+async fn record_post_copy(world: &mut World, dir: &Path) -> anyhow::Result<()> {
+    let disk = dir.join("other.raw");
+    let content: Vec<u8> = (0..1_u32 << 17).flat_map(u32::to_le_bytes).collect();
+    std::fs::write(&disk, content)?;
+    let disk = disk.to_string_lossy();
+    let create = ["vm", "create", OTHER, "--disk", &disk, "--memory", MEMORY];
+    world.a.json(&create).await?;
+    world.a.json(&["vm", "start", OTHER]).await?;
+    let post_copy = ["--to", "b", "--strategy", "full", "--post-copy"];
+    world
+        .a
+        .json(&[&["migrate", OTHER][..], &post_copy].concat())
+        .await?;
+    world.b.json(&["vm", "stop", OTHER]).await?;
+    world.keep("post-copy")
 }
 
 async fn record(world: &mut World) -> anyhow::Result<()> {

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-pub use overlay::{OverlayReader, OverlayWriter, PAGE_SIZE};
+pub use overlay::{OverlayReader, OverlayWriter, PAGE_SIZE, chain_of};
 
 use crate::error::Context as _;
 use crate::programs::{qemu_img, run};

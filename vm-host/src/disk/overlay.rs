@@ -91,6 +91,15 @@ fn open_chain(top: &Path, writable: bool) -> Result<Chain> {
     }
 }
 
+/// The overlays of a chain, topmost first, by their headers. What they end in is not among them.
+///
+/// # Errors
+/// As [`OverlayReader::open`]'s, though nothing is read but headers.
+pub fn chain_of(top: &Path) -> Result<Vec<PathBuf>> {
+    let (layers, _) = open_chain(top, false)?;
+    Ok(layers.into_iter().map(|(path, _)| path).collect())
+}
+
 /// A stretch of a disk that a layer decides, in bytes. Sorted and disjoint within a layer.
 struct Extent {
     range: Range<u64>,

@@ -42,6 +42,8 @@ commands! {
     /// Adds a block node.
     "blockdev-add" BlockdevAdd { driver: &'static str, node_name: String, read_only: bool,
         discard: &'static str, file: Value, backing: Option<String> } -> Empty;
+    /// Opens nodes anew, with other options or another one behind them.
+    "blockdev-reopen" BlockdevReopen { options: Vec<Value> } -> Empty;
     /// Removes a block node.
     "blockdev-del" BlockdevDel { node_name: String } -> Empty;
     /// Writes what overlays hold into the one behind them.

@@ -33,6 +33,7 @@ impl Bare {
             runtime_dir: dir.path().join("run"),
             ram: dir.path().join("ram"),
             disks: vec![disk],
+            arriving: Vec::new(),
             network: Network::Connected,
             incoming: false,
         };

@@ -88,6 +88,7 @@ pub(crate) async fn measure(
         runtime_dir: sockets.path().join("qemu"),
         ram,
         disks: vec![overlay],
+        arriving: Vec::new(),
         network: Network::Unplugged,
         incoming: true,
     };

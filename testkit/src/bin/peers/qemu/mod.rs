@@ -109,6 +109,7 @@ pub(crate) async fn measure(
             runtime_dir: runtime.path().join(name),
             ram: ram.to_owned(),
             disks,
+            arriving: Vec::new(),
             network: Network::Unplugged,
             incoming: true,
         })
@@ -217,6 +218,7 @@ mod tests {
             runtime_dir: dir.join("run"),
             ram: state.join("ram.img"),
             disks: vec![disk],
+            arriving: Vec::new(),
             network: Network::Unplugged,
             incoming: false,
         };

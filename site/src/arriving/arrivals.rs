@@ -1,0 +1,195 @@
+//! The images that are on their way to a site, each at its socket for as long as the agent serves.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::net::UnixListener;
+use tokio::task::AbortHandle;
+use vm_host::{Status, nbd};
+
+use super::{Arriving, Paths, note_of};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::local::{self, blocking};
+use crate::store::{Store, VmDir, runtime_base};
+use crate::vm::FileHash;
+
+/// How long until QEMUs are told once more that an image is whole, where that failed.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// The socket at which an image is read that is on its way.
+pub(crate) fn socket(store: &Store, hash: FileHash) -> Result<PathBuf> {
+    let mut hasher = blake3::Hasher::new_derive_key("replay-migrate 2026 images on their way");
+    hasher.update(store.root().as_os_str().as_encoded_bytes());
+    let site = hasher.finalize().to_hex();
+    let name = hash.to_string();
+    let dir = runtime_base()?.join(format!("images-{}", &site[..16]));
+    Ok(dir.join(format!("{}.sock", &name[..16])))
+}
+
+/// Images on their way, by their names. Clones share them.
+#[derive(Clone, Default)]
+pub(crate) struct Arrivals(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    images: Mutex<HashMap<FileHash, Served>>,
+}
+
+struct Served {
+    image: Arc<Arriving>,
+    listening: AbortHandle,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.listening.abort();
+    }
+}
+
+impl Arrivals {
+    fn images(&self) -> MutexGuard<'_, HashMap<FileHash, Served>> {
+        // No code that holds the lock can leave the map half changed.
+        self.0.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves all images that are on their way to a site.
+    pub(crate) fn revive(&self, store: &Store) -> Result<()> {
+        for vm in store.vms()? {
+            for disk in vm.record()?.disks {
+                if let Err(error) = self.get(store, disk.hash) {
+                    let (vm, error) = (vm.name(), error.chain());
+                    tracing::error!(%vm, error, "what has come of its disk can't be read");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// An image that is on its way, which is served from then on; nothing, if it is not.
+    pub(crate) fn get(&self, store: &Store, hash: FileHash) -> Result<Option<Arc<Arriving>>> {
+        let mut images = self.images();
+        if note_of(store, hash)?.is_none() {
+            return Ok(None);
+        }
+        if let Some(served) = images.get(&hash) {
+            return Ok(Some(served.image.clone()));
+        }
+        let Some(image) = Arriving::open(store, hash)?.map(Arc::new) else {
+            return Ok(None);
+        };
+        let path = socket(store, hash)?;
+        if let Some(dir) = path.parent() {
+            files::make_dir(dir)?;
+        }
+        // There is one agent: whoever listened here is gone.
+        files::remove_file(&path)?;
+        let listener = UnixListener::bind(&path).map_err(Error::file("listen at", &path))?;
+        let (export, whole) = (image.clone(), image.is_whole());
+        let listening = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let export = export.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = nbd::serve(stream, export).await {
+                        tracing::debug!(%error, "a reader of an image is gone");
+                    }
+                });
+            }
+        })
+        .abort_handle();
+        let served = Served {
+            image: image.clone(),
+            listening,
+        };
+        images.insert(hash, served);
+        if whole {
+            Self::settle(store, image.clone(), false);
+        }
+        Ok(Some(image))
+    }
+
+    /// All of an image has come: the QEMUs that read it here go over to its file, and it is like any other. Where it
+    /// was not verified, it is first.
+    pub(crate) fn settle(store: &Store, image: Arc<Arriving>, verified: bool) {
+        let store = store.clone();
+        tokio::spawn(async move {
+            let mut verified = verified;
+            loop {
+                match settle(&store, &image, &mut verified).await {
+                    Ok(()) => break,
+                    Err(error) => {
+                        let (image, error) = (image.file().hash, error.chain());
+                        tracing::warn!(%image, error, "it has come, and is not used as a file yet");
+                    }
+                }
+                tokio::time::sleep(AGAIN).await;
+            }
+        });
+    }
+
+    /// Guests that stood still because an image could not be read go on, now that it comes again.
+    pub(crate) async fn let_go_on(store: &Store, image: &Arriving) {
+        for (vm, _) in users(store, image.file().hash) {
+            let outcome = async {
+                let Some(qemu) = local::attach(&vm).await? else {
+                    return Ok(());
+                };
+                if local::guest_status(&vm, &qemu).await? == Status::Other("io-error".into()) {
+                    tracing::info!(vm = %vm.name(), "its disk is being brought again: it goes on");
+                    // Before it does: it may be stalled again at once.
+                    image.goes_on();
+                    qemu.resume()
+                        .await
+                        .map_err(Error::host(format!("cannot resume {}", vm.name())))?;
+                }
+                Ok::<_, Error>(())
+            };
+            if let Err(error) = outcome.await {
+                let (vm, error) = (vm.name(), error.chain());
+                tracing::warn!(%vm, error, "whether it stands still for its disk can't be told");
+            }
+        }
+    }
+}
+
+/// VMs here with this image, and the number of the disk that is.
+fn users(store: &Store, hash: FileHash) -> Vec<(VmDir, usize)> {
+    let vms = store.vms().unwrap_or_default().into_iter();
+    vms.flat_map(|vm| {
+        let disks = vm.record().map(|record| record.disks).unwrap_or_default();
+        let of_it = move |(_, disk): &(usize, crate::vm::BaseFile)| disk.hash == hash;
+        let disks = disks.into_iter().enumerate().filter(of_it);
+        disks
+            .map(move |(index, _)| (vm.clone(), index))
+            .collect::<Vec<_>>()
+    })
+    .collect()
+}
+
+async fn settle(store: &Store, image: &Arc<Arriving>, verified: &mut bool) -> Result<()> {
+    let hash = image.file().hash;
+    if note_of(store, hash)?.is_none() {
+        return Ok(());
+    }
+    if !*verified {
+        let whole = image.clone();
+        blocking(move || whole.verify()).await?;
+        *verified = true;
+    }
+    Arrivals::let_go_on(store, image).await;
+    let path = store.base_path(hash);
+    for (vm, disk) in users(store, hash) {
+        if let Some(qemu) = local::attach(&vm).await? {
+            let reads = format!("{} goes on to read its disk from this program", vm.name());
+            qemu.base_arrived(disk, &path)
+                .await
+                .map_err(Error::host(reads))?;
+        }
+    }
+    // One that starts in this moment finds the socket, which is served as long as the agent is.
+    Paths::of(store, hash).settle()?;
+    tracing::info!(image = %hash, "all of it is here");
+    Ok(())
+}

@@ -1,0 +1,469 @@
+//! Disk images that are on their way: a VM runs here on a base image of which a part is still at the site that it
+//! came from.
+//!
+//! ```text
+//! images/HASH            sparse; pages that have not come are holes
+//! images/HASH.tree       the hash of each page, as the site said that gave the VM
+//! images/HASH.pages      one bit a page: it is there
+//! images/HASH.arriving   that all this is so, and who brings the rest
+//! ```
+//!
+//! Each page is checked against its hash before it is written, and the whole file against its name before it is taken
+//! for the image: until then nobody reads it but through [`Arriving`], which has the guest wait for what is not
+//! there. What says that a page is there is written after the page is durable.
+
+mod arrivals;
+mod pages;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use reconciler::{ImageTree, PAGE_SIZE, Page, PageHash, PageIndex, PageSet};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, watch};
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::generation;
+use crate::identity::SiteKey;
+use crate::peers::Peer;
+use crate::store::{Store, VmDir};
+use crate::vm::{BaseFile, FileHash, VmRecord};
+
+pub(crate) use arrivals::{Arrivals, socket};
+use pages::Pages;
+
+/// The version of the note's form.
+const VERSION: u32 = 1;
+
+/// How long a guest waits for a page before its disk fails it, and it stands still until the page is there: QEMU
+/// can't be talked with while it waits.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What is asked for along with a page that a guest waits for: what it reads next, most likely.
+const READ_AHEAD: u64 = 32;
+
+/// Bytes after which what has come is noted.
+const NOTED_AFTER: u64 = 16 << 20;
+
+/// That an image is on its way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Note {
+    version: u32,
+    /// Its length.
+    bytes: u64,
+    /// The site that brings it.
+    pub(crate) from: SiteKey,
+    /// What that was called here.
+    pub(crate) from_name: String,
+}
+
+/// The files of an image that is on its way.
+pub(crate) struct Paths {
+    data: PathBuf,
+    pub(crate) note: PathBuf,
+    pages: PathBuf,
+    tree: PathBuf,
+}
+
+impl Paths {
+    pub(crate) fn of(store: &Store, hash: FileHash) -> Self {
+        let data = store.base_path(hash);
+        Self {
+            note: data.with_extension("arriving"),
+            pages: data.with_extension("pages"),
+            tree: data.with_extension("tree"),
+            data,
+        }
+    }
+
+    /// The image is there, whole: nothing says any longer that it is on its way.
+    pub(crate) fn settle(&self) -> Result<()> {
+        files::remove_file(&self.note)?;
+        files::remove_file(&self.pages)
+    }
+}
+
+/// What is known of an image that is on its way; nothing, if it is not.
+pub(crate) fn note_of(store: &Store, hash: FileHash) -> Result<Option<Note>> {
+    let path = Paths::of(store, hash).note;
+    let note: Option<Note> = files::read_json(&path)?;
+    match note {
+        Some(note) if note.version != VERSION => Err(Error::Damaged {
+            path,
+            reason: format!(
+                "it is of version {}; this program reads version {VERSION}",
+                note.version
+            ),
+        }),
+        note => Ok(note),
+    }
+}
+
+/// Bytes of an image that were not here when that was noted last, and who brings them.
+pub(crate) fn missing(store: &Store, hash: FileHash) -> Result<Option<(u64, Note)>> {
+    let Some(note) = note_of(store, hash)? else {
+        return Ok(None);
+    };
+    let count = note.bytes.div_ceil(PAGE_SIZE as u64);
+    let here = Pages::load(&Paths::of(store, hash).pages, count)?;
+    let missing = count - here.map_or(0, |here| here.count());
+    Ok(Some((missing * PAGE_SIZE as u64, note)))
+}
+
+/// Nothing is shipped that is not here.
+pub(crate) fn require_whole(vm: &VmDir, record: &VmRecord) -> Result<()> {
+    for disk in &record.disks {
+        if let Some((bytes, note)) = missing(vm.store(), disk.hash)? {
+            return Err(Error::Refused(format!(
+                "{} MiB of the disk of {} are still to come from {}: it can't go on to another site before they are \
+                 here (`replay-migrate vm status {}` shows how far that is)",
+                bytes.div_ceil(1 << 20),
+                vm.name(),
+                note.from_name,
+                vm.name()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A VM is about to run on an image: if that is on its way, somebody must be there to bring it.
+pub(crate) fn require_served(vm: &VmDir, hash: FileHash) -> Result<()> {
+    let Some(note) = note_of(vm.store(), hash)? else {
+        return Ok(());
+    };
+    if std::os::unix::net::UnixStream::connect(socket(vm.store(), hash)?).is_ok() {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "a part of the disk of {} is still to come from {}, and the agent of this site brings it: start it with \
+         `replay-migrate serve`",
+        vm.name(),
+        note.from_name
+    )))
+}
+
+/// An image that is on its way.
+pub(crate) struct Arriving {
+    store: Store,
+    file: BaseFile,
+    data: File,
+    tree: ImageTree,
+    state: Mutex<State>,
+    /// Pages have come.
+    came: Notify,
+    /// How many reads have waited so far.
+    asked: watch::Sender<u64>,
+    unnoted: AtomicU64,
+    /// A read was given up, and the guest stands still for it or soon will.
+    stalled: AtomicBool,
+}
+
+struct State {
+    here: Pages,
+    /// Reads that wait, by number.
+    waiting: BTreeMap<u64, Range<u64>>,
+    next: u64,
+}
+
+impl Arriving {
+    /// Begins with an image of which nothing is here, or goes on with what has come of it.
+    pub(crate) fn begin(
+        store: &Store,
+        file: BaseFile,
+        tree: &ImageTree,
+        from: &Peer,
+    ) -> Result<()> {
+        let wrong = |what: &str| {
+            Error::Refused(format!(
+                "{} announced the image {} {what}",
+                from.name, file.hash
+            ))
+        };
+        if file.bytes == 0 || !file.bytes.is_multiple_of(PAGE_SIZE as u64) {
+            return Err(wrong("with a length that no disk image has here"));
+        }
+        let count = file.bytes / PAGE_SIZE as u64;
+        if tree.pages() != count {
+            return Err(wrong("with hashes of another length"));
+        }
+        let paths = Paths::of(store, file.hash);
+        let note = Note {
+            version: VERSION,
+            bytes: file.bytes,
+            from: from.key,
+            from_name: from.name.to_string(),
+        };
+        if let Some(known) = note_of(store, file.hash)? {
+            let there = generation::load_tree(&paths.tree, None);
+            if there.is_ok_and(|there| there.root() == tree.root()) && paths.data.exists() {
+                if known != note {
+                    files::write_json(&paths.note, &note)?;
+                }
+                return Ok(());
+            }
+        } else if paths.data.exists() {
+            return Err(Error::Refused(format!(
+                "the image {} is here already",
+                file.hash
+            )));
+        }
+        // From here on whatever lies under its name is not taken for the image.
+        files::write_json(&paths.note, &note)?;
+        files::remove_file(&paths.data)?;
+        let data = files::create_private(&paths.data)?;
+        data.set_len(file.bytes)
+            .map_err(Error::file("size", &paths.data))?;
+        generation::save_tree(&paths.tree, tree)?;
+        let mut here = Pages::none(count);
+        (0..count)
+            .filter(|&page| tree.leaf(PageIndex(page)).is_zero())
+            .for_each(|page| here.set(page));
+        here.store(&paths.pages)
+    }
+
+    /// What has come of an image; nothing, if it is not on its way.
+    pub(crate) fn open(store: &Store, hash: FileHash) -> Result<Option<Self>> {
+        let Some(note) = note_of(store, hash)? else {
+            return Ok(None);
+        };
+        let paths = Paths::of(store, hash);
+        let count = note.bytes / PAGE_SIZE as u64;
+        let damaged = |path: &PathBuf, reason: &str| Error::Damaged {
+            path: path.clone(),
+            reason: format!(
+                "{reason}: remove it and {}, and have the VM sent again",
+                paths.note.display()
+            ),
+        };
+        let data = File::options()
+            .read(true)
+            .write(true)
+            .open(&paths.data)
+            .map_err(Error::file("open", &paths.data))?;
+        let there = data
+            .metadata()
+            .map_err(Error::file("measure", &paths.data))?
+            .len();
+        if there != note.bytes {
+            return Err(damaged(
+                &paths.data,
+                "it is of another length than the image",
+            ));
+        }
+        let tree = generation::load_tree(&paths.tree, None)?;
+        if tree.pages() != count {
+            return Err(damaged(
+                &paths.tree,
+                "it is of another length than the image",
+            ));
+        }
+        let here = Pages::load(&paths.pages, count)?
+            .ok_or_else(|| damaged(&paths.data, "nothing says what is there of it"))?;
+        Ok(Some(Self {
+            store: store.clone(),
+            file: BaseFile {
+                hash,
+                bytes: note.bytes,
+            },
+            data,
+            tree,
+            state: Mutex::new(State {
+                here,
+                waiting: BTreeMap::new(),
+                next: 0,
+            }),
+            came: Notify::new(),
+            asked: watch::Sender::new(0),
+            unnoted: AtomicU64::new(0),
+            stalled: AtomicBool::new(false),
+        }))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code that holds the lock can leave it half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What it is.
+    pub(crate) fn file(&self) -> BaseFile {
+        self.file
+    }
+
+    /// The pages that have not come.
+    pub(crate) fn absent(&self) -> PageSet {
+        self.state().here.absent()
+    }
+
+    /// Whether all have.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.state().here.is_full()
+    }
+
+    /// Takes pages that came, if they are what they should be.
+    pub(crate) fn put(&self, first: u64, bytes: &[u8]) -> Result<()> {
+        let (pages, rest) = bytes.as_chunks::<PAGE_SIZE>();
+        let end = first.saturating_add(pages.len() as u64);
+        let right = rest.is_empty() && end <= self.tree.pages();
+        let is =
+            |(index, page): (u64, &Page)| PageHash::of(page) == self.tree.leaf(PageIndex(index));
+        if !right || !(first..).zip(pages).all(is) {
+            return Err(Error::Refused(format!(
+                "pages of the image {} are not what was announced",
+                self.file.hash
+            )));
+        }
+        let path = || self.store.base_path(self.file.hash);
+        self.data
+            .write_all_at(bytes, first * PAGE_SIZE as u64)
+            .map_err(|error| Error::file("write", &path())(error))?;
+        {
+            let mut state = self.state();
+            (first..end).for_each(|page| state.here.set(page));
+        }
+        self.came.notify_waiters();
+        let unnoted = self
+            .unnoted
+            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        if unnoted + bytes.len() as u64 >= NOTED_AFTER {
+            self.note()?;
+        }
+        Ok(())
+    }
+
+    /// Makes what came durable, and then notes that it is there.
+    pub(crate) fn note(&self) -> Result<()> {
+        self.unnoted.store(0, Ordering::Relaxed);
+        let here = self.state().here.clone();
+        let paths = Paths::of(&self.store, self.file.hash);
+        self.data
+            .sync_data()
+            .map_err(Error::file("write", &paths.data))?;
+        here.store(&paths.pages)
+    }
+
+    /// All has come: whether it is the image, which it is taken for from then on by [`Paths::settle`].
+    ///
+    /// # Errors
+    /// When its content has another hash, which only the site that gave the VM can have brought about.
+    pub(crate) fn verify(&self) -> Result<()> {
+        use std::os::unix::fs::PermissionsExt;
+        self.note()?;
+        let path = self.store.base_path(self.file.hash);
+        let known = Store::identify(&path)?;
+        if known != self.file {
+            return Err(Error::Damaged {
+                path,
+                reason: "all of it has come, and it is not the image of its name: the site that the VM came from \
+                         did not have the right one, or lied about it. The VM runs on what that site gave"
+                    .into(),
+            });
+        }
+        self.data
+            .set_permissions(std::fs::Permissions::from_mode(0o400))
+            .and_then(|()| self.data.sync_all())
+            .map_err(Error::file("write", &path))
+    }
+
+    /// Ranges of pages that reads wait for, by number, from this number on.
+    pub(crate) fn waiting(&self, from: u64) -> Vec<(u64, Range<u64>)> {
+        let state = self.state();
+        let waiting = state.waiting.range(from..);
+        waiting
+            .map(|(number, range)| (*number, range.clone()))
+            .collect()
+    }
+
+    /// Whether a guest may stand still because a read was given up.
+    pub(crate) fn is_stalled(&self) -> bool {
+        self.stalled.load(Ordering::Acquire)
+    }
+
+    /// It goes on.
+    pub(crate) fn goes_on(&self) {
+        self.stalled.store(false, Ordering::Release);
+    }
+
+    /// Changes with each read that waits.
+    pub(crate) fn asked(&self) -> watch::Receiver<u64> {
+        self.asked.subscribe()
+    }
+
+    /// Waits for pages.
+    async fn wait_for(&self, pages: Range<u64>) -> io::Result<()> {
+        let mut waits: Option<Waits<'_>> = None;
+        loop {
+            let came = self.came.notified();
+            tokio::pin!(came);
+            // Before looking: none that comes meanwhile is missed.
+            came.as_mut().enable();
+            {
+                let mut state = self.state();
+                let Some(first) = state.here.first_absent(pages.clone()) else {
+                    return Ok(());
+                };
+                if waits.is_none() {
+                    let number = state.next;
+                    state.next += 1;
+                    let end = pages.end.max(first + READ_AHEAD).min(self.tree.pages());
+                    state.waiting.insert(number, first..end);
+                    waits = Some(Waits {
+                        arriving: self,
+                        number,
+                    });
+                    self.asked.send_replace(number + 1);
+                }
+            }
+            if tokio::time::timeout(PATIENCE, came).await.is_err() {
+                let page = pages.start;
+                self.stalled.store(true, Ordering::Release);
+                return Err(io::Error::other(format!(
+                    "page {page} and others have not come"
+                )));
+            }
+        }
+    }
+}
+
+/// A read that waits.
+struct Waits<'a> {
+    arriving: &'a Arriving,
+    number: u64,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.arriving.state().waiting.remove(&self.number);
+    }
+}
+
+impl vm_host::nbd::Export for Arriving {
+    fn bytes(&self) -> u64 {
+        self.file.bytes
+    }
+
+    async fn read(&self, offset: u64, length: u32) -> io::Result<Vec<u8>> {
+        let end = offset + u64::from(length);
+        let pages = offset / PAGE_SIZE as u64..end.div_ceil(PAGE_SIZE as u64);
+        self.wait_for(pages).await?;
+        let data = self.data.try_clone()?;
+        tokio::task::spawn_blocking(move || {
+            let mut bytes = vec![0; length as usize];
+            data.read_exact_at(&mut bytes, offset)?;
+            Ok(bytes)
+        })
+        .await
+        .map_err(io::Error::other)?
+    }
+}
+
+#[cfg(test)]
+mod tests;
