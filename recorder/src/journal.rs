@@ -180,6 +180,12 @@ impl Journal {
         inner.stats.forwarded += 1;
         let mut events = std::mem::take(&mut inner.scratch);
         inner.devices.apply(viewer, &framed.message, &mut events);
+        if events
+            .iter()
+            .any(|event| locks(event, &inner.devices.down()))
+        {
+            inner.stats.locks += 1;
+        }
         let lifted = releases(&inner.devices.take_lifted());
         if !lifted.is_empty() && written == framed.bytes.len() {
             // A few dozen bytes that a socket which just took some has room for.
@@ -377,6 +383,22 @@ const FIRST_BUTTON: u16 = 0x100;
 
 /// Shift, Ctrl, Alt, AltGr and the logo keys, which do nothing by being held.
 const MODIFIERS: [u16; 8] = [29, 42, 54, 56, 97, 100, 125, 126];
+
+/// Whether this is what a desktop is locked by, with those keys held. In Linux's numbering.
+fn locks(event: &Event, held: &BTreeSet<u16>) -> bool {
+    const L: u16 = 38;
+    const SCREEN_LOCK: u16 = 152;
+    let any = |keys: [u16; 2]| keys.iter().any(|key| held.contains(key));
+    let (ctrl, alt, logo) = (any([29, 97]), any([56, 100]), any([125, 126]));
+    match *event {
+        Event::Key {
+            code: L,
+            down: true,
+        } => logo || ctrl && alt,
+        Event::Key { code, down } => down && code == SCREEN_LOCK,
+        _ => false,
+    }
+}
 
 fn edge(code: u16, down: bool) -> Event {
     if code >= FIRST_BUTTON {

@@ -95,6 +95,9 @@ pub struct Statistics {
     pub refused: u64,
     /// Key and pointer messages that went to QEMU.
     pub forwarded: u64,
+    /// How often keys were pressed with which a desktop is locked: Ctrl-Alt-L, the logo key with L, or the key that
+    /// is there for it. Whether the guest locks by them is its own affair.
+    pub locks: u64,
     /// Records put into the log.
     pub records: u64,
     /// Anchors among them.

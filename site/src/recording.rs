@@ -185,6 +185,9 @@ pub(crate) struct Viewers {
     pub(crate) now: usize,
     /// How many have come since it began.
     pub(crate) admitted: u64,
+    /// How often keys were pressed since with which a desktop is locked.
+    #[serde(default)]
+    pub(crate) locks: u64,
 }
 
 /// Whether what is typed gets into the log.
@@ -398,6 +401,7 @@ impl Control<'_> {
                 let viewers = Viewers {
                     now: recorded.viewers,
                     admitted: recorded.admitted,
+                    locks: recorded.locks,
                 };
                 (Answer::Viewers(viewers), None)
             }

@@ -34,6 +34,10 @@ pub(crate) struct SyncArgs {
     /// And once the last viewer has left that looks on through the recorder
     #[arg(long)]
     pub(crate) when_left: bool,
+    /// And once keys were pressed through the recorder with which a desktop is locked: Ctrl+Alt+L, the logo
+    /// key with L, or the key that is there for it
+    #[arg(long)]
+    pub(crate) when_locked: bool,
     /// What to ship: `state`, what differs since the standby's generation; `log`, what was recorded since
     /// (`record`), which the standby replays, and what differs then; `less`, whichever is expected to take
     /// fewer bytes. A replay takes processors of the standby, and up to as long as the epoch
@@ -47,6 +51,6 @@ pub(crate) struct SyncArgs {
           value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) keep: u32,
     /// End once all standbys have one new generation
-    #[arg(long, conflicts_with_all = ["every", "after", "when_idle", "when_left"])]
+    #[arg(long, conflicts_with_all = ["every", "after", "when_idle", "when_left", "when_locked"])]
     pub(crate) once: bool,
 }

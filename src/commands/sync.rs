@@ -24,6 +24,7 @@ pub(crate) async fn run(store: &Store, args: &SyncArgs, output: &Output) -> anyh
             after_bytes: args.after,
             when_idle: args.when_idle,
             when_left: args.when_left,
+            when_locked: args.when_locked,
         },
         by: match args.by {
             args::By::State => sync::By::State,
@@ -90,6 +91,7 @@ fn describe(event: &SyncEvent) -> String {
                 Why::Changed => "enough has changed",
                 Why::Idle => "the guest is idle",
                 Why::Left => "the viewers have left",
+                Why::Locked => "the screen was locked",
                 Why::Made => "made by another command",
             };
             format!("generation {generation} ({why}); the VM stood still for {paused:.2} s")

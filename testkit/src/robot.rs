@@ -32,7 +32,8 @@ use vnc::{
 
 use canvas::Canvas;
 pub use canvas::Region;
-use keys::{Chord, SHIFT};
+pub use keys::Chord;
+use keys::SHIFT;
 
 /// From one key to the next: a practised typist's 150 words a minute.
 pub const KEY_SPACING: Duration = Duration::from_millis(80);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
-use testkit::robot::{Robot, VncAddr};
+use testkit::robot::{Chord, Robot, VncAddr};
 use testkit::sector::{COUNTER, COUNTS, KEY_COUNT, KEYS, START};
 use testkit::site::{Running, Site, introduce, newest_generation, whole_generation};
 use tokio::io::AsyncReadExt;
@@ -258,7 +258,16 @@ async fn whatever_is_killed_a_standby_is_whole() {
 async fn an_epoch_begins_when_something_has_happened() {
     let Sites { _dir, a, b, c } = sites(&KEYS).await;
     let recorder = a.record(VM).await.unwrap();
-    let words = ["sync", VM, "--to", "b", "--when-left", "--cap", "100mbit"];
+    let words = [
+        "sync",
+        VM,
+        "--to",
+        "b",
+        "--when-left",
+        "--when-locked",
+        "--cap",
+        "100mbit",
+    ];
     let mut sync = a.spawn(&words).unwrap();
     event(&mut sync, "shipped", |_| true).await;
     type_keys(&recorder.vnc, "abc").await;
@@ -266,10 +275,22 @@ async fn an_epoch_begins_when_something_has_happened() {
     assert_eq!(left["why"], "left");
     event(&mut sync, "shipped", |_| true).await;
     assert_eq!(keys_at(&b), Some(3));
-    // Made by somebody else, it is shipped as well.
+    // Locked by the keyboard, while the user looks on.
+    let mut robot = Robot::connect(&recorder.vnc).await.unwrap();
+    robot
+        .key(&Chord::parse("ctrl+alt+l").unwrap())
+        .await
+        .unwrap();
+    let locked = event(&mut sync, "epoch", |_| true).await;
+    assert_eq!(locked["why"], "locked");
+    drop(robot);
+    let left = event(&mut sync, "epoch", |_| true).await;
+    assert_eq!(left["why"], "left");
+    // Made by somebody else, it is shipped as well. Firmware may count what locks a desktop.
+    let all = keys_at(&a).unwrap() + 1;
     type_keys(&recorder.vnc, "d").await;
     a.json(&["checkpoint", VM]).await.unwrap();
-    event(&mut sync, "shipped", |_| keys_at(&b) == Some(4)).await;
+    event(&mut sync, "shipped", |_| keys_at(&b) == Some(all)).await;
     // Somebody has it hold still, and somebody else wants that as well.
     let vm = site::Store::open(a.dir()).unwrap().vm(&VM.parse().unwrap());
     let socket = vm.runtime_dir("sync").unwrap().join("sync.sock");
@@ -280,6 +301,6 @@ async fn an_epoch_begins_when_something_has_happened() {
     drop(first);
     let stopped: Value = sync.stop().await.unwrap().last().unwrap();
     assert_eq!(stopped["ended"], "stopped", "{stopped}");
-    assert_eq!(keys_at(&c), Some(4));
+    assert_eq!(keys_at(&c), Some(all));
     assert_eq!(a.state(VM).await.unwrap(), "running");
 }

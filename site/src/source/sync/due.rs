@@ -20,6 +20,8 @@ pub struct Policy {
     pub when_idle: Option<Duration>,
     /// The last viewer of a recording has left.
     pub when_left: bool,
+    /// Keys were pressed in a recording with which a desktop is locked.
+    pub when_locked: bool,
 }
 
 impl Policy {
@@ -53,6 +55,8 @@ pub enum Why {
     Idle,
     /// The viewers have left.
     Left,
+    /// The user has locked the screen.
+    Locked,
     /// Somebody else has made a generation.
     Made,
 }
@@ -82,6 +86,7 @@ pub(super) struct Due {
     worked: bool,
     viewers: Viewers,
     left: bool,
+    locked: bool,
 }
 
 impl Due {
@@ -94,6 +99,7 @@ impl Due {
             worked: false,
             viewers: Viewers::default(),
             left: false,
+            locked: false,
         }
     }
 
@@ -104,7 +110,7 @@ impl Due {
 
     /// Whether it matters who looks on.
     pub(super) const fn asks_for_viewers(&self) -> bool {
-        self.policy.when_left
+        self.policy.when_left || self.policy.when_locked
     }
 
     /// There was an epoch.
@@ -112,6 +118,7 @@ impl Due {
         self.epoch = now;
         self.worked = false;
         self.left = false;
+        self.locked = false;
     }
 
     /// Whether an epoch is due, by what is seen now.
@@ -121,6 +128,7 @@ impl Due {
             // Some come and leave between two looks. A recorder that began anew counts from none.
             let came = viewers.admitted > self.viewers.admitted;
             self.left |= viewers.now == 0 && (came || self.viewers.now > 0);
+            self.locked |= viewers.locks > self.viewers.locks;
             self.viewers = viewers;
         }
         let policy = self.policy;
@@ -129,6 +137,8 @@ impl Due {
         sight.used?;
         if policy.when_left && self.left {
             Some(Why::Left)
+        } else if policy.when_locked && self.locked {
+            Some(Why::Locked)
         } else if policy
             .after_bytes
             .is_some_and(|after| sight.changed >= after)
@@ -185,6 +195,7 @@ mod tests {
         now: Instant,
         used: Duration,
         admitted: u64,
+        locks: u64,
     }
 
     impl World {
@@ -204,6 +215,7 @@ mod tests {
                 now,
                 used,
                 admitted: 0,
+                locks: 0,
             }
         }
 
@@ -217,6 +229,7 @@ mod tests {
                 viewers: Some(Viewers {
                     now: viewers,
                     admitted: self.admitted,
+                    locks: self.locks,
                 }),
                 changed,
             });
@@ -270,6 +283,23 @@ mod tests {
         // One that came and left since the last look.
         world.admitted += 1;
         assert_eq!(world.second(0, 0, 0), Some(Why::Left));
+    }
+
+    #[test]
+    fn locking_the_screen_begins_one() {
+        let mut world = World::new(Policy {
+            when_locked: true,
+            ..Policy::default()
+        });
+        assert_eq!(world.second(50, 1, 0), None);
+        world.locks += 1;
+        assert_eq!(world.second(50, 1, 0), Some(Why::Locked));
+        assert_eq!(world.second(50, 0, 0), None);
+        // A recorder that began anew counts from none.
+        world.locks = 0;
+        assert_eq!(world.second(50, 1, 0), None);
+        world.locks = 2;
+        assert_eq!(world.second(50, 1, 0), Some(Why::Locked));
     }
 
     #[test]
