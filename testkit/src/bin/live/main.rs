@@ -5,6 +5,7 @@
 //!
 //! Rows are kept in a file after each way, and are put as tables into a section of a document.
 
+mod images;
 mod ours;
 mod qemu;
 mod rows;
@@ -36,8 +37,9 @@ struct Options {
     /// Only these ways
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Way>,
-    /// Only these workloads
-    #[arg(long, value_enum, value_delimiter = ',')]
+    /// Only these workloads; none for none
+    #[arg(long, value_enum, value_delimiter = ',', num_args = 0..,
+          default_values = ["video", "counter", "counters"])]
     workloads: Vec<Busy>,
     /// Trips back and forth; 0 for none
     #[arg(long, default_value_t = 10)]
@@ -46,6 +48,9 @@ struct Options {
     #[arg(long, value_delimiter = ',', default_values = ["state", "log", "less"], num_args = 0..,
           value_parser = ["state", "log", "less"])]
     standby: Vec<String>,
+    /// Do not move the VM to a site that lacks the image of its disk, in any way
+    #[arg(long)]
+    no_images: bool,
     /// Kills of who keeps a standby; 0 for none
     #[arg(long, default_value_t = 100)]
     kills: u32,
@@ -144,7 +149,7 @@ async fn run(options: &Options) -> anyhow::Result<()> {
         let profile = LinkProfile::symmetric(options.rate, options.delay);
         let dir = tempfile::tempdir().context("cannot make a folder")?;
         for busy in Busy::value_variants() {
-            if options.workloads.is_empty() || options.workloads.contains(busy) {
+            if options.workloads.contains(busy) {
                 measure(options, *busy, profile, dir.path(), &mut results).await?;
             }
         }
@@ -163,6 +168,20 @@ async fn run(options: &Options) -> anyhow::Result<()> {
             println!("{row:?}");
             results.standbys.retain(|other| other.by != row.by);
             results.standbys.push(row);
+            results.save(&options.out)?;
+        }
+        let ways: [&[&str]; 3] = [
+            &["--strategy", "full"],
+            &["--strategy", "full", "--post-copy"],
+            &["--strategy", "live", "--post-copy"],
+        ];
+        for (number, how) in ways.iter().enumerate().filter(|_| !options.no_images) {
+            let (a, mut b) = sites(&dir.path().join(format!("images-{number}"))).await?;
+            start(&a, false).await?;
+            let row = images::measure(&a, &mut b, profile, how).await?;
+            println!("{row:?}");
+            results.bare.retain(|other| other.how != row.how);
+            results.bare.push(row);
             results.save(&options.out)?;
         }
         if options.kills > 0 {

@@ -136,6 +136,25 @@ pub(crate) struct Kills {
     pub(crate) not_whole: u64,
 }
 
+/// A move to a site that lacks the image of the VM's disk.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Bare {
+    /// The options of `migrate`.
+    pub(crate) how: String,
+    /// Until it ran there, and what had crossed the line by then, both ways.
+    pub(crate) running: f64,
+    pub(crate) bytes_before: u64,
+    /// Of it, standing still.
+    pub(crate) downtime: f64,
+    /// Until all was there, and what had crossed the line by then, both ways.
+    pub(crate) all: f64,
+    pub(crate) bytes: u64,
+    /// Seconds that reading files took as soon as it ran there.
+    pub(crate) reading: f64,
+    /// Pages that went out of turn for it.
+    pub(crate) wanted: u64,
+}
+
 /// The middle one; none of none.
 pub(crate) fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
@@ -158,6 +177,8 @@ pub(crate) struct Results {
     pub(crate) standbys: Vec<Standby>,
     #[serde(default)]
     pub(crate) kills: Option<Kills>,
+    #[serde(default)]
+    pub(crate) bare: Vec<Bare>,
 }
 
 impl Results {
@@ -270,6 +291,24 @@ impl Results {
                 standby.switch_downtime,
                 standby.switch_seconds,
                 mebibytes(standby.switch_bytes),
+            );
+        }
+        if !self.bare.is_empty() {
+            text += "\n**To a site that lacks the image of the disk** (some hundred files are read there as soon as the \
+                     guest runs)\n\n| `migrate` | runs there after | downtime | bytes until then | all there after | \
+                     bytes | reading took | pages out of turn |\n|---|---|---|---|---|---|---|---|\n";
+        }
+        for bare in &self.bare {
+            text += &format!(
+                "| `{}` | {:.1} s | {:.1} s | {:.1} MiB | {:.1} s | {:.1} MiB | {:.1} s | {} |\n",
+                bare.how,
+                bare.running,
+                bare.downtime,
+                mebibytes(bare.bytes_before),
+                bare.all,
+                mebibytes(bare.bytes),
+                bare.reading,
+                bare.wanted,
             );
         }
         if let Some(kills) = &self.kills {
