@@ -111,6 +111,7 @@ pub async fn capture(
     progress: &dyn Progress,
 ) -> Result<Capture> {
     let record = vm.record()?;
+    crate::arriving::require_whole(vm, &record)?;
     if options.out.exists() {
         return Err(Error::Refused(format!(
             "{} is there already; name a folder that is not",

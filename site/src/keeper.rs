@@ -130,8 +130,10 @@ async fn look_after(
             }
         }
         Lease::Elsewhere { .. } => {
-            let what = (vm.name().clone(), None);
-            if source::owed(vm)?.is_some() && calls.due(&what) {
+            if let Some((site, _)) = source::owed(vm)?
+                && let what = (vm.name().clone(), Some(site))
+                && calls.due(&what)
+            {
                 // Should it fail, that is soon enough to try again; while it goes on, nobody else is let to it.
                 calls.note(what, false);
                 tokio::spawn(bring_rest(vm.clone()));

@@ -5,16 +5,26 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use reconciler::ImageTree;
 use tokio::net::UnixListener;
 use tokio::task::AbortHandle;
 use vm_host::{Status, nbd};
 
-use super::{Arriving, Paths, note_of};
+use super::{Arriving, Paths, note_of, users};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::local::{self, blocking};
-use crate::store::{Store, VmDir, runtime_base};
-use crate::vm::FileHash;
+use crate::peers::Peer;
+use crate::store::{Store, runtime_base};
+use crate::vm::{BaseFile, FileHash};
+
+/// When it is seen to guests that stand still since nobody served their image: QEMU has to try again before it finds
+/// that somebody does.
+const WAKE: [Duration; 3] = [
+    Duration::ZERO,
+    Duration::from_secs(3),
+    Duration::from_secs(10),
+];
 
 /// How long until QEMUs are told once more that an image is whole, where that failed.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -59,11 +69,42 @@ impl Arrivals {
     pub(crate) fn revive(&self, store: &Store) -> Result<()> {
         for vm in store.vms()? {
             for disk in vm.record()?.disks {
-                if let Err(error) = self.get(store, disk.hash) {
-                    let (vm, error) = (vm.name(), error.chain());
-                    tracing::error!(%vm, error, "what has come of its disk can't be read");
+                match self.get(store, disk.hash) {
+                    Ok(None) => {}
+                    Ok(Some(image)) => {
+                        let store = store.clone();
+                        tokio::spawn(async move {
+                            // QEMU comes back by itself when it is asked to read, and fails that one.
+                            for wait in WAKE {
+                                tokio::time::sleep(wait).await;
+                                Self::let_go_on(&store, &image).await;
+                            }
+                        });
+                    }
+                    Err(error) => {
+                        let (vm, error) = (vm.name(), error.chain());
+                        tracing::error!(%vm, error, "what has come of its disk can't be read");
+                    }
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// An image is to come.
+    pub(crate) fn begin(
+        &self,
+        store: &Store,
+        file: BaseFile,
+        tree: &ImageTree,
+        from: &Peer,
+    ) -> Result<()> {
+        let mut images = self.images();
+        Arriving::begin(store, file, tree, from)?;
+        // What was there before may have been thrown away.
+        let same = |served: &Served| served.image.is_in_place();
+        if !images.get(&file.hash).is_some_and(same) {
+            images.remove(&file.hash);
         }
         Ok(())
     }
@@ -87,18 +128,8 @@ impl Arrivals {
         // There is one agent: whoever listened here is gone.
         files::remove_file(&path)?;
         let listener = UnixListener::bind(&path).map_err(Error::file("listen at", &path))?;
-        let (export, whole) = (image.clone(), image.is_whole());
-        let listening = tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let export = export.clone();
-                tokio::spawn(async move {
-                    if let Err(error) = nbd::serve(stream, export).await {
-                        tracing::debug!(%error, "a reader of an image is gone");
-                    }
-                });
-            }
-        })
-        .abort_handle();
+        let whole = image.is_whole();
+        let listening = tokio::spawn(serve(store.clone(), listener, image.clone())).abort_handle();
         let served = Served {
             image: image.clone(),
             listening,
@@ -131,7 +162,11 @@ impl Arrivals {
 
     /// Guests that stood still because an image could not be read go on, now that it comes again.
     pub(crate) async fn let_go_on(store: &Store, image: &Arriving) {
-        for (vm, _) in users(store, image.file().hash) {
+        let users = users(store, image.file().hash).unwrap_or_else(|error| {
+            tracing::warn!(error = error.chain(), "the VMs can't be listed");
+            Vec::new()
+        });
+        for (vm, _) in users {
             let outcome = async {
                 let Some(qemu) = local::attach(&vm).await? else {
                     return Ok(());
@@ -154,20 +189,6 @@ impl Arrivals {
     }
 }
 
-/// VMs here with this image, and the number of the disk that is.
-fn users(store: &Store, hash: FileHash) -> Vec<(VmDir, usize)> {
-    let vms = store.vms().unwrap_or_default().into_iter();
-    vms.flat_map(|vm| {
-        let disks = vm.record().map(|record| record.disks).unwrap_or_default();
-        let of_it = move |(_, disk): &(usize, crate::vm::BaseFile)| disk.hash == hash;
-        let disks = disks.into_iter().enumerate().filter(of_it);
-        disks
-            .map(move |(index, _)| (vm.clone(), index))
-            .collect::<Vec<_>>()
-    })
-    .collect()
-}
-
 async fn settle(store: &Store, image: &Arc<Arriving>, verified: &mut bool) -> Result<()> {
     let hash = image.file().hash;
     if note_of(store, hash)?.is_none() {
@@ -179,8 +200,17 @@ async fn settle(store: &Store, image: &Arc<Arriving>, verified: &mut bool) -> Re
         *verified = true;
     }
     Arrivals::let_go_on(store, image).await;
+    go_over(store, hash).await?;
+    // One that starts in this moment finds the socket, which is served as long as the agent is.
+    Paths::of(store, hash).settle()?;
+    tracing::info!(image = %hash, "all of it is here");
+    Ok(())
+}
+
+/// The QEMUs here that read an image at its socket go over to its file.
+async fn go_over(store: &Store, hash: FileHash) -> Result<()> {
     let path = store.base_path(hash);
-    for (vm, disk) in users(store, hash) {
+    for (vm, disk) in users(store, hash)? {
         if let Some(qemu) = local::attach(&vm).await? {
             let reads = format!("{} goes on to read its disk from this program", vm.name());
             qemu.base_arrived(disk, &path)
@@ -188,8 +218,39 @@ async fn settle(store: &Store, image: &Arc<Arriving>, verified: &mut bool) -> Re
                 .map_err(Error::host(reads))?;
         }
     }
-    // One that starts in this moment finds the socket, which is served as long as the agent is.
-    Paths::of(store, hash).settle()?;
-    tracing::info!(image = %hash, "all of it is here");
     Ok(())
+}
+
+/// Serves an image at its socket; until it has come by another way, if it does.
+async fn serve(store: Store, listener: UnixListener, image: Arc<Arriving>) {
+    let hash = image.file().hash;
+    let mut look = tokio::time::interval(AGAIN);
+    let mut came = false;
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let Ok((stream, _)) = accepted else {
+                    continue;
+                };
+                let image = image.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = nbd::serve(stream, image).await {
+                        tracing::debug!(%error, "a reader of an image is gone");
+                    }
+                });
+            }
+            _ = look.tick(), if !came => {
+                if store.is_arriving(hash) {
+                    continue;
+                }
+                match go_over(&store, hash).await {
+                    Ok(()) => came = true,
+                    Err(error) => {
+                        let error = error.chain();
+                        tracing::warn!(image = %hash, error, "it has come, and is not used as a file yet");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -118,13 +118,24 @@ pub(crate) fn missing(store: &Store, hash: FileHash) -> Result<Option<(u64, Note
     Ok(Some((missing * PAGE_SIZE as u64, note)))
 }
 
+/// VMs here whose disks rest on this image, and the number of the disk that does.
+fn users(store: &Store, hash: FileHash) -> Result<Vec<(VmDir, usize)>> {
+    let mut users = Vec::new();
+    for vm in store.vms()? {
+        let disks = vm.record()?.disks.into_iter().enumerate();
+        let of_it = disks.filter(|(_, disk)| disk.hash == hash);
+        users.extend(of_it.map(|(index, _)| (vm.clone(), index)));
+    }
+    Ok(users)
+}
+
 /// Nothing is shipped that is not here.
 pub(crate) fn require_whole(vm: &VmDir, record: &VmRecord) -> Result<()> {
     for disk in &record.disks {
         if let Some((bytes, note)) = missing(vm.store(), disk.hash)? {
             return Err(Error::Refused(format!(
-                "{} MiB of the disk of {} are still to come from {}: it can't go on to another site before they are \
-                 here (`replay-migrate vm status {}` shows how far that is)",
+                "{} MiB of the disk of {} are still to come from {}: before they are here it can't be moved, shipped or \
+                 captured (`replay-migrate vm status {}` shows how far that is)",
                 bytes.div_ceil(1 << 20),
                 vm.name(),
                 note.from_name,
@@ -203,12 +214,26 @@ impl Arriving {
             from_name: from.name.to_string(),
         };
         if let Some(known) = note_of(store, file.hash)? {
-            let there = generation::load_tree(&paths.tree, None);
-            if there.is_ok_and(|there| there.root() == tree.root()) && paths.data.exists() {
-                if known != note {
-                    files::write_json(&paths.note, &note)?;
+            match Self::open(store, file.hash) {
+                Ok(Some(here)) if here.tree.root() == tree.root() => {
+                    if known != note {
+                        files::write_json(&paths.note, &note)?;
+                    }
+                    return Ok(());
                 }
-                return Ok(());
+                // What a VM here runs on is nobody's to throw away.
+                opened => {
+                    if let Some((vm, _)) = users(store, file.hash)?.first() {
+                        return Err(wrong(&format!(
+                            "with other hashes than {} did, and {} runs on what came from there{}",
+                            known.from_name,
+                            vm.name(),
+                            opened
+                                .err()
+                                .map_or_else(String::new, |error| format!(" ({error})")),
+                        )));
+                    }
+                }
             }
         } else if paths.data.exists() {
             return Err(Error::Refused(format!(
@@ -291,6 +316,15 @@ impl Arriving {
     fn state(&self) -> MutexGuard<'_, State> {
         // No code that holds the lock can leave it half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether what is written to it is what others find under its name.
+    pub(crate) fn is_in_place(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let path = self.store.base_path(self.file.hash);
+        let there = std::fs::metadata(path).map(|there| (there.dev(), there.ino()));
+        let here = self.data.metadata().map(|here| (here.dev(), here.ino()));
+        matches!((there, here), (Ok(there), Ok(here)) if there == here)
     }
 
     /// What it is.

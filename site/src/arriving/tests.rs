@@ -134,3 +134,46 @@ async fn a_read_waits_for_its_pages_and_says_which_they_are() {
     assert_eq!(second.await.unwrap(), part(&content, 8..10));
     assert!(arriving.waiting(0).is_empty());
 }
+
+#[tokio::test]
+async fn hashes_that_another_site_says_take_nothing_from_a_vm_that_runs_on_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, peer, mut content, file, tree) = image(dir.path());
+    let arrivals = Arrivals::default();
+    content[7] = 9;
+    let other = ImageTree::build(&reconciler::SlicePages(&content), &reconciler::no_progress);
+    let other = other.unwrap();
+    // Nobody needs what was announced first.
+    arrivals.begin(&store, file, &other, &peer).unwrap();
+    let first = arrivals.get(&store, file.hash).unwrap().unwrap();
+    assert!(first.is_in_place());
+    arrivals.begin(&store, file, &tree, &peer).unwrap();
+    assert!(!first.is_in_place());
+    let image = arrivals.get(&store, file.hash).unwrap().unwrap();
+    content[7] = 0;
+    image.put(1, part(&content, 1..5)).unwrap();
+    let vm = store.vm(&"desk".parse().unwrap());
+    let record = VmRecord {
+        disks: vec![file],
+        ..VmRecord::example()
+    };
+    let lease = crate::lease::Lease::Held {
+        fence: 1,
+        transfer: None,
+    };
+    vm.create(&record, &lease).unwrap();
+    let refused = arrivals.begin(&store, file, &other, &peer).unwrap_err();
+    assert!(
+        refused.chain().contains("desk runs on"),
+        "{}",
+        refused.chain()
+    );
+    assert!(image.is_in_place() && image.absent().len() == 76);
+    require_whole(&vm, &record).unwrap_err();
+    // The same once more is the same.
+    arrivals.begin(&store, file, &tree, &peer).unwrap();
+    assert!(Arc::ptr_eq(
+        &image,
+        &arrivals.get(&store, file.hash).unwrap().unwrap()
+    ));
+}

@@ -198,7 +198,7 @@ pub async fn status(vm: &VmDir) -> Result<VmStatus> {
     }
     Ok(VmStatus {
         arriving,
-        owed: source::owed(vm)?,
+        owed: source::owed(vm)?.map(|(_, name)| name),
         record,
         state,
         lease,
@@ -494,6 +494,15 @@ pub async fn resume(vm: &VmDir) -> Result<()> {
 /// Removes a VM with all its generations and logs. Base files stay.
 pub async fn delete(vm: &VmDir) -> Result<()> {
     vm.record()?;
+    if let Some((site, name)) = source::owed(vm)?
+        && vm.store().peers().of_key(&site)?.is_some()
+    {
+        return Err(Error::Refused(format!(
+            "{0} is at {name}, and a part of its disk is only here yet: `replay-migrate supply {0}` brings it. If {name} \
+             is gone for good, `site untrust {name}` first",
+            vm.name()
+        )));
+    }
     let _held = source::hold(vm).await?;
     discard(vm).await?;
     let _lock = vm.lock_soon().await?;

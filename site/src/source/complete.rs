@@ -45,6 +45,8 @@ impl Migration<'_> {
         self.moving.phase = Phase::Commit;
         if self.absent.iter().any(|pages| !pages.is_empty()) {
             later::owe(self.vm, self.peer)?;
+        } else {
+            later::forget(self.vm)?;
         }
         self.commit(&mut line, &manifest).await?;
         self.clock.enter(Phase::Resume);

@@ -16,7 +16,7 @@ mod supply;
 mod turn;
 mod waiting;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use reconciler::PageSet;
 
@@ -33,7 +33,7 @@ use crate::peers::Peer;
 use crate::phase::Phase;
 use crate::protocol::{Hello, Kept, Plan, Purpose, Stage, ToSource, ToTarget, Welcome};
 use crate::store::{Store, VmDir};
-use crate::vm::VmName;
+use crate::vm::{BaseFile, VmName};
 use crate::work::{KeptNote, Received, Work, Workplace};
 
 use check::{check_allowed, check_host, superseded};
@@ -351,24 +351,23 @@ impl Session {
 
     async fn prepare(&self, base: Option<u64>) -> Result<Work> {
         let disks = self.hello.vm.disks.iter().zip(0_u8..);
-        let later: HashMap<_, _> = disks
-            .filter_map(|(disk, index)| Some((disk.hash, (index, self.later.get(&index)?))))
-            .filter(|_| base.is_none())
+        // Only a working copy of the bare images can do with less than all of them.
+        let later = |index| self.later.get(&index).filter(|_| base.is_none());
+        let absent: Vec<_> = disks
+            .clone()
+            .map(|(_, index)| later(index).cloned())
             .collect();
         for file in self.hello.vm.base_files() {
-            if self.store.base_file(file.hash).is_none() && !later.contains_key(&file.hash) {
+            let comes =
+                |(disk, index): (&BaseFile, u8)| disk.hash == file.hash && later(index).is_some();
+            if self.store.base_file(file.hash).is_none() && !disks.clone().any(comes) {
                 return Err(Error::Refused(format!(
                     "the base file {} is not here",
                     file.hash
                 )));
             }
         }
-        let mut absent = vec![PageSet::new(); self.hello.vm.disks.len()];
-        for (index, pages) in later.into_values() {
-            if let Some(slot) = absent.get_mut(usize::from(index)) {
-                slot.clone_from(pages);
-            }
-        }
+        let absent = absent.into_iter().map(Option::unwrap_or_default).collect();
         let (vm, transfer) = (&self.hello.vm, self.hello.transfer);
         Work::prepare(&self.vm, vm, transfer, base, absent).await
     }

@@ -62,11 +62,12 @@ impl Session {
             }
         }
         let malformed = || Error::reconcile("the hashes of an image are malformed");
-        let (store, peer) = (self.store.clone(), self.peer.clone());
+        let (store, peer, arrivals) =
+            (self.store.clone(), self.peer.clone(), self.arrivals.clone());
         blocking(move || {
             let encoded = unpacked(&packed, limit)?;
             let tree = ImageTree::decode(&encoded, pages).map_err(malformed())?;
-            Arriving::begin(&store, file, &tree, &peer)
+            arrivals.begin(&store, file, &tree, &peer)
         })
         .await?;
         self.say_absent(line, disk).await.map(drop)

@@ -67,9 +67,18 @@ pub(super) fn owe(vm: &VmDir, peer: &Peer) -> Result<()> {
     files::write_json(&path(vm), &owed)
 }
 
-/// The site that the rest of a VM's images is owed, by its name; nothing, where all have all.
-pub(crate) fn owed(vm: &VmDir) -> Result<Option<String>> {
-    Ok(load(vm)?.map(|owed| owed.to_name))
+/// The site that the rest of a VM's images is owed, and its name; nothing, where all have all.
+pub(crate) fn owed(vm: &VmDir) -> Result<Option<(SiteKey, String)>> {
+    // While the VM is here, it is not known to have been handed over.
+    if matches!(vm.lease()?, Lease::Held { .. }) {
+        return Ok(None);
+    }
+    Ok(load(vm)?.map(|owed| (owed.to, owed.to_name)))
+}
+
+/// What was noted before a hand-over that did not take place is not so any more.
+pub(super) fn forget(vm: &VmDir) -> Result<()> {
+    files::remove_file(&path(vm))
 }
 
 fn load(vm: &VmDir) -> Result<Option<Owed>> {
