@@ -271,7 +271,8 @@ impl Store {
 
     /// Whether a part of a base file is still on its way.
     pub(crate) fn is_arriving(&self, hash: FileHash) -> bool {
-        Paths::of(self, hash).note.exists()
+        // What can't be looked at is not taken for whole.
+        Paths::of(self, hash).note.try_exists().unwrap_or(true)
     }
 
     pub(crate) fn base_path(&self, hash: FileHash) -> PathBuf {
@@ -331,6 +332,9 @@ impl Store {
     fn keep_file(&self, file: &Path, known: BaseFile) -> Result<()> {
         let path = self.base_path(known.hash);
         if self.base_file(known.hash).is_none() {
+            if self.is_arriving(known.hash) {
+                Paths::of(self, known.hash).forget_tree()?;
+            }
             let done = (|| {
                 fs::set_permissions(file, fs::Permissions::from_mode(0o400))?;
                 fs::File::open(file)?.sync_all()?;

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::local::{self, blocking};
 use crate::peers::Peer;
-use crate::store::{Store, runtime_base};
+use crate::store::{Store, VmDir, runtime_base};
 use crate::vm::{BaseFile, FileHash};
 
 /// When it is seen to guests that stand still since nobody served their image: QEMU has to try again before it finds
@@ -65,10 +65,19 @@ impl Arrivals {
         self.0.images.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves all images that are on their way to a site.
+    /// Serves all images that are on their way to a site, and looks after the guests that read one when the agent
+    /// before this one ended.
     pub(crate) fn revive(&self, store: &Store) -> Result<()> {
         for vm in store.vms()? {
-            for disk in vm.record()?.disks {
+            let disks = match vm.record() {
+                Ok(record) => record.disks,
+                Err(error) => {
+                    let (vm, error) = (vm.name(), error.chain());
+                    tracing::error!(%vm, error, "what it rests on is not known");
+                    continue;
+                }
+            };
+            for disk in disks {
                 match self.get(store, disk.hash) {
                     Ok(None) => {}
                     Ok(Some(image)) => {
@@ -77,7 +86,7 @@ impl Arrivals {
                             // QEMU comes back by itself when it is asked to read, and fails that one.
                             for wait in WAKE {
                                 tokio::time::sleep(wait).await;
-                                Self::let_go_on(&store, &image).await;
+                                let_go_on(&store, &image).await;
                             }
                         });
                     }
@@ -87,6 +96,7 @@ impl Arrivals {
                     }
                 }
             }
+            tokio::spawn(look_after_readers(vm));
         }
         Ok(())
     }
@@ -150,6 +160,13 @@ impl Arrivals {
             loop {
                 match settle(&store, &image, &mut verified).await {
                     Ok(()) => break,
+                    Err(error) if !verified && matches!(error, Error::Damaged { .. }) => {
+                        tracing::error!(
+                            error = error.chain(),
+                            "a disk image is not what was announced"
+                        );
+                        break;
+                    }
                     Err(error) => {
                         let (image, error) = (image.file().hash, error.chain());
                         tracing::warn!(%image, error, "it has come, and is not used as a file yet");
@@ -160,32 +177,87 @@ impl Arrivals {
         });
     }
 
-    /// Guests that stood still because an image could not be read go on, now that it comes again.
-    pub(crate) async fn let_go_on(store: &Store, image: &Arriving) {
-        let users = users(store, image.file().hash).unwrap_or_else(|error| {
-            tracing::warn!(error = error.chain(), "the VMs can't be listed");
-            Vec::new()
-        });
-        for (vm, _) in users {
-            let outcome = async {
-                let Some(qemu) = local::attach(&vm).await? else {
-                    return Ok(());
-                };
-                if local::guest_status(&vm, &qemu).await? == Status::Other("io-error".into()) {
-                    tracing::info!(vm = %vm.name(), "its disk is being brought again: it goes on");
-                    // Before it does: it may be stalled again at once.
-                    image.goes_on();
-                    qemu.resume()
-                        .await
-                        .map_err(Error::host(format!("cannot resume {}", vm.name())))?;
-                }
-                Ok::<_, Error>(())
-            };
-            if let Err(error) = outcome.await {
+    /// Sees to it that guests go on which stood still because an image could not be read, now that it comes again.
+    /// Nobody waits for that: what they read may be what is to come next.
+    pub(crate) fn wake(store: &Store, image: &Arc<Arriving>) {
+        if image.begin_to_wake() {
+            let (store, image) = (store.clone(), image.clone());
+            tokio::spawn(async move {
+                let_go_on(&store, &image).await;
+                image.has_woken();
+            });
+        }
+    }
+}
+
+async fn let_go_on(store: &Store, image: &Arriving) {
+    let users = users(store, image.file().hash).unwrap_or_else(|error| {
+        tracing::warn!(error = error.chain(), "the VMs can't be listed");
+        Vec::new()
+    });
+    let mut gone_on = false;
+    for (vm, _) in users {
+        match go_on(&vm).await {
+            Ok(went) => gone_on |= went,
+            Err(error) => {
                 let (vm, error) = (vm.name(), error.chain());
                 tracing::warn!(%vm, error, "whether it stands still for its disk can't be told");
             }
         }
+    }
+    if gone_on {
+        image.goes_on();
+    }
+}
+
+/// Lets a guest go on that stands still because its disk could not be read; whether it did.
+async fn go_on(vm: &VmDir) -> Result<bool> {
+    // Whoever is at work on it has it stand still, or looks after it.
+    let Ok(_lock) = vm.lock() else {
+        return Ok(false);
+    };
+    let Some(qemu) = local::attach(vm).await? else {
+        return Ok(false);
+    };
+    if local::guest_status(vm, &qemu).await? != Status::Other("io-error".into()) {
+        return Ok(false);
+    }
+    local::require_lease(vm)?;
+    tracing::info!(vm = %vm.name(), "its disk is being brought again: it goes on");
+    qemu.resume()
+        .await
+        .map_err(Error::host(format!("cannot resume {}", vm.name())))?;
+    Ok(true)
+}
+
+/// A QEMU that was left at the socket of an image which is whole by now goes over to the file.
+async fn look_after_readers(vm: VmDir) {
+    let done = async {
+        let Some(qemu) = local::attach(&vm).await? else {
+            return Ok(());
+        };
+        let sockets = qemu.launch().arriving.clone();
+        let mut went = false;
+        for (index, disk) in vm.record()?.disks.iter().enumerate() {
+            let at_socket = sockets.get(index).is_some_and(Option::is_some);
+            if at_socket && !vm.store().is_arriving(disk.hash) {
+                let path = vm.store().base_path(disk.hash);
+                let what = || format!("cannot have {} read its disk from its file", vm.name());
+                qemu.base_arrived(index, &path)
+                    .await
+                    .map_err(Error::host(what()))?;
+                went = true;
+            }
+        }
+        drop(qemu);
+        if went {
+            go_on(&vm).await?;
+        }
+        Ok::<_, Error>(())
+    };
+    if let Err(error) = done.await {
+        let (vm, error) = (vm.name(), error.chain());
+        tracing::error!(%vm, error, "it may stand still for its disk");
     }
 }
 
@@ -199,7 +271,7 @@ async fn settle(store: &Store, image: &Arc<Arriving>, verified: &mut bool) -> Re
         blocking(move || whole.verify()).await?;
         *verified = true;
     }
-    Arrivals::let_go_on(store, image).await;
+    let_go_on(store, image).await;
     go_over(store, hash).await?;
     // One that starts in this moment finds the socket, which is served as long as the agent is.
     Paths::of(store, hash).settle()?;
@@ -232,6 +304,8 @@ async fn serve(store: Store, listener: UnixListener, image: Arc<Arriving>) {
                 let Ok((stream, _)) = accepted else {
                     continue;
                 };
+                // One that was started just before it was whole.
+                came = false;
                 let image = image.clone();
                 tokio::spawn(async move {
                     if let Err(error) = nbd::serve(stream, image).await {

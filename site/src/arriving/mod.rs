@@ -17,9 +17,10 @@ mod pages;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::fs::Permissions;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -28,6 +29,7 @@ use std::time::Duration;
 use reconciler::{ImageTree, PAGE_SIZE, Page, PageHash, PageIndex, PageSet};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::files;
@@ -63,6 +65,9 @@ pub(crate) struct Note {
     pub(crate) from: SiteKey,
     /// What that was called here.
     pub(crate) from_name: String,
+    /// All has come, and it is another image.
+    #[serde(default)]
+    pub(crate) wrong: bool,
 }
 
 /// The files of an image that is on its way.
@@ -87,7 +92,14 @@ impl Paths {
     /// The image is there, whole: nothing says any longer that it is on its way.
     pub(crate) fn settle(&self) -> Result<()> {
         files::remove_file(&self.note)?;
-        files::remove_file(&self.pages)
+        files::remove_file(&self.pages)?;
+        std::fs::set_permissions(&self.data, Permissions::from_mode(0o400))
+            .map_err(Error::file("protect", &self.data))
+    }
+
+    /// Another file takes its place: what was said of its pages was said of this one.
+    pub(crate) fn forget_tree(&self) -> Result<()> {
+        files::remove_file(&self.tree)
     }
 }
 
@@ -118,12 +130,30 @@ pub(crate) fn missing(store: &Store, hash: FileHash) -> Result<Option<(u64, Note
     Ok(Some((missing * PAGE_SIZE as u64, note)))
 }
 
-/// VMs here whose disks rest on this image, and the number of the disk that does.
+/// The pages that are there without having come.
+fn zeroes(tree: &ImageTree) -> Pages {
+    let mut here = Pages::none(tree.pages());
+    (0..tree.pages())
+        .filter(|&page| tree.leaf(PageIndex(page)).is_zero())
+        .for_each(|page| here.set(page));
+    here
+}
+
+/// VMs here whose disks rest on this image, and the number of the disk that does. Of those that can't be read it is
+/// not known.
 fn users(store: &Store, hash: FileHash) -> Result<Vec<(VmDir, usize)>> {
     let mut users = Vec::new();
     for vm in store.vms()? {
-        let disks = vm.record()?.disks.into_iter().enumerate();
-        let of_it = disks.filter(|(_, disk)| disk.hash == hash);
+        let disks = match vm.record() {
+            Ok(record) => record.disks,
+            Err(error) => {
+                let (vm, error) = (vm.name(), error.chain());
+                tracing::warn!(%vm, error, "what it rests on is not known");
+                continue;
+            }
+        };
+        let of_it = disks.into_iter().enumerate();
+        let of_it = of_it.filter(|(_, disk)| disk.hash == hash);
         users.extend(of_it.map(|(index, _)| (vm.clone(), index)));
     }
     Ok(users)
@@ -133,6 +163,15 @@ fn users(store: &Store, hash: FileHash) -> Result<Vec<(VmDir, usize)>> {
 pub(crate) fn require_whole(vm: &VmDir, record: &VmRecord) -> Result<()> {
     for disk in &record.disks {
         if let Some((bytes, note)) = missing(vm.store(), disk.hash)? {
+            if note.wrong {
+                return Err(Error::Refused(format!(
+                    "the disk of {} rests on what {} gave for the image {}, and that is another image: it runs \
+                     here, and can't be moved, shipped or captured",
+                    vm.name(),
+                    note.from_name,
+                    disk.hash
+                )));
+            }
             return Err(Error::Refused(format!(
                 "{} MiB of the disk of {} are still to come from {}: before they are here it can't be moved, shipped or \
                  captured (`replay-migrate vm status {}` shows how far that is)",
@@ -174,8 +213,10 @@ pub(crate) struct Arriving {
     /// How many reads have waited so far.
     asked: watch::Sender<u64>,
     unnoted: AtomicU64,
+    noting: Mutex<()>,
     /// A read was given up, and the guest stands still for it or soon will.
     stalled: AtomicBool,
+    waking: AtomicBool,
 }
 
 struct State {
@@ -212,11 +253,12 @@ impl Arriving {
             bytes: file.bytes,
             from: from.key,
             from_name: from.name.to_string(),
+            wrong: false,
         };
         if let Some(known) = note_of(store, file.hash)? {
             match Self::open(store, file.hash) {
                 Ok(Some(here)) if here.tree.root() == tree.root() => {
-                    if known != note {
+                    if known != note && !known.wrong {
                         files::write_json(&paths.note, &note)?;
                     }
                     return Ok(());
@@ -243,16 +285,14 @@ impl Arriving {
         }
         // From here on whatever lies under its name is not taken for the image.
         files::write_json(&paths.note, &note)?;
+        // In this order: nothing is said to be there that is not.
+        files::remove_file(&paths.pages)?;
         files::remove_file(&paths.data)?;
         let data = files::create_private(&paths.data)?;
         data.set_len(file.bytes)
             .map_err(Error::file("size", &paths.data))?;
         generation::save_tree(&paths.tree, tree)?;
-        let mut here = Pages::none(count);
-        (0..count)
-            .filter(|&page| tree.leaf(PageIndex(page)).is_zero())
-            .for_each(|page| here.set(page));
-        here.store(&paths.pages)
+        zeroes(tree).store(&paths.pages)
     }
 
     /// What has come of an image; nothing, if it is not on its way.
@@ -269,11 +309,12 @@ impl Arriving {
                 paths.note.display()
             ),
         };
-        let data = File::options()
-            .read(true)
-            .write(true)
-            .open(&paths.data)
-            .map_err(Error::file("open", &paths.data))?;
+        let opened = || {
+            // What was whole may have been made read-only just before whoever did that died.
+            std::fs::set_permissions(&paths.data, Permissions::from_mode(0o600))?;
+            File::options().read(true).write(true).open(&paths.data)
+        };
+        let data = opened().map_err(Error::file("open", &paths.data))?;
         let there = data
             .metadata()
             .map_err(Error::file("measure", &paths.data))?
@@ -291,8 +332,12 @@ impl Arriving {
                 "it is of another length than the image",
             ));
         }
-        let here = Pages::load(&paths.pages, count)?
-            .ok_or_else(|| damaged(&paths.data, "nothing says what is there of it"))?;
+        let here = match Pages::load(&paths.pages, count) {
+            Ok(Some(here)) => here,
+            // Whatever is there comes once more.
+            Ok(None) | Err(Error::Damaged { .. }) => zeroes(&tree),
+            Err(error) => return Err(error),
+        };
         Ok(Some(Self {
             store: store.clone(),
             file: BaseFile {
@@ -309,7 +354,9 @@ impl Arriving {
             came: Notify::new(),
             asked: watch::Sender::new(0),
             unnoted: AtomicU64::new(0),
+            noting: Mutex::new(()),
             stalled: AtomicBool::new(false),
+            waking: AtomicBool::new(false),
         }))
     }
 
@@ -375,6 +422,7 @@ impl Arriving {
 
     /// Makes what came durable, and then notes that it is there.
     pub(crate) fn note(&self) -> Result<()> {
+        let _one = self.noting.lock().unwrap_or_else(PoisonError::into_inner);
         self.unnoted.store(0, Ordering::Relaxed);
         let here = self.state().here.clone();
         let paths = Paths::of(&self.store, self.file.hash);
@@ -384,27 +432,42 @@ impl Arriving {
         here.store(&paths.pages)
     }
 
-    /// All has come: whether it is the image, which it is taken for from then on by [`Paths::settle`].
+    /// All has come: whether it is the image. If not, that is noted, and never looked at again.
     ///
     /// # Errors
     /// When its content has another hash, which only the site that gave the VM can have brought about.
     pub(crate) fn verify(&self) -> Result<()> {
-        use std::os::unix::fs::PermissionsExt;
-        self.note()?;
-        let path = self.store.base_path(self.file.hash);
-        let known = Store::identify(&path)?;
-        if known != self.file {
-            return Err(Error::Damaged {
-                path,
-                reason: "all of it has come, and it is not the image of its name: the site that the VM came from \
-                         did not have the right one, or lied about it. The VM runs on what that site gave"
-                    .into(),
-            });
+        if !self.is_whole() {
+            return Err(Error::Refused(format!(
+                "not all of the image {} has come",
+                self.file.hash
+            )));
         }
-        self.data
-            .set_permissions(std::fs::Permissions::from_mode(0o400))
-            .and_then(|()| self.data.sync_all())
-            .map_err(Error::file("write", &path))
+        let paths = Paths::of(&self.store, self.file.hash);
+        let wrong = || {
+            Error::Damaged {
+            path: paths.data.clone(),
+            reason: "all of it has come, and it is not the image of its name: the site that the VM came from did \
+                     not have the right one, or lied about it. The VM runs on what that site gave"
+                .into(),
+        }
+        };
+        let note = note_of(&self.store, self.file.hash)?;
+        if note.as_ref().is_some_and(|note| note.wrong) {
+            return Err(wrong());
+        }
+        self.note()?;
+        if Store::identify(&paths.data)? == self.file {
+            return Ok(());
+        }
+        if let Some(note) = note {
+            let note = Note {
+                wrong: true,
+                ..note
+            };
+            files::write_json(&paths.note, &note)?;
+        }
+        Err(wrong())
     }
 
     /// Ranges of pages that reads wait for, by number, from this number on.
@@ -421,6 +484,16 @@ impl Arriving {
         self.stalled.load(Ordering::Acquire)
     }
 
+    /// Whether nobody sees to guests that stand still yet; somebody does from then on, until [`Self::has_woken`].
+    pub(crate) fn begin_to_wake(&self) -> bool {
+        !self.waking.swap(true, Ordering::AcqRel)
+    }
+
+    /// Nobody sees to guests any more.
+    pub(crate) fn has_woken(&self) {
+        self.waking.store(false, Ordering::Release);
+    }
+
     /// It goes on.
     pub(crate) fn goes_on(&self) {
         self.stalled.store(false, Ordering::Release);
@@ -434,6 +507,7 @@ impl Arriving {
     /// Waits for pages.
     async fn wait_for(&self, pages: Range<u64>) -> io::Result<()> {
         let mut waits: Option<Waits<'_>> = None;
+        let end = Instant::now() + PATIENCE;
         loop {
             let came = self.came.notified();
             tokio::pin!(came);
@@ -456,7 +530,7 @@ impl Arriving {
                     self.asked.send_replace(number + 1);
                 }
             }
-            if tokio::time::timeout(PATIENCE, came).await.is_err() {
+            if tokio::time::timeout_at(end, came).await.is_err() {
                 let page = pages.start;
                 self.stalled.store(true, Ordering::Release);
                 return Err(io::Error::other(format!(

@@ -71,7 +71,10 @@ fn an_image_is_none_until_all_of_it_is_there_and_right() {
 fn an_image_that_comes_another_way_is_whole() {
     let dir = tempfile::tempdir().unwrap();
     let (store, peer, content, file, tree) = image(dir.path());
-    Arriving::begin(&store, file, &tree, &peer).unwrap();
+    let mut other = content.clone();
+    other[7] = 9;
+    let lie = ImageTree::build(&reconciler::SlicePages(&other), &reconciler::no_progress);
+    Arriving::begin(&store, file, &lie.unwrap(), &peer).unwrap();
     let copy = dir.path().join("copy");
     std::fs::write(&copy, &content).unwrap();
     assert!(store.adopt_announced(&copy, file).unwrap());
@@ -79,6 +82,27 @@ fn an_image_that_comes_another_way_is_whole() {
         std::fs::read(store.base_file(file.hash).unwrap()).unwrap(),
         content
     );
+    // What was said of it before it was here is not believed.
+    assert_eq!(store.base_tree(file).unwrap().root(), tree.root());
+}
+
+#[test]
+fn whoever_dies_at_the_last_step_leaves_an_image_that_is_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, peer, content, file, tree) = image(dir.path());
+    Arriving::begin(&store, file, &tree, &peer).unwrap();
+    let arriving = Arriving::open(&store, file.hash).unwrap().unwrap();
+    arriving.put(0, &content).unwrap();
+    arriving.verify().unwrap();
+    let path = store.base_path(file.hash);
+    std::fs::set_permissions(&path, Permissions::from_mode(0o400)).unwrap();
+    let again = Arriving::open(&store, file.hash).unwrap().unwrap();
+    assert!(again.is_whole());
+    again.put(0, &content).unwrap();
+    // Half a note of what is there is none: all of it comes once more.
+    std::fs::write(Paths::of(&store, file.hash).pages, b"half").unwrap();
+    let again = Arriving::open(&store, file.hash).unwrap().unwrap();
+    assert_eq!(again.absent().len(), 80);
 }
 
 #[test]
@@ -93,6 +117,8 @@ fn hashes_that_belong_to_another_content_are_found_out() {
     assert!(arriving.is_whole());
     arriving.verify().unwrap_err();
     assert_eq!(store.base_file(file.hash), None);
+    assert!(note_of(&store, file.hash).unwrap().unwrap().wrong);
+    arriving.verify().unwrap_err();
 }
 
 #[test]

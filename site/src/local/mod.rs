@@ -392,7 +392,8 @@ pub(crate) fn launch(
             .disks
             .iter()
             .map(|disk| vm.store().is_arriving(disk.hash).then_some(disk.hash))
-            .map(|hash| hash.and_then(|hash| arriving::socket(vm.store(), hash).ok()))
+            // Without a runtime directory nothing starts; least of all on the holes of a file.
+            .map(|hash| hash.map(|hash| arriving::socket(vm.store(), hash).unwrap_or_default()))
             .collect(),
         network,
         incoming,

@@ -154,7 +154,14 @@ pub async fn migrate(
     };
     // The agent of this site would begin with it as soon as the VM has moved.
     let supplying = if options.post_copy {
-        later::supplying_lock(vm)?
+        let only = later::supplying_lock(vm)?.ok_or_else(|| {
+            Error::Refused(format!(
+                "the rest of an earlier move of {} with --post-copy is on its way from here; try again when it is \
+                 done, or move it without",
+                vm.name()
+            ))
+        })?;
+        Some(only)
     } else {
         None
     };

@@ -128,6 +128,12 @@ impl Migration<'_> {
         let (vm, record) = (self.vm, self.record);
         let traffic = line.traffic();
         let before = traffic.sent();
+        if self.options.post_copy && base.is_some() {
+            self.progress.note(
+                "nothing comes after the VM: against a stale copy all images are needed before (--strategy full, or \
+                 live to a site without one, can do without)",
+            );
+        }
         if self.options.post_copy && base.is_none() {
             let announced = announce(&mut line, vm, record, &welcome, rate, self.progress);
             self.absent = announced.await?;

@@ -85,7 +85,7 @@ impl Session {
                     line.flush().await?;
                 }
                 ToTarget::Rest { disk } => {
-                    let absent = self.say_absent(line, disk).await?;
+                    let absent = self.end_of_later(line, disk).await?;
                     self.later.insert(disk, absent);
                 }
                 ToTarget::Generation { manifest, base } => {

@@ -23,6 +23,9 @@ use crate::vm::BaseFile;
 /// No tree takes more: 32 bytes for each page of the largest disk, and what is around them.
 const TREE_MAX: u64 = 34 * reconciler::MAX_PAGES;
 
+/// Hashes of an image that has much of one content, in zstd.
+const PACKS: u64 = 64;
+
 /// How often it is looked for a guest that stands still, where one may.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -65,7 +68,11 @@ impl Session {
         let (store, peer, arrivals) =
             (self.store.clone(), self.peer.clone(), self.arrivals.clone());
         blocking(move || {
-            let encoded = unpacked(&packed, limit)?;
+            // Hashes don't get much shorter: a little that unpacks to much is none.
+            let packs = (packed.len() as u64)
+                .saturating_mul(PACKS)
+                .saturating_add(1 << 20);
+            let encoded = unpacked(&packed, limit.min(packs))?;
             let tree = ImageTree::decode(&encoded, pages).map_err(malformed())?;
             arrivals.begin(&store, file, &tree, &peer)
         })
@@ -85,35 +92,34 @@ impl Session {
         Ok(absent)
     }
 
-    /// Takes pages of an image.
-    pub(super) async fn take_blocks(&self, blocks: Blocks) -> Result<Arc<Arriving>> {
-        let image = self.arriving(blocks.disk)?;
-        let taking = image.clone();
-        blocking(move || {
-            let count: u64 = blocks.runs.iter().map(|(_, count)| u64::from(*count)).sum();
-            if count > Blocks::PAGES {
-                return Err(Error::Refused("more pages came than may at a time".into()));
-            }
-            let bytes = unpacked(&blocks.bytes, count * PAGE_SIZE as u64)?;
-            let mut rest = bytes.as_slice();
-            for (first, count) in blocks.runs {
-                let length = count as usize * PAGE_SIZE;
-                let Some((run, after)) = rest.split_at_checked(length) else {
-                    return Err(Error::Refused("fewer pages came than were said".into()));
-                };
-                taking.put(first, run)?;
-                rest = after;
-            }
-            Ok(())
-        })
-        .await?;
-        Ok(image)
+    /// Takes pages of an image that was announced.
+    pub(super) async fn take_blocks(&self, blocks: Blocks) -> Result<()> {
+        take(self.arriving(blocks.disk)?, blocks).await
+    }
+
+    /// No more of an image comes for now; what is lacking of it.
+    pub(super) async fn end_of_later(&self, line: &mut TargetLine, disk: u8) -> Result<PageSet> {
+        let hash = self.disk(disk)?.hash;
+        if let Some(image) = self.arrivals.get(&self.store, hash)? {
+            blocking(move || image.note()).await?;
+        }
+        self.say_absent(line, disk).await
     }
 
     /// The conversation in which the rest of the images comes.
     pub(super) async fn supplied(&mut self, line: &mut TargetLine) -> Result<()> {
         self.phase = Phase::Rest;
         let mut images: BTreeMap<u8, Arc<Arriving>> = BTreeMap::new();
+        let outcome = self.take_rest(line, &mut images).await;
+        note(&images).await;
+        outcome
+    }
+
+    async fn take_rest(
+        &mut self,
+        line: &mut TargetLine,
+        images: &mut BTreeMap<u8, Arc<Arriving>>,
+    ) -> Result<()> {
         // Reads that the source has heard of.
         let mut told: BTreeMap<u8, u64> = BTreeMap::new();
         let mut here = BTreeSet::new();
@@ -123,64 +129,87 @@ impl Session {
             let message = tokio::select! {
                 message = line.receive(Phase::Rest) => message,
                 () = asked(&mut reads) => {
-                    tell(line, &images, &mut told).await?;
+                    tell(line, images, &mut told).await?;
                     continue;
                 }
             };
-            let disk = match message {
+            match message {
                 Ok(ToTarget::Probe(_)) => {
                     line.send(ToSource::Probed).await?;
                     line.flush().await?;
                     continue;
                 }
-                Ok(ToTarget::Rest { disk }) => {
+                Ok(ToTarget::Rest { disk }) if !images.contains_key(&disk) => {
                     self.say_absent(line, disk).await?;
                     let hash = self.disk(disk)?.hash;
                     let Some(image) = self.arrivals.get(&self.store, hash)? else {
+                        // It has come by another way.
+                        line.send(ToSource::Here { disk }).await?;
+                        line.flush().await?;
                         continue;
                     };
-                    Arrivals::let_go_on(&self.store, &image).await;
+                    Arrivals::wake(&self.store, &image);
                     reads.push(image.asked());
                     images.insert(disk, image);
                     // Those that waited before anybody brought anything.
-                    tell(line, &images, &mut told).await?;
-                    disk
+                    tell(line, images, &mut told).await?;
                 }
                 Ok(ToTarget::Blocks(blocks)) => {
-                    let disk = blocks.disk;
-                    let image = self.take_blocks(blocks).await?;
+                    let Some(image) = images.get(&blocks.disk) else {
+                        return Err(self.out_of_place("pages of an image that was not asked for"));
+                    };
+                    take(image.clone(), blocks).await?;
                     line.send(ToSource::Took).await?;
                     line.flush().await?;
                     if image.is_stalled() && looked.elapsed() >= LOOK {
                         looked = Instant::now();
-                        Arrivals::let_go_on(&self.store, &image).await;
+                        Arrivals::wake(&self.store, image);
                     }
-                    disk
                 }
                 Ok(_) => return Err(self.out_of_place("a message")),
                 Err(Error::Line {
                     source: crate::transport::WireError::Closed,
                     ..
-                }) => break,
-                Err(error) => {
-                    note(&images).await;
-                    return Err(error);
+                }) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+            // Two disks may rest on one image.
+            for (&disk, image) in &*images {
+                if !image.is_whole() || !here.insert(disk) {
+                    continue;
                 }
-            };
-            if let Some(image) = images.get(&disk)
-                && image.is_whole()
-                && here.insert(disk)
-            {
-                let whole = image.clone();
-                blocking(move || whole.verify()).await?;
-                Arrivals::settle(&self.store, image.clone(), true);
+                if self.store.is_arriving(image.file().hash) {
+                    let whole = image.clone();
+                    blocking(move || whole.verify()).await?;
+                    Arrivals::settle(&self.store, image.clone(), true);
+                }
                 line.send(ToSource::Here { disk }).await?;
                 line.flush().await?;
             }
         }
-        note(&images).await;
-        Ok(())
     }
+}
+
+/// Takes pages of an image.
+async fn take(image: Arc<Arriving>, blocks: Blocks) -> Result<()> {
+    blocking(move || {
+        let count: u64 = blocks.runs.iter().map(|(_, count)| u64::from(*count)).sum();
+        if count > Blocks::PAGES {
+            return Err(Error::Refused("more pages came than may at a time".into()));
+        }
+        let bytes = unpacked(&blocks.bytes, count * PAGE_SIZE as u64)?;
+        let mut rest = bytes.as_slice();
+        for (first, count) in blocks.runs {
+            let length = count as usize * PAGE_SIZE;
+            let Some((run, after)) = rest.split_at_checked(length) else {
+                return Err(Error::Refused("fewer pages came than were said".into()));
+            };
+            image.put(first, run)?;
+            rest = after;
+        }
+        Ok(())
+    })
+    .await
 }
 
 /// Unpacks zstd that holds no more than so many bytes.

@@ -49,6 +49,8 @@ const CHUNK: usize = 256 << 10;
 #[derive(Debug, Serialize, Deserialize)]
 struct Owed {
     version: u32,
+    /// Tells this debt from a later one.
+    id: Id,
     to: SiteKey,
     to_name: String,
 }
@@ -61,6 +63,7 @@ fn path(vm: &VmDir) -> std::path::PathBuf {
 pub(super) fn owe(vm: &VmDir, peer: &Peer) -> Result<()> {
     let owed = Owed {
         version: VERSION,
+        id: Id::random()?,
         to: peer.key,
         to_name: peer.name.to_string(),
     };
@@ -111,7 +114,9 @@ async fn absent(
                     return PageSet::decode(&bytes, count).map_err(malformed());
                 }
             }
-            ToSource::Want { disk, first, count } if phase == Phase::Rest => {
+            ToSource::Want { disk, first, count }
+                if phase == Phase::Rest && wanted.len() < sending::WANTED_MAX =>
+            {
                 wanted.push_back((disk, first..first.saturating_add(u64::from(count))));
             }
             _ => return Err(line.unexpected(phase, "no word of what is lacking of an image")),
@@ -231,8 +236,7 @@ pub(super) async fn supply_locked(
         return Ok(None);
     };
     if matches!(vm.lease()?, Lease::Held { .. }) {
-        // It was not handed over, or is back.
-        files::remove_file(&path(vm))?;
+        // It is not handed over yet, or is back.
         return Ok(None);
     }
     let peer = vm.store().peers().of_key(&owed.to)?.ok_or_else(|| {
@@ -280,7 +284,9 @@ pub(super) async fn supply_locked(
         report = go => report?,
         () = cancel.cancelled() => return Err(Error::Interrupted(Phase::Rest)),
     };
-    files::remove_file(&path(vm))?;
+    if load(vm)?.is_some_and(|now| now.id == owed.id) {
+        forget(vm)?;
+    }
     Ok(Some(report))
 }
 

@@ -24,6 +24,9 @@ const BATCH: u64 = 64;
 /// The fewest and the most batches under way.
 const WINDOW: Range<usize> = 2..64;
 
+/// No guest waits for so much at a time.
+pub(super) const WANTED_MAX: usize = 1024;
+
 /// Longer than the shortest way there and back, a batch is to take no more than this.
 const QUEUED: Duration = Duration::from_millis(150);
 
@@ -181,6 +184,10 @@ impl Sending {
             },
             ToSource::Want { disk, first, count } if phase == Phase::Rest => {
                 let end = first.saturating_add(u64::from(count));
+                if self.wanted.len() >= WANTED_MAX {
+                    // All of it goes in its turn.
+                    self.wanted.pop_front();
+                }
                 self.wanted.push_back((disk, first..end));
             }
             ToSource::Here { disk } if phase == Phase::Rest => {
