@@ -1,12 +1,14 @@
 //! A VM goes on at a site that has nothing of its disk yet.
 
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tempfile::TempDir;
 use testkit::link::{Link, LinkProfile, Rate};
 use testkit::robot::Robot;
 use testkit::sector::{READ_AT, READ_COUNT, READ_STEP, READS};
-use testkit::site::Site;
+use testkit::site::{Running, Site};
 
 use crate::common::{SOON, VM, assert_same_images, boot_sector, eventually, program, start_sector};
 
@@ -16,7 +18,7 @@ const DISK: usize = 48 << 20;
 const THERE: &str = "b";
 
 /// A disk that no compressor makes smaller; what is on it.
-fn disk(dir: &Path) -> (std::path::PathBuf, Vec<u8>) {
+fn disk(dir: &Path) -> (PathBuf, Vec<u8>) {
     let path = boot_sector(dir, &READS, &[]);
     let mut content = std::fs::read(&path).unwrap();
     // Any numbers do, as long as they don't repeat.
@@ -51,8 +53,18 @@ async fn arriving(site: &Site) -> u64 {
     site.status(VM).await.unwrap()["arriving"].as_u64().unwrap()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_vm_goes_on_before_its_disk_is_there() {
+/// A VM that has read once at A, and has just gone on at B; what it is being moved by, over which line, and its disk.
+struct Moving {
+    a: Site,
+    b: Site,
+    command: Running,
+    link: Link,
+    image: PathBuf,
+    content: Vec<u8>,
+    _dir: TempDir,
+}
+
+async fn moving() -> Moving {
     let dir = tempfile::tempdir().unwrap();
     let site = |name: &str| Site::new(program(), name, dir.path().join(name));
     let (mut a, mut b) = (site("a"), site(THERE));
@@ -83,10 +95,32 @@ async fn a_vm_goes_on_before_its_disk_is_there() {
         "full",
         "--post-copy",
     ];
-    let mut moving = a.spawn(&words).unwrap();
-    let rest = moving.until("bring the rest", SOON, |line| line["phase"] == "rest");
+    let mut command = a.spawn(&words).unwrap();
+    let rest = command.until("bring the rest", SOON, |line| line["phase"] == "rest");
     let rest = rest.await.unwrap();
-    assert!(rest.is_some(), "{}\n{}", moving.stderr(), b.agent_log());
+    assert!(rest.is_some(), "{}\n{}", command.stderr(), b.agent_log());
+    Moving {
+        a,
+        b,
+        command,
+        link,
+        image,
+        content,
+        _dir: dir,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_goes_on_before_its_disk_is_there() {
+    let Moving {
+        a,
+        mut b,
+        command,
+        link,
+        content,
+        _dir,
+        ..
+    } = moving().await;
     assert_eq!(b.state(VM).await.unwrap(), "running");
     let missing = arriving(&b).await;
     assert!(
@@ -131,7 +165,7 @@ async fn a_vm_goes_on_before_its_disk_is_there() {
     assert_eq!(read(&ram).1, content[at..at + 512]);
 
     // Whoever brings it may die: the agent of A goes on, and what had come does not come again.
-    drop(moving);
+    drop(command);
     let sent = link.bytes_up();
     let end = tokio::time::Instant::now() + 2 * SOON;
     while arriving(&b).await > 0 || !a.status(VM).await.unwrap()["owed"].is_null() {
@@ -163,4 +197,60 @@ async fn a_vm_goes_on_before_its_disk_is_there() {
     back.await.unwrap();
     assert_same_images(&a, &b);
     assert_eq!(a.state(VM).await.unwrap(), "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_comes_by_hand_need_not_come_over_the_line() {
+    let Moving {
+        mut a,
+        mut b,
+        command,
+        image,
+        content,
+        link: _link,
+        _dir,
+    } = moving().await;
+    // Nobody brings it.
+    drop(command);
+    a.kill_agent();
+    let missing = arriving(&b).await;
+    let ram = b.live_ram(VM).await.unwrap();
+    assert!(missing > DISK as u64 / 2);
+    let doubted = a.run(&["vm", "delete", VM, "--yes"]).await.unwrap();
+    assert_eq!(doubted.code, Some(3), "{}", doubted.stderr);
+    let disk = image.to_str().unwrap();
+    let other = ["vm", "create", "other", "--disk", disk];
+    b.json(&other).await.unwrap();
+    assert_eq!(arriving(&b).await, 0);
+    press(&b, "a").await;
+    eventually("it has read what came by hand", || read(&ram).0 == 2).await;
+    assert_eq!(read(&ram).1, content[2 * READ_STEP..2 * READ_STEP + 512]);
+    // Its QEMU reads the file soon, and the agent is needed no longer.
+    let end = tokio::time::Instant::now() + SOON;
+    while !reads_file(&b).await {
+        assert!(tokio::time::Instant::now() < end, "{}", b.agent_log());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    b.kill_agent();
+    press(&b, "b").await;
+    eventually("it has read without an agent", || read(&ram).0 == 3).await;
+    // What is owed is settled without a page.
+    let again = b.serve_again().await.unwrap();
+    a.trust(THERE, again.addr, &again.key).await.unwrap();
+    let supplied = a.json(&["supply", VM]).await.unwrap();
+    assert_eq!(supplied["pages"].as_u64(), Some(0), "{supplied}");
+    assert!(a.status(VM).await.unwrap()["owed"].is_null());
+    let nothing = a.run(&["supply", VM]).await.unwrap();
+    assert_eq!(nothing.code, Some(3), "{}", nothing.stderr);
+}
+
+/// Whether the QEMU of a site has the image of the disk open.
+async fn reads_file(site: &Site) -> bool {
+    let status = site.status(VM).await.unwrap();
+    let hash = status["disks"][0]["hash"].as_str().unwrap();
+    let image = site.dir().join("images").join(hash);
+    let image = std::fs::metadata(image).unwrap();
+    let files = std::fs::read_dir(format!("/proc/{}/fd", status["pid"])).unwrap();
+    let mut files = files.filter_map(|file| std::fs::metadata(file.ok()?.path()).ok());
+    files.any(|file| (file.dev(), file.ino()) == (image.dev(), image.ino()))
 }

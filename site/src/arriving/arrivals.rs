@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,8 +27,14 @@ const WAKE: [Duration; 3] = [
     Duration::from_secs(10),
 ];
 
+/// How often it is looked whether an image has come by another way.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// How long until QEMUs are told once more that an image is whole, where that failed.
 const AGAIN: Duration = Duration::from_secs(5);
+
+/// Pause after a failed accept: it fails for want of file descriptors, and nothing tells when there are some again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// The socket at which an image is read that is on its way.
 pub(crate) fn socket(store: &Store, hash: FileHash) -> Result<PathBuf> {
@@ -293,38 +300,51 @@ async fn go_over(store: &Store, hash: FileHash) -> Result<()> {
     Ok(())
 }
 
-/// Serves an image at its socket; until it has come by another way, if it does.
+/// Serves an image at its socket. Should it come by another way, its readers go over to the file.
 async fn serve(store: Store, listener: UnixListener, image: Arc<Arriving>) {
     let hash = image.file().hash;
-    let mut look = tokio::time::interval(AGAIN);
-    let mut came = false;
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                let Ok((stream, _)) = accepted else {
-                    continue;
-                };
-                // One that was started just before it was whole.
-                came = false;
-                let image = image.clone();
-                tokio::spawn(async move {
-                    if let Err(error) = nbd::serve(stream, image).await {
-                        tracing::debug!(%error, "a reader of an image is gone");
-                    }
-                });
+    // Somebody may read here that has not been asked to go over.
+    let fresh = AtomicBool::new(true);
+    let watching = async {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if store.is_arriving(hash) || !fresh.swap(false, Ordering::AcqRel) {
+                continue;
             }
-            _ = look.tick(), if !came => {
-                if store.is_arriving(hash) {
-                    continue;
+            let used = async {
+                if !image.is_whole() {
+                    image.has_come()?;
                 }
-                match go_over(&store, hash).await {
-                    Ok(()) => came = true,
-                    Err(error) => {
-                        let error = error.chain();
-                        tracing::warn!(image = %hash, error, "it has come, and is not used as a file yet");
-                    }
-                }
+                go_over(&store, hash).await
+            };
+            if let Err(error) = used.await {
+                fresh.store(true, Ordering::Release);
+                let error = error.chain();
+                tracing::warn!(image = %hash, error, "it has come, and is not used as a file yet");
+                tokio::time::sleep(AGAIN).await;
             }
+            let_go_on(&store, &image).await;
         }
-    }
+    };
+    let accepting = async {
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "a reader of an image could not be let in");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            fresh.store(true, Ordering::Release);
+            let image = image.clone();
+            tokio::spawn(async move {
+                if let Err(error) = nbd::serve(stream, image).await {
+                    tracing::debug!(%error, "a reader of an image is gone");
+                }
+            });
+        }
+    };
+    // Neither ends; who goes over may have to be let in once more meanwhile.
+    tokio::join!(watching, accepting);
 }

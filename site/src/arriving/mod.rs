@@ -23,7 +23,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use reconciler::{ImageTree, PAGE_SIZE, Page, PageHash, PageIndex, PageSet};
@@ -205,7 +205,7 @@ pub(crate) fn require_served(vm: &VmDir, hash: FileHash) -> Result<()> {
 pub(crate) struct Arriving {
     store: Store,
     file: BaseFile,
-    data: File,
+    data: RwLock<Arc<File>>,
     tree: ImageTree,
     state: Mutex<State>,
     /// Pages have come.
@@ -344,7 +344,7 @@ impl Arriving {
                 hash,
                 bytes: note.bytes,
             },
-            data,
+            data: RwLock::new(Arc::new(data)),
             tree,
             state: Mutex::new(State {
                 here,
@@ -365,12 +365,28 @@ impl Arriving {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn data(&self) -> Arc<File> {
+        // Whoever holds the lock only puts another file in place.
+        let data = self.data.read().unwrap_or_else(PoisonError::into_inner);
+        data.clone()
+    }
+
+    /// It has come by another way: who waits reads what lies under its name now.
+    pub(crate) fn has_come(&self) -> Result<()> {
+        let path = self.store.base_path(self.file.hash);
+        let whole = File::open(&path).map_err(Error::file("open", &path))?;
+        *self.data.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(whole);
+        self.state().here = Pages::all(self.tree.pages());
+        self.came.notify_waiters();
+        Ok(())
+    }
+
     /// Whether what is written to it is what others find under its name.
     pub(crate) fn is_in_place(&self) -> bool {
         use std::os::unix::fs::MetadataExt;
         let path = self.store.base_path(self.file.hash);
         let there = std::fs::metadata(path).map(|there| (there.dev(), there.ino()));
-        let here = self.data.metadata().map(|here| (here.dev(), here.ino()));
+        let here = self.data().metadata().map(|here| (here.dev(), here.ino()));
         matches!((there, here), (Ok(there), Ok(here)) if there == here)
     }
 
@@ -402,8 +418,11 @@ impl Arriving {
                 self.file.hash
             )));
         }
+        if self.is_whole() {
+            return Ok(());
+        }
         let path = || self.store.base_path(self.file.hash);
-        self.data
+        self.data()
             .write_all_at(bytes, first * PAGE_SIZE as u64)
             .map_err(|error| Error::file("write", &path())(error))?;
         {
@@ -426,7 +445,7 @@ impl Arriving {
         self.unnoted.store(0, Ordering::Relaxed);
         let here = self.state().here.clone();
         let paths = Paths::of(&self.store, self.file.hash);
-        self.data
+        self.data()
             .sync_data()
             .map_err(Error::file("write", &paths.data))?;
         here.store(&paths.pages)
@@ -562,7 +581,7 @@ impl vm_host::nbd::Export for Arriving {
         let end = offset + u64::from(length);
         let pages = offset / PAGE_SIZE as u64..end.div_ceil(PAGE_SIZE as u64);
         self.wait_for(pages).await?;
-        let data = self.data.try_clone()?;
+        let data = self.data();
         tokio::task::spawn_blocking(move || {
             let mut bytes = vec![0; length as usize];
             data.read_exact_at(&mut bytes, offset)?;

@@ -27,6 +27,12 @@ impl Pages {
         }
     }
 
+    pub(super) fn all(count: u64) -> Self {
+        let mut pages = Self::none(count);
+        (0..count).for_each(|page| pages.set(page));
+        pages
+    }
+
     /// Those that were noted; nothing, where nothing was.
     pub(super) fn load(path: &Path, count: u64) -> Result<Option<Self>> {
         let bytes = match std::fs::read(path) {
