@@ -4,6 +4,7 @@ use reconciler::PAGE_SIZE;
 use vm_host::nbd::Export;
 
 use super::*;
+use crate::vm::VmRecord;
 
 /// A site, another that gives, and an image of 100 pages, every fifth of which is zero.
 fn image(root: &std::path::Path) -> (Store, Peer, Vec<u8>, BaseFile, ImageTree) {
