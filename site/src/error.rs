@@ -110,7 +110,7 @@ pub enum Error {
         source: Box<Error>,
     },
     /// Interrupted by the user; the source VM is as it was.
-    #[error("interrupted in phase {0}; the VM goes on here, and the same command starts again")]
+    #[error("interrupted in phase {0}; {then}", then = after_interrupt(*.0))]
     Interrupted(Phase),
     /// The line was lost while the guest stood still, and did not come back soon.
     #[error(
@@ -256,6 +256,14 @@ pub enum Class {
     Refused,
     /// Stopped on the way; the same command goes on or starts again.
     Interrupted,
+}
+
+/// What is left after an interruption in `phase`, and what to do.
+const fn after_interrupt(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Rest => "what has come stays, and the same command goes on with it",
+        _ => "the VM goes on here, and the same command starts again",
+    }
 }
 
 impl Error {

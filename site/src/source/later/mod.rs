@@ -98,13 +98,17 @@ fn load(vm: &VmDir) -> Result<Option<Owed>> {
     }
 }
 
+/// What the target says while it is asked what it lacks.
+#[derive(Default)]
+struct Heard {
+    /// What guests wait for.
+    wanted: VecDeque<(u8, Range<u64>)>,
+    /// Disks whose images are whole there.
+    here: BTreeSet<u8>,
+}
+
 /// What the target says that it lacks of a disk's image.
-async fn absent(
-    line: &mut Line,
-    count: u64,
-    phase: Phase,
-    wanted: &mut VecDeque<(u8, Range<u64>)>,
-) -> Result<PageSet> {
+async fn absent(line: &mut Line, count: u64, phase: Phase, heard: &mut Heard) -> Result<PageSet> {
     let malformed = || Error::reconcile("what is lacking of an image is malformed");
     let mut assembler = BlobAssembler::new(count.saturating_mul(20).saturating_add(64));
     loop {
@@ -114,10 +118,15 @@ async fn absent(
                     return PageSet::decode(&bytes, count).map_err(malformed());
                 }
             }
-            ToSource::Want { disk, first, count }
-                if phase == Phase::Rest && wanted.len() < sending::WANTED_MAX =>
-            {
-                wanted.push_back((disk, first..first.saturating_add(u64::from(count))));
+            ToSource::Want { disk, first, count } if phase == Phase::Rest => {
+                // All of it goes in its turn.
+                if heard.wanted.len() < sending::WANTED_MAX {
+                    let end = first.saturating_add(u64::from(count));
+                    heard.wanted.push_back((disk, first..end));
+                }
+            }
+            ToSource::Here { disk } if phase == Phase::Rest => {
+                heard.here.insert(disk);
             }
             _ => return Err(line.unexpected(phase, "no word of what is lacking of an image")),
         }
@@ -164,7 +173,7 @@ pub(super) async fn announce(
         }
         line.send(ToTarget::DataEnd).await?;
         line.flush().await?;
-        let lacks = absent(line, tree.pages(), Phase::Base, &mut VecDeque::new()).await?;
+        let lacks = absent(line, tree.pages(), Phase::Base, &mut Heard::default()).await?;
         pieces.insert(disk, Piece::open(vm, record, disk, &lacks)?);
         trees.push((disk, tree));
     }
@@ -176,8 +185,8 @@ pub(super) async fn announce(
     for (disk, tree) in trees {
         line.send(ToTarget::Rest { disk }).await?;
         line.flush().await?;
-        let (pages, mut waits) = (tree.pages(), VecDeque::new());
-        lacked[usize::from(disk)] = absent(line, pages, Phase::Base, &mut waits).await?;
+        let (pages, mut heard) = (tree.pages(), Heard::default());
+        lacked[usize::from(disk)] = absent(line, pages, Phase::Base, &mut heard).await?;
     }
     Ok(lacked)
 }
@@ -257,7 +266,7 @@ pub(super) async fn supply_locked(
         let hello = hello(vm, &record, &peer, Purpose::Supply, id, fence, 1, "")?;
         let (welcome, rate) = begin(&mut line, vm, hello).await?;
         let mut pieces = BTreeMap::new();
-        let (mut order, mut wanted) = (VecDeque::new(), VecDeque::new());
+        let (mut order, mut heard) = (VecDeque::new(), Heard::default());
         for (file, disk) in record.disks.iter().zip(0_u8..) {
             if !welcome.lacks.contains(&file.hash) {
                 continue;
@@ -265,13 +274,14 @@ pub(super) async fn supply_locked(
             line.send(ToTarget::Rest { disk }).await?;
             line.flush().await?;
             let count = file.bytes.div_ceil(PAGE_SIZE as u64);
-            let lacks = absent(&mut line, count, Phase::Rest, &mut wanted).await?;
+            let lacks = absent(&mut line, count, Phase::Rest, &mut heard).await?;
             order.extend(lacks.runs().iter().map(|run| (disk, run.clone())));
             pieces.insert(disk, Piece::open(vm, &record, disk, &lacks)?);
         }
         let disks: BTreeSet<u8> = pieces.keys().copied().collect();
         let mut sending = Sending::new(pieces, rate);
-        (sending.order, sending.wanted) = (order, wanted);
+        (sending.order, sending.wanted) = (order, heard.wanted);
+        sending.here = heard.here;
         send(&mut line, &mut sending, Some(&disks), Phase::Rest, progress).await?;
         line.close().await;
         Ok::<_, Error>(RestReport {

@@ -101,7 +101,7 @@ pub(super) struct Sending {
     under_way: VecDeque<Instant>,
     window: Window,
     /// The disks whose images are whole at the target.
-    here: BTreeSet<u8>,
+    pub(super) here: BTreeSet<u8>,
     pub(super) report: RestReport,
 }
 
