@@ -62,6 +62,10 @@ pub(crate) enum Command {
         /// (`seed`, `sync`), besides those that somebody relies on; 0 for all
         #[arg(long, value_name = "N", default_value_t = 2)]
         keep_generations: u32,
+        /// How much to hold for other sites that fetch it here, sealed: this site is their hub; 0 for
+        /// nothing [default: 10GiB]
+        #[arg(long, value_parser = size, value_name = "SIZE")]
+        hub_room: Option<u64>,
         /// Refuse to serve (exit code 3) unless all images and VMs here are encrypted where they
         /// are stored: by the file system, or by dm-crypt beneath it. `site status` shows it
         #[arg(long)]
@@ -135,6 +139,23 @@ pub(crate) enum Command {
     /// Keep standbys of a VM: sites that have a whole generation of it, and soon a newer one. Until
     /// the VM moves, or this is ended
     Sync(SyncArgs),
+    /// Fetch what lies for this site at a hub: generations of VMs that other sites keep it a standby of,
+    /// with `sync --to THIS@HUB`
+    Collect {
+        /// The hub
+        #[arg(long, value_name = "SITE")]
+        from: String,
+        /// Again so long after, until this is ended: 60s, 5m [default: once]
+        #[arg(long, value_parser = duration, value_name = "TIME")]
+        every: Option<Duration>,
+        /// Keep so many of the newest generations of each VM, besides those that somebody relies on; 0
+        /// for all
+        #[arg(long, value_name = "N", default_value_t = 2)]
+        keep_generations: u32,
+    },
+    /// What this site holds for other sites, as a hub: sealed, so that it can't read it
+    #[command(subcommand)]
+    Hub(HubCommand),
     /// Move a VM to one of its standbys: what has changed since goes over while it runs
     Switch {
         /// The VM
@@ -282,8 +303,9 @@ pub(crate) enum SiteCommand {
         /// Its key, as its `site id` prints it
         key: String,
         /// What it may do, with commas between: `send` VMs here, `receive` VMs from here, and
-        /// `follow` those in use (its own here with `send`, this site's there with `receive`); or
-        /// `nothing` [default: all of it, and for a known site what it might before]
+        /// `follow` those in use (its own here with `send`, this site's there with `receive`), `hold`:
+        /// leave here what is sealed for others, and fetch what is for it; or `nothing` [default: all
+        /// of it, and for a known site what it might before]
         #[arg(long, value_name = "WHAT")]
         may: Option<site::peers::Permissions>,
     },
@@ -300,6 +322,19 @@ pub(crate) enum SiteCommand {
     /// next command does that has the keys at hand, nobody reads what lies here. No agent may
     /// serve, and no VM run
     Lock,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HubCommand {
+    /// List what lies here, for whom and from whom
+    List,
+    /// Throw away what lies here for a site. It is a standby as before, and is brought up to date by
+    /// the next epoch
+    Drop {
+        /// The site, by its name here or by its key
+        #[arg(long = "for", value_name = "SITE")]
+        recipient: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -13,6 +13,7 @@ use crate::arriving::Arrivals;
 use crate::error::Result;
 use crate::files::FileLock;
 use crate::generations;
+use crate::hub;
 use crate::keeper;
 use crate::leftovers;
 use crate::line::TargetLine;
@@ -38,6 +39,7 @@ pub struct Agent {
     arrivals: Arrivals,
     keep_logs: Option<Duration>,
     keep_generations: usize,
+    hub_room: u64,
     _only: FileLock,
 }
 
@@ -63,6 +65,7 @@ impl Agent {
             target::revive(&vm, &standbys).await?;
         }
         leftovers::clear(store)?;
+        hub::clear(store)?;
         let arrivals = Arrivals::default();
         arrivals.revive(store)?;
         // No conversation is open yet, nor kept, that could still commit what was given up.
@@ -75,6 +78,7 @@ impl Agent {
             arrivals,
             keep_logs: None,
             keep_generations: usize::MAX,
+            hub_room: hub::DEFAULT_ROOM,
             _only: only,
         })
     }
@@ -94,6 +98,15 @@ impl Agent {
     pub fn keep_generations(self, limit: usize) -> Self {
         Self {
             keep_generations: limit,
+            ..self
+        }
+    }
+
+    /// Has it give so many bytes to what it holds for other sites; none, and it is no hub.
+    #[must_use]
+    pub fn hub_room(self, bytes: u64) -> Self {
+        Self {
+            hub_room: bytes,
             ..self
         }
     }
@@ -140,7 +153,7 @@ impl Agent {
                     let (store, stop) = (self.store.clone(), token.child_token());
                     let (known, standbys) = (known.clone(), standbys.clone());
                     let arrivals = self.arrivals.clone();
-                    let keep = self.keep_generations;
+                    let (keep, hub_room) = (self.keep_generations, self.hub_room);
                     let (who, ends) = (peer.clone(), revoked.clone());
                     let task = conversations.spawn(async move {
                         // Nothing, where it carries on a conversation that has its task.
@@ -149,7 +162,7 @@ impl Agent {
                         };
                         let line = TargetLine::over(lasting, who, stop, ends);
                         if room {
-                            let talk = Box::pin(target::converse(&store, &standbys, &arrivals, line));
+                            let talk = Box::pin(target::converse(&store, &standbys, &arrivals, hub_room, line));
                             if let Some(name) = talk.await {
                                 generations::tidy_standby(&store.vm(&name), keep).await;
                             }

@@ -223,6 +223,12 @@ pub enum Error {
         #[source]
         source: reconciler::Error,
     },
+    /// What came by way of a hub.
+    #[error("a parcel can't be used: {why}")]
+    Parcel {
+        /// Why not.
+        why: String,
+    },
     /// What the process that follows the VM said.
     #[error("{said}")]
     Follower {

@@ -6,7 +6,7 @@
 //!   [`moving`]: what a move that was killed has left, put right.
 //! - [`identity`], [`peers`], [`transport`]: who the sites are, and how they talk safely.
 //! - [`protocol`]: what they say. [`source`] and [`agent`] are the two ends of a migration, in
-//!   the phases of [`Phase`].
+//!   the phases of [`Phase`]. [`hub`]: what one site holds for others, and can't read.
 //!
 //! Promises: a generation exists as a whole or not at all; at most one site runs a VM; what
 //! arrives is verified before it becomes a state of the VM; before the commit the source can go
@@ -28,6 +28,7 @@ mod files;
 mod fork;
 pub mod generation;
 pub mod generations;
+pub mod hub;
 pub mod identity;
 mod keeper;
 mod keys;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::Guarded;
@@ -17,7 +18,7 @@ use crate::peers::Peer;
 use crate::phase::Phase;
 use crate::protocol::{ToSource, ToTarget};
 use crate::store::Store;
-use crate::transport::{self, CallError, Dial, Lasting, LineHandle, RateCap, Traffic};
+use crate::transport::{self, CallError, Dial, Lasting, LineHandle, RateCap, Traffic, WireError};
 use crate::vm::Id;
 
 /// How long a call to a peer may take until both sides know each other.
@@ -28,13 +29,54 @@ pub(crate) const CALL_AGAIN: Duration = Duration::from_secs(120);
 
 /// A conversation, from either side of it.
 pub(crate) struct Conversation<In, Out> {
-    connection: Lasting,
+    carrier: Carrier<In, Out>,
     peer: Peer,
     stop: CancellationToken,
     revoked: CancellationToken,
     /// Watches the list of peers for as long as this lives, where this side began.
     _guarded: Option<Guarded>,
-    types: std::marker::PhantomData<fn(Out) -> In>,
+}
+
+/// What carries it.
+enum Carrier<In, Out> {
+    /// Connections to another site.
+    Lasting(Lasting),
+    /// Nothing but this process.
+    Local {
+        to: mpsc::Sender<Result<Out, WireError>>,
+        from: mpsc::Receiver<Result<In, WireError>>,
+        handle: LineHandle,
+    },
+}
+
+impl<In: DeserializeOwned, Out: Serialize> Carrier<In, Out> {
+    async fn send(&mut self, message: Out) -> Result<(), WireError> {
+        match self {
+            Self::Lasting(lasting) => lasting.send(&message).await,
+            Self::Local { to, .. } => to.send(Ok(message)).await.map_err(|_| WireError::Closed),
+        }
+    }
+
+    async fn flush(&mut self) -> Result<(), WireError> {
+        match self {
+            Self::Lasting(lasting) => lasting.flush().await,
+            Self::Local { .. } => Ok(()),
+        }
+    }
+
+    async fn recv(&mut self) -> Result<In, WireError> {
+        match self {
+            Self::Lasting(lasting) => lasting.recv().await,
+            Self::Local { from, .. } => from.recv().await.unwrap_or(Err(WireError::Closed)),
+        }
+    }
+
+    fn handle(&self) -> LineHandle {
+        match self {
+            Self::Lasting(lasting) => lasting.handle(),
+            Self::Local { handle, .. } => handle.clone(),
+        }
+    }
 }
 
 /// The source's side.
@@ -63,12 +105,11 @@ impl Line {
             CallError::Here(error) => *error,
         })?;
         Ok(Self {
-            connection,
+            carrier: Carrier::Lasting(connection),
             peer: peer.clone(),
             stop: CancellationToken::new(),
             revoked: guarded.revoked.clone(),
             _guarded: Some(guarded),
-            types: std::marker::PhantomData,
         })
     }
 
@@ -170,12 +211,28 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
         revoked: CancellationToken,
     ) -> Self {
         Self {
-            connection,
+            carrier: Carrier::Lasting(connection),
             peer,
             stop,
             revoked,
             _guarded: None,
-            types: std::marker::PhantomData,
+        }
+    }
+
+    /// One that crosses no line: what is said goes here, and what is heard comes from there, as if
+    /// it were this peer's.
+    pub(crate) fn local(
+        peer: Peer,
+        to: mpsc::Sender<Result<Out, WireError>>,
+        from: mpsc::Receiver<Result<In, WireError>>,
+    ) -> Self {
+        let handle = LineHandle::of_nothing();
+        Self {
+            carrier: Carrier::Local { to, from, handle },
+            peer,
+            stop: CancellationToken::new(),
+            revoked: CancellationToken::new(),
+            _guarded: None,
         }
     }
 
@@ -186,22 +243,26 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
 
     /// The counters of its sockets.
     pub(crate) fn traffic(&self) -> Traffic {
-        self.connection.traffic()
+        self.carrier.handle().traffic()
     }
 
     /// Shows how the line is, and can end it.
     pub(crate) fn handle(&self) -> LineHandle {
-        self.connection.handle()
+        self.carrier.handle()
     }
 
     /// How long another line is waited for when this one is cut; with zero that is its end.
     pub(crate) fn set_patience(&mut self, patience: Duration) {
-        self.connection.set_patience(patience);
+        if let Carrier::Lasting(lasting) = &mut self.carrier {
+            lasting.set_patience(patience);
+        }
     }
 
     /// Ends the conversation as a cut does: the other end keeps what it keeps then.
     pub(crate) fn abandon(self) {
-        self.connection.abandon();
+        if let Carrier::Lasting(lasting) = self.carrier {
+            lasting.abandon();
+        }
     }
 
     async fn put(&mut self, message: Out) -> Result<()> {
@@ -209,7 +270,7 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
             biased;
             () = self.revoked.cancelled() => Err(revoked(&self.peer)),
             () = self.stop.cancelled() => Err(stopping()),
-            sent = self.connection.send(&message) => Ok(sent.map_err(|e| wire(&self.peer, e))?),
+            sent = self.carrier.send(message) => Ok(sent.map_err(|e| wire(&self.peer, e))?),
         }
     }
 
@@ -218,7 +279,7 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
             biased;
             () = self.revoked.cancelled() => Err(revoked(&self.peer)),
             () = self.stop.cancelled() => Err(stopping()),
-            sent = self.connection.flush() => Ok(sent.map_err(|e| wire(&self.peer, e))?),
+            sent = self.carrier.flush() => Ok(sent.map_err(|e| wire(&self.peer, e))?),
         }
     }
 
@@ -228,7 +289,7 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
             biased;
             () = self.revoked.cancelled() => Err(revoked(&self.peer)),
             () = self.stop.cancelled() => Err(stopping()),
-            message = self.connection.recv() => Ok(message.map_err(|e| wire(&self.peer, e))?),
+            message = self.carrier.recv() => Ok(message.map_err(|e| wire(&self.peer, e))?),
         }
     }
 
@@ -247,7 +308,10 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
         if self.revoked.is_cancelled() {
             return;
         }
-        if let Err(error) = self.connection.close().await {
+        let Carrier::Lasting(lasting) = self.carrier else {
+            return;
+        };
+        if let Err(error) = lasting.close().await {
             tracing::debug!(%error, "the connection did not end in order");
         }
     }
@@ -298,7 +362,7 @@ fn is_recipe(name: &str) -> bool {
     name.len() <= 40 && name.bytes().all(plain)
 }
 
-fn wire(peer: &Peer, source: transport::WireError) -> Error {
+fn wire(peer: &Peer, source: WireError) -> Error {
     Error::Line {
         site: peer.name.to_string(),
         source,

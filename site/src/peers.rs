@@ -26,8 +26,9 @@ pub use permissions::{Permission, Permissions};
 pub use watch::PeerWatch;
 
 /// The version of the file this program writes, and the newest it reads. Version 1 knew neither
-/// permissions nor former keys: whoever reads only that must not take a file for one.
-const FORMAT: u32 = 2;
+/// permissions nor former keys, version 2 not that a site may have things held here: whoever reads
+/// only those must not take a file for one.
+const FORMAT: u32 = 3;
 /// Room for some thousands of peers.
 const MAX_FILE: u64 = 1 << 20;
 

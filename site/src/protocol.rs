@@ -47,6 +47,17 @@
 //!   | <------------------------------------ Took, Want   |  and what the guest waits for, which comes next
 //!   | <------------------------------------------ Here   |  all of one has come and is verified
 //!
+//! With a hub, which holds for others what it can't read ([`hub`]):
+//!   | -- Deposit ------------------------------------->  |  what is there, and for which key to seal
+//!   | <----------------------------------------- Shelf   |
+//!   | -- Parcel, Data.., DataEnd --------------------->  |
+//!   | <------------------------------------------ Held   |
+//! and from the standby to the hub:
+//!   | -- Collect ------------------------------------->  |  what the standby has
+//!   | <--------------------------------------- Parcels   |
+//!   | -- Fetch --------------------------------------->  |
+//!   | <----------------------- Content.., ContentEnd     |
+//!
 //! <images>, for each image:
 //!   | -- Image (which, size), Offer.. ---------------->  |  all images at once, before any answer
 //!   | <---------------------------------------- Lacks..  |  one image after the other from here
@@ -77,11 +88,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::chain::{Chain, Link};
 use crate::generation::{GenerationId, Manifest};
+use crate::hub;
+use crate::identity::SiteKey;
 use crate::phase::Phase;
 use crate::report::{ReplaySummary, StandbyCost, Strategy};
 use crate::vm::{BaseFile, FileHash, Id, VmName, VmRecord};
 
-/// From the source of a VM.
+/// From the source of a VM, or from who calls at a hub.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum ToTarget {
     /// First message.
@@ -177,9 +190,32 @@ pub enum ToTarget {
         /// Of which disk.
         disk: u8,
     },
+    /// First message, to a hub: there may be a parcel to hold. Answered by `Shelf`.
+    Deposit {
+        /// Of which VM.
+        vm: Id,
+        /// For which site.
+        to: SiteKey,
+    },
+    /// A parcel follows, as `Data`: its body is sealed. Answered by `Held`.
+    Parcel {
+        /// What it is.
+        head: Box<hub::Head>,
+        /// What lies there of that VM for that site goes, once this is whole.
+        replaces: bool,
+    },
+    /// First message, to a hub: what there is for the caller. Answered by `Parcels`.
+    Collect(Box<hub::Collect>),
+    /// Send this parcel. Answered by `Content`.
+    Fetch {
+        /// Of which VM.
+        vm: Id,
+        /// The generation that it brings.
+        to: GenerationId,
+    },
 }
 
-/// From the target of a VM.
+/// From the target of a VM, or from a hub.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum ToSource {
     /// The answer to `Hello`, unless refused.
@@ -272,6 +308,16 @@ pub enum ToSource {
         /// Of which disk.
         disk: u8,
     },
+    /// The answer to `Deposit`.
+    Shelf(Box<hub::Shelf>),
+    /// The parcel is kept.
+    Held,
+    /// The answer to `Collect`: of each VM the parcel that the caller can use and gains most by.
+    Parcels(Vec<hub::Head>),
+    /// Part of a parcel's body.
+    Content(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// There is no more of it.
+    ContentEnd,
 }
 
 /// Pages of a disk image.

@@ -18,6 +18,8 @@
 //! vms/NAME/live/run/       the overlays of the running VM, and what it rests on
 //! vms/NAME/log/N.rmlog     what was typed on top of generation N
 //! vms/NAME/incoming/ID/    a migration that is arriving; removed when it ends, however it ends
+//! vms/NAME/packing/        a parcel for a hub that is being made
+//! hub/KEY/ID/              what is held here for other sites, sealed, see `hub`
 //! deleted/ID.json          the last lease of a VM that was deleted here
 //! void/ID                  a hand-over that was given up, never to be taken
 //! ```
@@ -261,6 +263,11 @@ impl Store {
     /// The lock of the agent that serves this site, unless there is one.
     pub(crate) fn agent_lock(&self) -> Result<Option<FileLock>> {
         FileLock::try_take(&self.root.join("agent.lock"))
+    }
+
+    /// Held by who fetches what lies at a hub.
+    pub(crate) fn collect_lock(&self) -> Result<Option<FileLock>> {
+        FileLock::try_take(&self.root.join("collect.lock"))
     }
 
     /// Where a base file lies, if this site has it.

@@ -18,8 +18,9 @@ pub(crate) enum By {
 pub(crate) struct SyncArgs {
     /// The VM
     pub(crate) name: String,
-    /// A standby; may be given more than once
-    #[arg(long, value_name = "SITE", required = true)]
+    /// A standby; may be given more than once. SITE@HUB leaves it at another site, sealed, from where
+    /// the standby fetches it (`collect`): the hub can't read it. Always by state
+    #[arg(long, value_name = "SITE[@HUB]", required = true)]
     pub(crate) to: Vec<String>,
     /// Make a generation so long after the last. With other reasons, whichever comes first [default:
     /// 5m, where no reason is given]

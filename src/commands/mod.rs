@@ -7,6 +7,7 @@ mod doctor;
 mod follow;
 mod generations;
 mod guest;
+mod hub;
 mod log;
 mod migrate;
 mod record;
@@ -43,12 +44,14 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
             listen,
             keep_logs,
             keep_generations,
+            hub_room,
             require_encryption,
         } => {
             let options = serve::Options {
                 listen: &listen,
                 keep_logs,
                 keep_generations,
+                hub_room,
                 require_encryption,
             };
             serve::run(&store()?, options, output).await
@@ -84,6 +87,18 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
         }
         Command::Migrate(args) => migrate::run(&store()?, &args, output).await,
         Command::Sync(args) => Box::pin(sync::run(&store()?, &args, output)).await,
+        Command::Collect {
+            from,
+            every,
+            keep_generations,
+        } => {
+            let keep = match keep_generations {
+                0 => usize::MAX,
+                keep => keep as usize,
+            };
+            Box::pin(hub::collect(&store()?, &from, every, keep, output)).await
+        }
+        Command::Hub(command) => hub::run(&store()?, &command, output),
         Command::Switch { name, to, downtime } => {
             Box::pin(sync::switch(&store()?, &name, &to, downtime, output)).await
         }

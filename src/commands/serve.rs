@@ -16,6 +16,8 @@ pub(crate) struct Options<'a> {
     pub(crate) keep_logs: Option<Duration>,
     /// With 0 all are kept.
     pub(crate) keep_generations: u32,
+    /// By default what a hub gives where nothing is said.
+    pub(crate) hub_room: Option<u64>,
     pub(crate) require_encryption: bool,
 }
 
@@ -29,7 +31,8 @@ pub(crate) async fn run(
     }
     let mut agent = agent::Agent::bind(store, options.listen)
         .await?
-        .keep_logs(options.keep_logs);
+        .keep_logs(options.keep_logs)
+        .hub_room(options.hub_room.unwrap_or(site::hub::DEFAULT_ROOM));
     if options.keep_generations > 0 {
         agent = agent.keep_generations(options.keep_generations as usize);
     }

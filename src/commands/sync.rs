@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use site::source::sync::{self, Policy, SyncEnded, SyncEvent, SyncOptions, Why};
+use site::source::Via;
+use site::source::sync::{self, Policy, Route, SyncEnded, SyncEvent, SyncOptions, Why};
 use site::{Store, source};
 
 use super::serve::OnSignal;
@@ -13,10 +14,10 @@ use crate::output::{Output, bytes};
 pub(crate) async fn run(store: &Store, args: &SyncArgs, output: &Output) -> anyhow::Result<()> {
     let vm = vm_of(store, &args.name).await?;
     vm.record()?;
-    let peers = args
+    let routes = args
         .to
         .iter()
-        .map(|name| peer_of(store, name))
+        .map(|to| route(store, to))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let options = SyncOptions {
         policy: Policy {
@@ -40,7 +41,7 @@ pub(crate) async fn run(store: &Store, args: &SyncArgs, output: &Output) -> anyh
     let tell = |event: &SyncEvent| {
         output.standing(event, progress.as_ref(), |event| Some(describe(event)));
     };
-    let outcome = sync::sync(&vm, &peers, options, &tell, &stop.token).await;
+    let outcome = sync::sync(&vm, &routes, options, &tell, &stop.token).await;
     drop(stop);
     drop(progress);
     output.result(&outcome?, |report| {
@@ -56,6 +57,17 @@ pub(crate) async fn run(store: &Store, args: &SyncArgs, output: &Output) -> anyh
             bytes(report.bytes_sent)
         )
     })
+}
+
+/// A standby, and perhaps the hub where it fetches: `SITE` or `SITE@HUB`.
+fn route(store: &Store, to: &str) -> anyhow::Result<Route> {
+    // No site's name has that in it.
+    let (to, via) = match to.split_once('@') {
+        Some((to, hub)) => (to, Some(peer_of(store, hub)?)),
+        None => (to, None),
+    };
+    let to = peer_of(store, to)?;
+    Ok(Route { to, via })
 }
 
 /// Moves the VM to a standby.
@@ -104,9 +116,20 @@ fn describe(event: &SyncEvent) -> String {
                     Some(state) => format!(", by log, where the state would take {}", bytes(state)),
                 },
             };
+            let has = match &shipment.via {
+                None => format!("{} has", shipment.site),
+                Some(via) => format!("{} holds for {}", via.hub, shipment.site),
+            };
+            let said = match &shipment.via {
+                Some(Via {
+                    has: Some(has),
+                    said: Some(ago),
+                    ..
+                }) => format!("; {} had {has} {ago} s ago", shipment.site),
+                _ => String::new(),
+            };
             format!(
-                "{} has generation {}; {} sent in {:.1} s{how}",
-                shipment.site,
+                "{has} generation {}; {} sent in {:.1} s{how}{said}",
                 shipment.generation,
                 bytes(shipment.bytes.sent),
                 shipment.seconds

@@ -35,6 +35,8 @@ fn the_commands_are_those_of_the_design() {
         "migrate",
         "supply",
         "sync",
+        "collect",
+        "hub",
         "switch",
         "replay",
         "log",

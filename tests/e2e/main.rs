@@ -18,6 +18,7 @@ mod follow;
 mod generations;
 mod harmless;
 mod help;
+mod hub;
 mod interrupt;
 mod live;
 mod ownership;

@@ -41,7 +41,7 @@ async fn what_a_site_may_is_said_shown_and_kept_to() {
     let may = |what| [&trust[..], &["--may", what]].concat();
 
     // Everything, unless something else is said.
-    let all = serde_json::json!(["send", "receive", "follow"]);
+    let all = serde_json::json!(["send", "receive", "follow", "hold"]);
     assert_eq!(a.json(&trust).await.unwrap()["may"], all);
     a.json(&may("send")).await.unwrap();
     let listed = a.json(&["site", "list"]).await.unwrap();
@@ -66,6 +66,35 @@ async fn what_a_site_may_is_said_shown_and_kept_to() {
         b.json(&["site", "list"]).await.unwrap(),
         serde_json::json!([])
     );
+}
+
+#[tokio::test]
+async fn what_is_held_for_whom_is_the_hubs_to_say() {
+    let mut sites = sites().await;
+    let hub = sites.b.serve().await.unwrap();
+    let addr = hub.addr.to_string();
+    let (a, b) = (&sites.a, &sites.b);
+    let known = ["site", "trust", "b", &addr, &hub.key, "--may", "nothing"];
+    a.json(&known).await.unwrap();
+    let key = a.key().await.unwrap();
+    let trust = ["site", "trust", "a", "127.0.0.1:1", &key];
+    let collect = ["collect", "--from", "b"];
+    for (may, code) in [("send", Some(3)), ("hold", Some(0)), ("nothing", Some(3))] {
+        let may = [&trust[..], &["--may", may]].concat();
+        b.json(&may).await.unwrap();
+        let finished = a.run(&collect).await.unwrap();
+        assert_eq!(finished.code, code, "{may:?}: {}", finished.stderr);
+        if code == Some(3) {
+            assert!(finished.stderr.contains("--may"), "{}", finished.stderr);
+        }
+    }
+    // What was left there for it by others is thrown away by its name or its key.
+    for site in ["a", &key] {
+        let gone = b.json(&["hub", "drop", "--for", site]).await.unwrap();
+        assert_eq!(gone["dropped"], 0, "{gone}");
+    }
+    refused(b, &["hub", "drop", "--for", "nobody"], &["nobody"]).await;
+    refused(a, &["sync", VM, "--to", "b@b", "--once"], &["b"]).await;
 }
 
 #[tokio::test]

@@ -24,16 +24,20 @@ pub enum Permission {
     /// guest's memory and a processor. With [`Self::Receive`]: follow VMs that are in use here,
     /// which tells it what is typed as it is typed.
     Follow,
+    /// Leave here what is sealed for other sites, and fetch what is held here for it: this site is
+    /// their hub, and can't read any of it.
+    Hold,
 }
 
 impl Permission {
-    const ALL: [Self; 3] = [Self::Send, Self::Receive, Self::Follow];
+    const ALL: [Self; 4] = [Self::Send, Self::Receive, Self::Follow, Self::Hold];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Send => "send",
             Self::Receive => "receive",
             Self::Follow => "follow",
+            Self::Hold => "hold",
         }
     }
 }
@@ -101,12 +105,15 @@ mod tests {
 
     #[test]
     fn permissions_are_read_as_they_are_written() {
-        for text in ["nothing", "send", "receive", "send,receive,follow"] {
+        for text in ["nothing", "send", "receive", "send,receive,follow,hold"] {
             assert_eq!(text.parse::<Permissions>().unwrap().to_string(), text);
         }
         let twice: Permissions = "follow,send,follow".parse().unwrap();
         assert_eq!(twice.to_string(), "send,follow");
-        assert_eq!(Permissions::default().to_string(), "send,receive,follow");
+        assert_eq!(
+            Permissions::default().to_string(),
+            "send,receive,follow,hold"
+        );
         for bad in ["", "all", "send,", "Send", "send receive"] {
             assert!(bad.parse::<Permissions>().is_err(), "{bad:?}");
         }

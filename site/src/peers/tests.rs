@@ -119,10 +119,10 @@ fn what_cannot_be_believed_is_refused() {
     assert!(matches!(store.list(), Err(PeerError::Exposed { .. })));
     fs::set_permissions(&path, Mode::from_mode(0o600)).unwrap();
 
-    fs::write(&path, r#"{"version": 3, "sites": []}"#).unwrap();
+    fs::write(&path, r#"{"version": 4, "sites": []}"#).unwrap();
     assert!(matches!(
         store.list(),
-        Err(PeerError::Version { version: 3, .. })
+        Err(PeerError::Version { version: 4, .. })
     ));
     fs::write(&path, r#"{"version": 1, "peers": [{"name": "../x""#).unwrap();
     assert!(matches!(store.list(), Err(PeerError::Damaged { .. })));

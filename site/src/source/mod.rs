@@ -8,6 +8,7 @@
 mod account;
 mod complete;
 mod control;
+mod deposit;
 mod follow;
 mod free;
 mod hand_over;
@@ -59,7 +60,7 @@ pub(crate) use later::owed;
 pub use later::supply;
 pub use live::LiveOptions;
 pub(crate) use live::{Judge, SHARE};
-pub use seed::{SeedReport, dry_run, seed};
+pub use seed::{SeedReport, Via, dry_run, seed};
 pub use standing::{FollowOptions, Followed, Standing};
 pub(crate) use sync::{hold, syncing_lock};
 

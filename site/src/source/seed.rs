@@ -173,10 +173,24 @@ pub struct SeedReport {
     pub generation_from: Option<u64>,
     /// How it was replayed there, if it was shipped by log.
     pub by_log: Option<ByLog>,
+    /// Where it lies, if the site is to fetch it itself.
+    pub via: Option<Via>,
     /// What crossed the socket.
     pub bytes: ByteReport,
     /// Seconds in all.
     pub seconds: f64,
+}
+
+/// The hub that holds a generation for a site.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Via {
+    /// Its name.
+    pub hub: String,
+    /// The newest generation that the site has of those that are here, by the last word that the hub
+    /// has of it.
+    pub has: Option<u64>,
+    /// How long ago that was said, in seconds by both sites' clocks.
+    pub said: Option<u64>,
 }
 
 /// Ships the newest generation of a VM to another site.
@@ -245,6 +259,7 @@ pub(super) async fn ship_newest(
         generation: newest.generation,
         generation_from: welcome.common.last().map(|id| id.number),
         by_log,
+        via: None,
         bytes,
         seconds: begun.elapsed().as_secs_f64(),
     })

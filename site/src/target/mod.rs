@@ -8,6 +8,7 @@ mod check;
 mod commit;
 mod cost;
 mod dialogue;
+mod parcel;
 mod receive;
 mod replay;
 mod revive;
@@ -26,6 +27,7 @@ use crate::files::{self, FileLock};
 use crate::fork::Fork;
 use crate::generation::Manifest;
 use crate::generations::seen;
+use crate::hub;
 use crate::leftovers;
 use crate::line::{CALL_AGAIN, TargetLine};
 use crate::local;
@@ -41,6 +43,7 @@ use cost::Meter;
 use waiting::Waiting;
 
 pub(crate) use check::check_known;
+pub(crate) use parcel::take_parcel;
 pub(crate) use revive::revive;
 pub(crate) use standby::Standbys;
 
@@ -49,11 +52,16 @@ pub(crate) async fn converse(
     store: &Store,
     standbys: &Standbys,
     arrivals: &Arrivals,
+    hub_room: u64,
     mut line: TargetLine,
 ) -> Option<VmName> {
     let peer = line.peer().name.to_string();
     let hello = match line.receive(Phase::Hello).await {
         Ok(ToTarget::Hello(hello)) => hello,
+        Ok(first @ (ToTarget::Deposit { .. } | ToTarget::Collect(_))) => {
+            Box::pin(hub::serve(store, hub_room, line, first)).await;
+            return None;
+        }
         Ok(_) => {
             tracing::warn!(peer, "a peer did not begin with hello");
             return None;

@@ -78,7 +78,12 @@ impl Turn<'_> {
             | ToTarget::Pages(_)
             | ToTarget::PagesEnd
             | ToTarget::Nodes(_)
-            | ToTarget::Resume { .. } => false,
+            | ToTarget::Resume { .. }
+            // Said to hubs.
+            | ToTarget::Deposit { .. }
+            | ToTarget::Parcel { .. }
+            | ToTarget::Collect(_)
+            | ToTarget::Fetch { .. } => false,
         }
     }
 }

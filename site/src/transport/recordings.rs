@@ -26,6 +26,7 @@ use super::tls::{client_config, server_config};
 use super::{Limits, Listener, PROTOCOL_VERSION, connect};
 use crate::Phase;
 use crate::generation::GenerationId;
+use crate::hub::Shelf;
 use crate::identity::Identity;
 use crate::peers::{Peer, PeerStore};
 use crate::protocol::{Blocks, Hello, Kept, Plan, Purpose, Stage, ToSource, ToTarget, Welcome};
@@ -229,6 +230,12 @@ fn rare() -> Vec<Entry> {
             first: 300,
             count: 32,
         },
+        ToSource::Shelf(Box::new(Shelf {
+            key: None,
+            receipt: None,
+            parcels: Vec::new(),
+        })),
+        ToSource::Content(vec![9; 3]),
     ];
     to_source.extend(Phase::ALL.map(|phase| ToSource::Failed {
         phase,

@@ -15,6 +15,9 @@ pub(crate) enum Workplace {
     Incoming,
     /// Of the twin that follows a running VM: with the lock of who follows.
     Following,
+    /// Of parcels that are being packed: with the lock of who keeps standbys. No guest runs there, and
+    /// all of it is on the disk.
+    Packing,
 }
 
 impl Workplace {
@@ -23,15 +26,17 @@ impl Workplace {
         match self {
             Self::Incoming => vm.incoming(),
             Self::Following => vm.dir().join("following"),
+            Self::Packing => vm.dir().join("packing"),
         }
     }
 
     /// The folder for sockets and RAM.
     pub(crate) fn runtime(self, vm: &VmDir) -> Result<PathBuf> {
-        vm.runtime_dir(match self {
-            Self::Incoming => "incoming",
-            Self::Following => "following",
-        })
+        match self {
+            Self::Incoming => vm.runtime_dir("incoming"),
+            Self::Following => vm.runtime_dir("following"),
+            Self::Packing => Ok(self.dir(vm).join("ram")),
+        }
     }
 
     /// Ends a fork that somebody left behind here when they died, and removes the folders.

@@ -49,6 +49,8 @@ struct Options {
 struct World {
     a: Site,
     b: Site,
+    /// Where B listens itself.
+    hub: std::net::SocketAddr,
     /// What A says to B goes through it.
     there: Tap,
     /// And what B says to A.
@@ -76,6 +78,7 @@ async fn main() -> anyhow::Result<()> {
     world.a.json(&create).await?;
     world.a.json(&["vm", "start", VM]).await?;
     record_post_copy(&mut world, dir.path()).await?;
+    record_hub(&mut world, &program, dir.path(), &disk).await?;
     record(&mut world).await
 }
 
@@ -96,6 +99,7 @@ impl World {
         Ok(Self {
             a,
             b,
+            hub: of_b.addr,
             there,
             back,
             armed,
@@ -187,6 +191,38 @@ async fn record_post_copy(world: &mut World, dir: &Path) -> anyhow::Result<()> {
         .await?;
     world.b.json(&["vm", "stop", OTHER]).await?;
     world.keep("post-copy")
+}
+
+/// A third site is a standby, which fetches at B what A leaves there.
+async fn record_hub(
+    world: &mut World,
+    program: &Path,
+    dir: &Path,
+    disk: &str,
+) -> anyhow::Result<()> {
+    let c = Site::new(program, "c", dir.join("c"));
+    // The tap needs it.
+    let key = c.key().await?;
+    let tap = Tap::start(c.dir(), world.b.dir(), world.hub, |_| false).await?;
+    let nowhere = "127.0.0.1:1".parse()?;
+    c.trust("b", tap.addr(), &world.b.key().await?).await?;
+    c.trust("a", nowhere, &world.a.key().await?).await?;
+    for site in [&world.a, &world.b] {
+        site.trust("c", nowhere, &key).await?;
+    }
+    let create = ["vm", "create", OTHER, "--disk", disk, "--memory", MEMORY];
+    c.json(&create).await?;
+    let collect = ["collect", "--from", "b"];
+    c.json(&collect).await?;
+    world.a.json(&["sync", VM, "--to", "c@b", "--once"]).await?;
+    world.keep("deposit")?;
+    let came = c.json(&collect).await?;
+    ensure!(came["collected"][0]["vm"] == VM, "nothing came: {came}");
+    for (number, connection) in tap.heard().iter().enumerate() {
+        let name = format!("collect-{}.zst", number + 1);
+        write(&world.out, &name, wire::entries(connection))?;
+    }
+    Ok(())
 }
 
 async fn record(world: &mut World) -> anyhow::Result<()> {

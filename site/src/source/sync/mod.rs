@@ -26,6 +26,8 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use vm_host::Vcpus;
 
+use super::deposit::{self, Packing};
+use super::seed::Via;
 use super::settle;
 use crate::control_socket::ControlSocket;
 use crate::error::{Error, Result};
@@ -66,6 +68,15 @@ pub struct SyncOptions {
     pub once: bool,
 }
 
+/// A standby, and the way to it.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// The standby.
+    pub to: Peer,
+    /// The hub where it fetches what it is sent; none, where it is called itself.
+    pub via: Option<Peer>,
+}
+
 /// What happens, for who watches.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "sync", rename_all = "snake_case")]
@@ -104,6 +115,8 @@ pub enum SyncEvent {
 pub struct Shipment {
     /// The standby.
     pub site: String,
+    /// The hub that holds it for the standby, if it did not go there itself.
+    pub via: Option<Via>,
     /// The generation.
     pub generation: u64,
     /// The one that it had before.
@@ -148,18 +161,19 @@ pub struct SyncReport {
 /// in any case.
 pub async fn sync(
     vm: &VmDir,
-    peers: &[Peer],
+    routes: &[Route],
     options: SyncOptions,
     tell: &(dyn Fn(&SyncEvent) + Sync),
     stop: &CancellationToken,
 ) -> Result<SyncReport> {
     settle(vm).await?;
     vm.record()?;
-    ship::check(peers)?;
+    ship::check(routes)?;
     local::require_lease(vm)?;
     let _only = syncing_lock(vm)?.ok_or_else(|| {
         Error::Refused(format!("standbys of {} are being kept already", vm.name()))
     })?;
+    deposit::clear(vm).await?;
     let socket = hold::bind(vm)?;
     let (newest, of_newest) = watch::channel(0);
     let (held, of_held) = watch::channel(false);
@@ -173,19 +187,20 @@ pub async fn sync(
         gate: gate.clone(),
         shipping: shipping.clone(),
         cap: options.cap.map(|cap| Arc::new(RateCap::new(cap))),
+        packing: Packing::default(),
         choice: Choice::new(options.by),
         out,
     };
     // Dropped, it ends those tasks.
     let mut shippers = JoinSet::new();
-    for peer in peers {
-        shippers.spawn(ship::ship(shared.clone(), peer.clone()));
+    for route in routes {
+        shippers.spawn(ship::ship(shared.clone(), route.clone()));
     }
     let mut keeping = Keeping {
         vm,
         options,
         tell,
-        standbys: peers.len(),
+        standbys: routes.len(),
         due: Due::new(options.policy.or_default(), Instant::now()),
         change: Change::new(),
         vcpus: None,
@@ -206,6 +221,7 @@ pub async fn sync(
     let ended = Box::pin(keeping.run(&socket, told, stop)).await;
     let report = keeping.report;
     shippers.shutdown().await;
+    deposit::clear(vm).await?;
     drop(socket);
     hold::clear(vm)?;
     Ok(SyncReport {

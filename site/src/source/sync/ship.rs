@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{RwLock, mpsc, watch};
 
-use super::{Choice, Shipment};
+use super::{Choice, Route, Shipment};
 use crate::error::{Error, Result};
 use crate::identity::SiteKey;
 use crate::peers::Peer;
 use crate::progress::Silent;
+use crate::source::deposit::{Packing, deposit_newest};
 use crate::source::hand_over::give_way_if_so;
 use crate::source::seed::{SeedReport, ship_newest};
 use crate::store::VmDir;
@@ -75,12 +76,15 @@ pub(super) struct Shared {
     /// What each standby is being sent, or what is newer: it stays meanwhile.
     pub(super) shipping: Shipping,
     pub(super) cap: Option<Arc<RateCap>>,
+    /// Parcels are packed one after the other.
+    pub(super) packing: Packing,
     pub(super) choice: Choice,
     pub(super) out: mpsc::UnboundedSender<Told>,
 }
 
 /// Ships until nobody makes generations any more.
-pub(super) async fn ship(shared: Shared, peer: Peer) {
+pub(super) async fn ship(shared: Shared, route: Route) {
+    let Route { to: peer, via } = route;
     let Shared {
         vm,
         mut newest,
@@ -88,6 +92,7 @@ pub(super) async fn ship(shared: Shared, peer: Peer) {
         gate,
         shipping,
         cap,
+        packing,
         mut choice,
         out,
     } = shared;
@@ -108,7 +113,16 @@ pub(super) async fn ship(shared: Shared, peer: Peer) {
                 biased;
                 // Dropped, a conversation is called off.
                 _ = held.wait_for(|held| *held) => continue,
-                outcome = ship_newest(&vm, &peer, cap.clone(), Some(&mut choice), &Silent) => outcome,
+                outcome = async {
+                    match &via {
+                        None => {
+                            ship_newest(&vm, &peer, cap.clone(), Some(&mut choice), &Silent).await
+                        }
+                        Some(hub) => {
+                            deposit_newest(&vm, [&peer, hub], cap.clone(), &packing).await
+                        }
+                    }
+                } => outcome,
             }
         };
         let was_by_log = outcome.is_err() && choice.failed();
@@ -158,6 +172,7 @@ fn may_go_better(error: &Error) -> bool {
 fn shipment(peer: &Peer, report: &SeedReport, begun: Instant) -> Shipment {
     Shipment {
         site: peer.name.to_string(),
+        via: report.via.clone(),
         generation: report.generation,
         generation_from: report.generation_from,
         by_log: report.by_log.clone(),
@@ -167,11 +182,18 @@ fn shipment(peer: &Peer, report: &SeedReport, begun: Instant) -> Shipment {
 }
 
 /// Checks what would fail at each attempt.
-pub(super) fn check(peers: &[Peer]) -> Result<()> {
-    for peer in peers {
-        peer.require(crate::peers::Permission::Receive)?;
+pub(super) fn check(routes: &[Route]) -> Result<()> {
+    for Route { to, via } in routes {
+        to.require(crate::peers::Permission::Receive)?;
+        if via.as_ref().is_some_and(|hub| hub.key == to.key) {
+            return Err(Error::Refused(format!(
+                "{0} can't be a hub for {0}",
+                to.name
+            )));
+        }
     }
-    let mut names: Vec<_> = peers.iter().map(|peer| peer.key).collect();
+    let peers = routes;
+    let mut names: Vec<_> = peers.iter().map(|route| route.to.key).collect();
     names.sort();
     names.dedup();
     if names.len() < peers.len() {

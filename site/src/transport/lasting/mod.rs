@@ -258,6 +258,11 @@ impl Shared {
 }
 
 impl LineHandle {
+    /// Of a conversation that no connection carries, and none ever will.
+    pub(crate) fn of_nothing() -> Self {
+        Self(Shared::new(Duration::ZERO, Traffic::default()))
+    }
+
     /// How the conversation stands, and what becomes of it.
     pub(crate) fn condition(&self) -> watch::Receiver<Condition> {
         self.0.condition.subscribe()
@@ -348,11 +353,6 @@ impl Lasting {
     /// Shows how it stands.
     pub(crate) fn handle(&self) -> LineHandle {
         self.handle.clone()
-    }
-
-    /// The counters of all its connections together.
-    pub(crate) fn traffic(&self) -> Traffic {
-        self.handle.0.traffic.clone()
     }
 
     /// As [`FrameWriter::send`].

@@ -1,0 +1,175 @@
+//! Hubs: a standby that is not reached from where the VM runs is brought up to date by way of a third site,
+//! which can't read what it holds.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use testkit::robot::Robot;
+use testkit::sector::{KEY_COUNT, KEYS, START};
+use testkit::site::{Site, introduce, newest_generation};
+
+use crate::common::{
+    VM, assert_hardly_refetched, assert_same_images, boot_sector, eventually, program, start_sector,
+};
+
+struct Sites {
+    a: Site,
+    hub: Site,
+    b: Site,
+    dir: TempDir,
+}
+
+/// Where nobody listens.
+const NOWHERE: &str = "127.0.0.1:1";
+
+/// A VM at A; A and B reach the hub and not one another. B has the image of the disk.
+async fn sites() -> Sites {
+    let dir = tempfile::tempdir().unwrap();
+    let site = |name: &str| Site::new(program(), name, dir.path().join(name));
+    let (mut a, mut hub, mut b) = (site("a"), site("hub"), site("b"));
+    introduce(&mut a, &mut hub).await.unwrap();
+    introduce(&mut b, &mut hub).await.unwrap();
+    for (one, other) in [(&a, &b), (&b, &a)] {
+        let key = other.key().await.unwrap();
+        one.trust(other.name(), NOWHERE.parse().unwrap(), &key)
+            .await
+            .unwrap();
+    }
+    let disk = boot_sector(dir.path(), &KEYS, &[]);
+    let disk_there = disk.to_str().unwrap();
+    b.json(&["vm", "create", "other", "--disk", disk_there])
+        .await
+        .unwrap();
+    start_sector(&a, &disk).await;
+    let ram = a.live_ram(VM).await.unwrap();
+    eventually("the sector is run", || {
+        std::fs::read(&ram).unwrap()[START..].starts_with(&KEYS[..16])
+    })
+    .await;
+    Sites { a, hub, b, dir }
+}
+
+async fn epoch(a: &Site) -> Value {
+    let done = a.json(&["sync", VM, "--to", "b@hub", "--once"]).await;
+    done.unwrap()
+}
+
+async fn collect(b: &Site) -> Value {
+    b.json(&["collect", "--from", "hub"]).await.unwrap()
+}
+
+fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    let files = paths.flat_map(|path| {
+        if path.is_dir() {
+            files_below(&path)
+        } else {
+            vec![path]
+        }
+    });
+    files.collect()
+}
+
+fn parcels(hub: &Site) -> Vec<PathBuf> {
+    let mut parcels = files_below(&hub.dir().join("hub"));
+    parcels.retain(|path| path.extension().is_some_and(|ending| ending == "parcel"));
+    parcels
+}
+
+/// The keys that had been typed when a site's newest generation was made.
+fn keys_at(site: &Site) -> u8 {
+    let (_, dir) = newest_generation(site.dir(), VM).unwrap();
+    std::fs::read(dir.join("ram.img")).unwrap()[KEY_COUNT]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_is_brought_up_to_date_by_way_of_a_hub_that_reads_nothing() {
+    let Sites {
+        a,
+        hub,
+        mut b,
+        dir: _dir,
+    } = sites().await;
+    let early = a
+        .run(&["sync", VM, "--to", "b@hub", "--once"])
+        .await
+        .unwrap();
+    assert_eq!(early.code, Some(3), "{}", early.stderr);
+    assert!(early.stderr.contains("collect --from"), "{}", early.stderr);
+    let nothing = collect(&b).await;
+    assert_eq!(nothing["collected"], serde_json::json!([]), "{nothing}");
+
+    // B has nothing of the VM but the image of its disk.
+    let first = epoch(&a).await;
+    let lies = hub.json(&["hub", "list"]).await.unwrap();
+    assert_eq!(lies[0]["recipient"], "b", "{lies}");
+    assert_eq!(lies[0]["by"], "a", "{lies}");
+    assert!(lies[0]["from"].is_null(), "{lies}");
+    let held = std::fs::read(&parcels(&hub)[0]).unwrap();
+    let record = std::fs::read_to_string(a.dir().join("vms").join(VM).join("vm.json")).unwrap();
+    assert!(record.contains(VM));
+    for secret in [VM.as_bytes(), &KEYS[..16], b"pc-q35", b"qemu"] {
+        let found = memchr::memmem::find(&held, secret);
+        assert_eq!(found, None, "{}", String::from_utf8_lossy(secret));
+    }
+    let came = collect(&b).await;
+    assert_eq!(came["collected"][0]["vm"], VM, "{came}");
+    assert_eq!(came["collected"][0]["by"], "a", "{came}");
+    assert_same_images(&a, &b);
+    assert_eq!(b.state(VM).await.unwrap(), "elsewhere");
+    assert!(
+        files_below(&a.dir().join("vms"))
+            .iter()
+            .all(|path| !path.to_string_lossy().contains("packing"))
+    );
+
+    // Two epochs wait: what B takes follows one from the other.
+    let recorder = a.record(VM).await.unwrap();
+    for keys in ["abc", "de"] {
+        let mut robot = Robot::connect(&recorder.vnc).await.unwrap();
+        robot.type_text(keys).await.unwrap();
+        let next = epoch(&a).await;
+        let ratio = next["bytes_sent"].as_f64().unwrap() / first["bytes_sent"].as_f64().unwrap();
+        assert!(ratio < 0.25, "{next} after {first}");
+    }
+    assert_eq!(parcels(&hub).len(), 2);
+    let came = collect(&b).await;
+    assert_eq!(came["collected"].as_array().unwrap().len(), 2, "{came}");
+    assert_eq!(keys_at(&b), 5);
+    assert_same_images(&a, &b);
+    collect(&b).await;
+    assert_eq!(parcels(&hub).len(), 0, "B has said that it has them");
+
+    // What the hub changes is refused, and the next epoch goes on from what B has.
+    let before = newest_generation(b.dir(), VM).unwrap().0;
+    let mut robot = Robot::connect(&recorder.vnc).await.unwrap();
+    robot.type_text("f").await.unwrap();
+    epoch(&a).await;
+    let parcel = parcels(&hub).remove(0);
+    let mut content = std::fs::read(&parcel).unwrap();
+    let middle = content.len() / 2;
+    content[middle] ^= 1;
+    std::fs::write(&parcel, content).unwrap();
+    let refused = collect(&b).await;
+    assert_eq!(refused["collected"], serde_json::json!([]), "{refused}");
+    let why = refused["refused"][0].as_str().unwrap();
+    assert!(why.contains("changed on its way"), "{why}");
+    assert_eq!(newest_generation(b.dir(), VM).unwrap().0, before);
+    assert_eq!(parcels(&hub).len(), 0, "it is of no use to anybody");
+    robot.type_text("g").await.unwrap();
+    epoch(&a).await;
+    collect(&b).await;
+    assert_eq!(keys_at(&b), 7);
+    assert_same_images(&a, &b);
+
+    // Once there is a line, B is a standby like any other.
+    drop(robot);
+    b.stop_serving();
+    let agent = b.serve_again().await.unwrap();
+    a.trust("b", agent.addr, &agent.key).await.unwrap();
+    let moved = a.json(&["switch", VM, "--to", "b"]).await.unwrap();
+    assert_hardly_refetched(&moved);
+    assert_eq!(b.state(VM).await.unwrap(), "running");
+}
