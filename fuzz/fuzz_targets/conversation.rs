@@ -191,6 +191,7 @@ fuzz_target!(|input: &[u8]| {
     }
     peers.trust(world.peer.clone(), None).expect("trusted again");
     let _ = fs::remove_dir_all(world.store.root().join("void"));
+    let _ = fs::remove_dir_all(world.store.root().join("hub"));
     let may = ["void", "deleted", "links.json"];
     for name in names(world.store.root()) {
         assert!(

@@ -11,9 +11,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use site::capture::Capture;
 use site::generation::{GenerationFiles, Manifest};
+use site::hub;
+use site::identity::SiteKey;
 use site::lease::Lease;
 use site::peers::{Peer, PeerStore};
-use site::vm::VmRecord;
+use site::vm::{Id, VmRecord};
 use site::{Store, VmDir};
 use tempfile::TempDir;
 
@@ -38,7 +40,7 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let dir = DIR.path();
     let put = |path: std::path::PathBuf| fs::write(path, content).expect("written");
-    match which % 6 {
+    match which % 7 {
         0 => {
             put(dir.join("manifest.json"));
             if let Ok(Some(manifest)) = GenerationFiles::at(dir).load_manifest() {
@@ -78,10 +80,20 @@ fuzz_target!(|bytes: &[u8]| {
                 again::<Lease>(&lease);
             }
         }
-        _ => {
+        5 => {
             if let Ok(capture) = serde_json::from_slice::<Capture>(content) {
                 again(&capture);
             }
+        }
+        _ => {
+            let store = Store::open(dir.join("vms")).expect("a site");
+            let key = SiteKey::of_spki(b"office").to_string();
+            let below = store.root().join("hub").join(key).join(Id([7; 16]).to_string());
+            fs::create_dir_all(&below).expect("a folder");
+            put(below.join("1-x.parcel"));
+            put(below.join("receipt.bin"));
+            // Nobody has signed any of it for that site.
+            assert!(hub::lies(&store).expect("listed").is_empty());
         }
     }
 });

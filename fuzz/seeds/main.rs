@@ -38,6 +38,7 @@ fn main() -> Result<()> {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
     let images = Images::new()?;
     talk::conversations(&corpus, &images)?;
+    talk::hub(&corpus, &images)?;
     talk::frames(&corpus, &images)?;
     state_files(&corpus, &images)?;
     records(&corpus)?;
@@ -71,7 +72,7 @@ fn state_files(corpus: &Path, images: &Images) -> Result<()> {
     let key = site::identity::SiteKey::of_spki(b"office");
     let mut peer = Peer::new("office".parse()?, "office.example:7707".parse()?, key);
     peer.former = vec![site::identity::SiteKey::of_spki(b"before")];
-    let peers = serde_json::json!({ "version": 2, "peers": [peer] });
+    let peers = serde_json::json!({ "version": 3, "peers": [peer] });
     file(1, "peers", peers.to_string())?;
     let old = serde_json::json!({ "version": 1, "peers": [
         { "name": "home", "addr": "[::1]:1", "key": key.to_string() }

@@ -1,9 +1,14 @@
 //! What sites say to each other: whole conversations, and single frames.
 
+use std::io::Write;
 use std::path::Path;
 
+use fuzz_seeds::VERSION;
 use reconciler::{NodesRequest, PAGE_SIZE, blob_parts};
 use site::Phase;
+use site::hub::seal::{Sealer, SealingKey};
+use site::hub::{Collect, Head, Receipt};
+use site::identity::Signature;
 use site::protocol::{
     CommitRequest, Hello, ImageKind, ImageOutcome, Kept, Plan, Purpose, Stage, ToSource, ToTarget,
     Welcome,
@@ -190,6 +195,48 @@ pub(crate) fn conversations(corpus: &Path, images: &Images) -> Result<()> {
     }));
     follow.extend([ToTarget::CatchUp { at: 9_000_000 }, ToTarget::Leave]);
     conversation(corpus, "follow", &follow)
+}
+
+/// With a hub: the caller leaves something there for itself, and asks for what is there.
+pub(crate) fn hub(corpus: &Path, images: &Images) -> Result<()> {
+    let caller = &images.caller;
+    let generation = images.manifest(1)?.identity();
+    let head = Head {
+        version: VERSION,
+        vm: images.record.id,
+        from: None,
+        to: generation,
+        recipient: caller.key(),
+        by: caller.public(),
+        key: [0; 32],
+        signature: Signature::NONE,
+    };
+    let key = SealingKey::of(caller);
+    let (head, mut sealer) = Sealer::new(caller, &key, head, Vec::new())?;
+    sealer.write_all(&[7; 1000])?;
+    let deposit = [
+        ToTarget::Deposit {
+            vm: head.vm,
+            to: head.recipient,
+        },
+        ToTarget::Parcel {
+            head: Box::new(head),
+            replaces: true,
+        },
+        ToTarget::Data(sealer.finish()?),
+        ToTarget::DataEnd,
+    ];
+    conversation(corpus, "deposit", &deposit)?;
+    let vm = images.record.id;
+    let collect = [
+        ToTarget::Collect(Box::new(Collect {
+            key,
+            receipts: vec![Receipt::sign(caller, vm, vec![generation])],
+            useless: vec![(vm, generation)],
+        })),
+        ToTarget::Fetch { vm, to: generation },
+    ];
+    conversation(corpus, "collect", &collect)
 }
 
 pub(crate) fn frames(corpus: &Path, images: &Images) -> Result<()> {

@@ -134,7 +134,7 @@ impl Receipt {
     pub const GENERATIONS: usize = 16;
 
     /// What this site has of a VM, now.
-    pub(crate) fn sign(identity: &Identity, vm: Id, mut has: Vec<GenerationId>) -> Self {
+    pub fn sign(identity: &Identity, vm: Id, mut has: Vec<GenerationId>) -> Self {
         let surplus = has.len().saturating_sub(Self::GENERATIONS);
         has.drain(..surplus);
         let mut receipt = Self {

@@ -53,7 +53,7 @@ pub struct SealingKey {
 
 impl SealingKey {
     /// This site's.
-    pub(crate) fn of(identity: &Identity) -> Self {
+    pub fn of(identity: &Identity) -> Self {
         let (_, public) = pair(identity);
         let key = public.to_bytes().into();
         Self {
@@ -86,7 +86,7 @@ fn failed(what: &'static str) -> impl FnOnce(HpkeError) -> io::Error {
 }
 
 /// Seals what is written to it.
-pub(crate) struct Sealer<W> {
+pub struct Sealer<W> {
     out: W,
     context: AeadCtxS<ChaCha20Poly1305, HkdfSha256, X25519HkdfSha256>,
     chunk: Vec<u8>,
@@ -94,7 +94,10 @@ pub(crate) struct Sealer<W> {
 
 impl<W: Write> Sealer<W> {
     /// Begins a parcel; `head` is all but its key and signature, which are made here.
-    pub(crate) fn new(
+    ///
+    /// # Errors
+    /// When the key is none that can be sealed for.
+    pub fn new(
         identity: &Identity,
         to: &SealingKey,
         mut head: Head,
@@ -124,7 +127,10 @@ impl<W: Write> Sealer<W> {
     }
 
     /// Ends it: without this nobody can open it to its end.
-    pub(crate) fn finish(mut self) -> io::Result<W> {
+    ///
+    /// # Errors
+    /// As those of what it is written to.
+    pub fn finish(mut self) -> io::Result<W> {
         self.seal(true)?;
         Ok(self.out)
     }
@@ -146,7 +152,7 @@ impl<W: Write> Write for Sealer<W> {
 }
 
 /// Opens what was sealed for this site; what it reads is as it was written, or there is an error.
-pub(crate) struct Opener<R> {
+pub struct Opener<R> {
     from: R,
     context: AeadCtxR<ChaCha20Poly1305, HkdfSha256, X25519HkdfSha256>,
     chunk: Vec<u8>,
@@ -157,7 +163,10 @@ pub(crate) struct Opener<R> {
 
 impl<R: Read> Opener<R> {
     /// Opens a parcel of this head, whose signature was checked.
-    pub(crate) fn new(identity: &Identity, head: &Head, from: R) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// When its key is none. What is for another site, or was changed, fails where it is read.
+    pub fn new(identity: &Identity, head: &Head, from: R) -> io::Result<Self> {
         let (secret, _) = pair(identity);
         let key = Encapped::from_bytes(&head.key).map_err(failed("its key is none"))?;
         let context = hpke::setup_receiver(&OpModeR::Base, &secret, &key, &head.context())

@@ -87,7 +87,7 @@ hex_or_bytes!(Signature, 64, "a signature is 128 hexadecimal digits");
 
 impl Signature {
     /// In place of one that is yet to be made.
-    pub(crate) const NONE: Self = Self([0; 64]);
+    pub const NONE: Self = Self([0; 64]);
 
     /// The signature itself.
     pub(crate) const fn as_bytes(&self) -> &[u8; 64] {
