@@ -214,6 +214,8 @@ pub(crate) fn hub(corpus: &Path, images: &Images) -> Result<()> {
     let key = SealingKey::of(caller);
     let (head, mut sealer) = Sealer::new(caller, &key, head, Vec::new())?;
     sealer.write_all(&[7; 1000])?;
+    let sealed = sealer.finish()?;
+    let name = head.name();
     let deposit = [
         ToTarget::Deposit {
             vm: head.vm,
@@ -221,9 +223,10 @@ pub(crate) fn hub(corpus: &Path, images: &Images) -> Result<()> {
         },
         ToTarget::Parcel {
             head: Box::new(head),
+            bytes: sealed.len() as u64,
             replaces: true,
         },
-        ToTarget::Data(sealer.finish()?),
+        ToTarget::Data(sealed),
         ToTarget::DataEnd,
     ];
     conversation(corpus, "deposit", &deposit)?;
@@ -231,10 +234,11 @@ pub(crate) fn hub(corpus: &Path, images: &Images) -> Result<()> {
     let collect = [
         ToTarget::Collect(Box::new(Collect {
             key,
+            makers: vec![caller.key()],
             receipts: vec![Receipt::sign(caller, vm, vec![generation])],
-            useless: vec![(vm, generation)],
+            useless: vec![name],
         })),
-        ToTarget::Fetch { vm, to: generation },
+        ToTarget::Fetch(name),
     ];
     conversation(corpus, "collect", &collect)
 }

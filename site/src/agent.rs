@@ -60,6 +60,7 @@ impl Agent {
             // Somebody who works on a VM right now also clears it.
             if let Ok(_lock) = vm.lock() {
                 source::clear_following(&vm).await?;
+                source::clear_packing(&vm).await?;
                 local::drop_stale_live(&vm).await?;
             }
             target::revive(&vm, &standbys).await?;

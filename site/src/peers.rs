@@ -390,7 +390,7 @@ pub enum PeerError {
     #[error("{0:?} is no address: write HOST:PORT, an IPv6 host in brackets")]
     Addr(String),
     /// No such permission.
-    #[error("{0:?} is nothing that a site may do: name send, receive and follow, or nothing")]
+    #[error("{0:?} is nothing that a site may do: name send, receive, follow and hold, or nothing")]
     Permission(String),
     /// Trusted, but not with this.
     #[error(

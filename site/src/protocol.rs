@@ -201,18 +201,15 @@ pub enum ToTarget {
     Parcel {
         /// What it is.
         head: Box<hub::Head>,
-        /// What lies there of that VM for that site goes, once this is whole.
+        /// Its body's length.
+        bytes: u64,
+        /// What the caller has laid there of that VM for that site goes, once this is whole.
         replaces: bool,
     },
     /// First message, to a hub: what there is for the caller. Answered by `Parcels`.
     Collect(Box<hub::Collect>),
     /// Send this parcel. Answered by `Content`.
-    Fetch {
-        /// Of which VM.
-        vm: Id,
-        /// The generation that it brings.
-        to: GenerationId,
-    },
+    Fetch(hub::ParcelName),
 }
 
 /// From the target of a VM, or from a hub.
@@ -312,7 +309,7 @@ pub enum ToSource {
     Shelf(Box<hub::Shelf>),
     /// The parcel is kept.
     Held,
-    /// The answer to `Collect`: of each VM the parcel that the caller can use and gains most by.
+    /// The answer to `Collect`: of each VM and maker the parcel that the caller can use and gains most by.
     Parcels(Vec<hub::Head>),
     /// Part of a parcel's body.
     Content(#[serde(with = "serde_bytes")] Vec<u8>),

@@ -266,8 +266,8 @@ impl Store {
     }
 
     /// Held by who fetches what lies at a hub.
-    pub(crate) fn collect_lock(&self) -> Result<Option<FileLock>> {
-        FileLock::try_take(&self.root.join("collect.lock"))
+    pub(crate) fn collect_lock(&self, hub: &SiteKey) -> Result<Option<FileLock>> {
+        FileLock::try_take(&self.root.join(format!("collect-{}.lock", hub.id())))
     }
 
     /// Where a base file lies, if this site has it.

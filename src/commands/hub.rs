@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use anyhow::bail;
 use serde_json::json;
 use site::Store;
-use site::hub::{self, CollectReport, Lies};
+use site::hub::{self, CollectReport, Collector, Lies};
 
 use super::peer_of;
 use super::serve::OnSignal;
@@ -21,16 +22,24 @@ pub(crate) async fn collect(
 ) -> anyhow::Result<()> {
     let peer = peer_of(store, from)?;
     let stop = OnSignal::new();
+    let mut collector = Collector::default();
     loop {
         let progress = output.progress();
         let collected = tokio::select! {
             // What was half fetched has no name, and what was half applied goes at the next call.
             () = stop.token.cancelled() => return Ok(()),
-            collected = hub::collect(store, &peer, keep, progress.as_ref()) => collected,
+            collected = collector.collect(store, &peer, keep, progress.as_ref()) => collected,
         };
         drop(progress);
         let Some(every) = every else {
-            return output.result(&collected?, |report| describe(report, from));
+            let report = collected?;
+            output.result(&report, |report| describe(report, from))?;
+            if report.collected.is_empty() && !report.refused.is_empty() {
+                bail!(site::Error::Refused(format!(
+                    "nothing of what {from} holds could be taken"
+                )));
+            }
+            return Ok(());
         };
         match collected {
             Ok(report) if report.collected.is_empty() && report.refused.is_empty() => {}

@@ -20,6 +20,9 @@ struct Sites {
     dir: TempDir,
 }
 
+/// In the middle of the firmware, which lies in memory and stays as it is.
+const FIRMWARE: usize = 0xf_8000;
+
 /// Where nobody listens.
 const NOWHERE: &str = "127.0.0.1:1";
 
@@ -57,6 +60,25 @@ async fn epoch(a: &Site) -> Value {
 
 async fn collect(b: &Site) -> Value {
     b.json(&["collect", "--from", "hub"]).await.unwrap()
+}
+
+/// What is there can't be taken; why.
+async fn refused(b: &Site) -> String {
+    let words = ["collect", "--from", "hub"];
+    let finished = b.run(&words).await.unwrap();
+    assert_eq!(finished.code, Some(3), "{}", finished.stderr);
+    let lines = finished.lines.iter();
+    let mut told = lines.map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let told = told.find(|line| line["refused"].is_array()).unwrap();
+    assert_eq!(told["collected"], serde_json::json!([]), "{told}");
+    told["refused"][0].as_str().unwrap().to_owned()
+}
+
+/// Changes a byte of a file.
+fn change(path: &Path, at: usize) {
+    let mut content = std::fs::read(path).unwrap();
+    content[at] ^= 1;
+    std::fs::write(path, content).unwrap();
 }
 
 fn files_below(dir: &Path) -> Vec<PathBuf> {
@@ -148,13 +170,11 @@ async fn a_standby_is_brought_up_to_date_by_way_of_a_hub_that_reads_nothing() {
     robot.type_text("f").await.unwrap();
     epoch(&a).await;
     let parcel = parcels(&hub).remove(0);
-    let mut content = std::fs::read(&parcel).unwrap();
-    let middle = content.len() / 2;
-    content[middle] ^= 1;
-    std::fs::write(&parcel, content).unwrap();
-    let refused = collect(&b).await;
-    assert_eq!(refused["collected"], serde_json::json!([]), "{refused}");
-    let why = refused["refused"][0].as_str().unwrap();
+    change(
+        &parcel,
+        std::fs::metadata(&parcel).unwrap().len() as usize / 2,
+    );
+    let why = refused(&b).await;
     assert!(why.contains("changed on its way"), "{why}");
     assert_eq!(newest_generation(b.dir(), VM).unwrap().0, before);
     assert_eq!(parcels(&hub).len(), 0, "it is of no use to anybody");
@@ -162,6 +182,20 @@ async fn a_standby_is_brought_up_to_date_by_way_of_a_hub_that_reads_nothing() {
     epoch(&a).await;
     collect(&b).await;
     assert_eq!(keys_at(&b), 7);
+    assert_same_images(&a, &b);
+
+    // What has gone bad at B is not gone on from: the next epoch but one is told against an older one, or the image.
+    let (bad, damaged) = newest_generation(b.dir(), VM).unwrap();
+    change(&damaged.join("ram.img"), FIRMWARE);
+    robot.type_text("h").await.unwrap();
+    epoch(&a).await;
+    refused(&b).await;
+    robot.type_text("i").await.unwrap();
+    epoch(&a).await;
+    let lies = hub.json(&["hub", "list"]).await.unwrap();
+    assert_ne!(lies[0]["from"], bad, "{lies}");
+    collect(&b).await;
+    assert_eq!(keys_at(&b), 9);
     assert_same_images(&a, &b);
 
     // Once there is a line, B is a standby like any other.

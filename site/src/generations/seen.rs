@@ -89,6 +89,21 @@ pub(crate) fn shared(vm: &VmDir, peer: &Peer, generation: GenerationId) -> Resul
     seen.store(vm, &peer.key)
 }
 
+/// What a peer has by the word that a hub has of it, which may be an old one, and what lies there for
+/// it, or is about to.
+pub(crate) fn by_hub(
+    vm: &VmDir,
+    peer: &Peer,
+    has: Option<GenerationId>,
+    coming: GenerationId,
+) -> Result<()> {
+    let mut seen = Seen::load(vm, &peer.key)?;
+    let known = seen.has.into_iter().chain(has);
+    seen.has = known.max_by_key(|id| id.number);
+    seen.expected = Some(coming);
+    seen.store(vm, &peer.key)
+}
+
 /// Whether a peer is known to have a generation.
 pub(crate) fn is_standby(vm: &VmDir, peer: &Peer) -> Result<bool> {
     Ok(Seen::load(vm, &peer.key)?.generations().next().is_some())

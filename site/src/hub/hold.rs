@@ -3,7 +3,9 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use tempfile::NamedTempFile;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
+use vm_host::probe;
 
 use super::shelf::{self, Shelves};
 use super::{Collect, Head, Shelf, refused};
@@ -20,8 +22,8 @@ use crate::vm::Id;
 /// Bytes of a message.
 const PART: usize = 256 << 10;
 
-/// Of so many bytes that come, the room is measured once.
-const MEASURE: u64 = 8 << 20;
+/// Room that stays free on the disk.
+const MARGIN: u64 = 256 << 20;
 
 /// A conversation with this site as the hub, which a message has begun.
 pub(crate) async fn serve(store: &Store, room: u64, mut line: TargetLine, first: ToTarget) {
@@ -63,7 +65,7 @@ async fn deposited(
     if !known.is_some_and(|site| site.may.has(Permission::Hold)) {
         return refused(format!(
             "the site {} is not known here, or nothing may be held for it: `replay-migrate site trust` \
-             at this site changes that",
+             at this site changes that; or, if it has a new key, at the site that sends",
             to.id()
         ));
     }
@@ -73,8 +75,15 @@ async fn deposited(
     let shelves = Shelves::of(store, to);
     let (of, maker) = (shelves.clone(), line.peer().key);
     let shelf = blocking(move || {
+        let key = of.key()?;
+        if key.is_some() && !of.makers()?.contains(&maker) {
+            return refused(
+                "that site takes nothing from you: `replay-migrate site trust` there, with --may, changes \
+                 that once it calls here again",
+            );
+        }
         Ok(Shelf {
-            key: of.key()?,
+            key,
             receipt: of.receipt(vm)?,
             // Another's are none of the caller's business.
             parcels: of
@@ -87,30 +96,82 @@ async fn deposited(
     .await?;
     line.send(ToSource::Shelf(Box::new(shelf))).await?;
     line.flush().await?;
-    let (head, replaces) = match line.receive(Phase::Base).await {
-        Ok(ToTarget::Parcel { head, replaces }) => (*head, replaces),
+    let announced = match line.receive(Phase::Base).await {
+        Ok(ToTarget::Parcel {
+            head,
+            bytes,
+            replaces,
+        }) => Announced {
+            head: *head,
+            bytes,
+            replaces,
+        },
         Ok(_) => return Err(line.unexpected(Phase::Base, "no parcel")),
         Err(error) if error.is_called_off() => return Ok(()),
         Err(error) => return Err(error),
     };
-    check(line, &head, vm, to)?;
-    let lie = shelves.clone();
-    let waiting = blocking(move || lie.parcels_by(vm, &maker)).await?.len();
-    if waiting >= Shelf::PARCELS && !replaces {
-        return refused(format!("{waiting} parcels wait here for that site already"));
+    let head = &announced.head;
+    let so = head.vm == vm && head.recipient == to && head.by.key() == maker && head.holds();
+    if !so {
+        return Err(line.unexpected(Phase::Base, "a parcel of another kind than announced"));
     }
-    take(store, room, line, shelves, head, replaces).await?;
+    take(store, room, line, shelves, announced).await?;
     line.send(ToSource::Held).await?;
     line.flush().await
 }
 
-/// What it is must be what was announced, in the word of who brings it.
-fn check(line: &TargetLine, head: &Head, vm: Id, to: SiteKey) -> Result<()> {
-    let so = head.vm == vm && head.recipient == to;
-    if so && head.by.key() == line.peer().key && head.holds() {
-        return Ok(());
+/// A parcel that is about to come.
+#[derive(Clone)]
+struct Announced {
+    head: Head,
+    /// Of its body.
+    bytes: u64,
+    replaces: bool,
+}
+
+/// Makes room for a parcel: a file of its length, which counts from now on.
+fn make_room(
+    store: &Store,
+    room: u64,
+    shelves: &Shelves,
+    announced: &Announced,
+) -> Result<NamedTempFile> {
+    let Announced {
+        head,
+        bytes,
+        replaces,
+    } = announced;
+    let lying = shelves.parcels_by(head.vm, &head.by.key())?;
+    if lying.len() >= Shelf::PARCELS && !replaces {
+        return refused(format!(
+            "{} parcels wait here for that site already",
+            lying.len()
+        ));
     }
-    Err(line.unexpected(Phase::Base, "a parcel of another kind than announced"))
+    let goes: u64 = match replaces {
+        true => lying.iter().map(|lying| lying.bytes).sum(),
+        false => 0,
+    };
+    let taken = shelf::taken(store)?.saturating_sub(goes);
+    if taken.saturating_add(*bytes) > room {
+        return refused(format!(
+            "there is no room for {} MiB more in what this site holds for others: {} of {} MiB are taken \
+             (`replay-migrate hub list` shows it, `serve --hub-room` gives more)",
+            bytes >> 20,
+            taken >> 20,
+            room >> 20
+        ));
+    }
+    let free = probe::free_space(store.root());
+    let free = free.map_err(Error::host("cannot measure free space"))?;
+    if free < bytes.saturating_add(MARGIN) {
+        return refused(format!(
+            "there is no room for {} MiB on this site's disk, which has {} MiB free",
+            bytes >> 20,
+            free >> 20
+        ));
+    }
+    shelves.begin(head, *bytes)
 }
 
 /// Takes a parcel in.
@@ -119,30 +180,18 @@ async fn take(
     room: u64,
     line: &mut TargetLine,
     shelves: Shelves,
-    head: Head,
-    replaces: bool,
+    announced: Announced,
 ) -> Result<()> {
-    let (of, announced) = (shelves.clone(), head.clone());
-    let mut file = blocking(move || of.begin(&announced)).await?;
-    let mut came = 0;
-    let mut measured = None;
+    let (of, what, here) = (shelves.clone(), announced.clone(), store.clone());
+    let mut file = blocking(move || make_room(&here, room, &of, &what)).await?;
+    let mut left = announced.bytes;
     loop {
         match line.receive(Phase::Base).await? {
             ToTarget::Data(part) => {
-                came += part.len() as u64;
-                if measured.is_none_or(|before| came - before >= MEASURE) {
-                    let store = store.clone();
-                    let taken = blocking(move || shelf::taken(&store)).await?;
-                    if taken.saturating_add(MEASURE) > room {
-                        return refused(format!(
-                            "there is no room left for what this site holds for others: {} of {} MiB are \
-                             taken (`replay-migrate hub list` shows it, `serve --hub-room` gives more)",
-                            taken >> 20,
-                            room >> 20
-                        ));
-                    }
-                    measured = Some(came);
-                }
+                let rest = left.checked_sub(part.len() as u64);
+                left = rest.ok_or_else(|| {
+                    line.unexpected(Phase::Base, "more of a parcel than was announced")
+                })?;
                 file = blocking(move || {
                     let path = PathBuf::from(file.path());
                     file.write_all(&part).map_err(Error::file("write", &path))?;
@@ -150,12 +199,17 @@ async fn take(
                 })
                 .await?;
             }
-            ToTarget::DataEnd => break,
+            ToTarget::DataEnd if left == 0 => break,
             _ => return Err(line.unexpected(Phase::Base, "half a parcel")),
         }
     }
+    let Announced {
+        head,
+        bytes,
+        replaces,
+    } = announced;
     let (site, number) = (line.peer().name.clone(), head.to.number);
-    tracing::info!(%site, number, bytes = came, "a parcel is held");
+    tracing::info!(%site, number, bytes, "a parcel is held");
     blocking(move || shelves.keep(&head, file, replaces)).await
 }
 
@@ -164,6 +218,7 @@ async fn collected(store: &Store, line: &mut TargetLine, said: Collect) -> Resul
     let site = line.peer().key;
     if said.receipts.len() > Collect::VMS
         || said.useless.len() > Collect::VMS
+        || said.makers.len() > Collect::VMS
         || !said.key.is_of(&site)
         || said.receipts.iter().any(|receipt| !receipt.is_of(&site))
     {
@@ -181,9 +236,8 @@ async fn collected(store: &Store, line: &mut TargetLine, said: Collect) -> Resul
     line.flush().await?;
     loop {
         match line.receive(Phase::Base).await {
-            Ok(ToTarget::Fetch { vm, to }) => {
-                let wanted = |head: &Head| head.vm == vm && head.to == to;
-                let found = offered.iter().find(|lying| wanted(&lying.head));
+            Ok(ToTarget::Fetch(name)) => {
+                let found = offered.iter().find(|lying| lying.head.name() == name);
                 let Some(lying) = found else {
                     return Err(line.unexpected(Phase::Base, "a parcel that was not offered"));
                 };
@@ -223,4 +277,67 @@ async fn give(line: &mut TargetLine, lying: &shelf::Lying) -> Result<()> {
     }
     line.send(ToSource::ContentEnd).await?;
     line.flush().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generation::GenerationId;
+    use crate::hub::seal::{Sealer, SealingKey};
+    use crate::identity::{Identity, Signature};
+
+    #[test]
+    fn there_is_room_for_so_much() {
+        const ROOM: u64 = 10_000;
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let [maker, site] = [(); 2].map(|()| Identity::ephemeral().unwrap());
+        let shelves = Shelves::of(&store, site.key());
+        let announced = |number: u64, bytes, replaces| {
+            let head = Head {
+                version: 1,
+                vm: Id([7; 16]),
+                from: None,
+                to: GenerationId {
+                    number,
+                    digest: [1; 32],
+                },
+                recipient: site.key(),
+                by: maker.public(),
+                key: [0; 32],
+                signature: Signature::NONE,
+            };
+            let sealed = Sealer::new(&maker, &SealingKey::of(&site), head, Vec::new());
+            Announced {
+                head: sealed.unwrap().0,
+                bytes,
+                replaces,
+            }
+        };
+        let room = |announced: &Announced| make_room(&store, ROOM, &shelves, announced);
+        let refused = |announced: &Announced| {
+            let error = room(announced).unwrap_err().to_string();
+            assert!(error.contains("no room"), "{error}");
+        };
+        refused(&announced(1, u64::MAX, false));
+        refused(&announced(1, ROOM + 1, true));
+        // What is on its way counts.
+        let first = announced(1, 6000, false);
+        let coming = room(&first).unwrap();
+        refused(&announced(2, 6000, false));
+        shelves.keep(&first.head, coming, false).unwrap();
+        refused(&announced(2, 6000, false));
+        // What will be replaced does not.
+        let second = announced(2, 6000, true);
+        let coming = room(&second).unwrap();
+        shelves.keep(&second.head, coming, true).unwrap();
+        assert_eq!(shelves.parcels(Id([7; 16])).unwrap().len(), 1);
+        for number in 3..=Shelf::PARCELS as u64 + 1 {
+            let next = announced(number, 0, false);
+            let coming = room(&next).unwrap();
+            shelves.keep(&next.head, coming, false).unwrap();
+        }
+        let many = room(&announced(100, 0, false)).unwrap_err().to_string();
+        assert!(many.contains("wait"), "{many}");
+    }
 }

@@ -37,7 +37,7 @@ use crate::generation::GenerationId;
 use crate::identity::{Identity, PublicKey, Signature, SiteKey};
 use crate::vm::Id;
 
-pub use collect::{CollectReport, Collected, collect};
+pub use collect::{CollectReport, Collected, Collector};
 pub(crate) use hold::serve;
 pub(crate) use pack::{Packed, Parcel, pack};
 pub use shelf::{Lies, drop_for, lies};
@@ -111,6 +111,28 @@ impl Head {
         forward
             && self.to.number < crate::protocol::Hello::NUMBERS
             && self.by.verify(&self.signed(), &self.signature)
+    }
+}
+
+/// Which parcel: a maker makes one of a kind for a site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParcelName {
+    /// Of which VM.
+    pub vm: Id,
+    /// The generation that it brings.
+    pub to: GenerationId,
+    /// The site that made it.
+    pub by: SiteKey,
+}
+
+impl Head {
+    /// What it is called.
+    pub fn name(&self) -> ParcelName {
+        ParcelName {
+            vm: self.vm,
+            to: self.to,
+            by: self.by.key(),
+        }
     }
 }
 
@@ -196,14 +218,16 @@ impl Shelf {
 pub struct Collect {
     /// What is to be sealed for.
     pub key: seal::SealingKey,
+    /// Whom it takes something from: what others left is not offered, and nobody else learns what it has.
+    pub makers: Vec<SiteKey>,
     /// What it has.
     pub receipts: Vec<Receipt>,
-    /// Parcels that are of no use to it: by VM and generation.
-    pub useless: Vec<(Id, GenerationId)>,
+    /// Parcels that are of no use to it.
+    pub useless: Vec<ParcelName>,
 }
 
 impl Collect {
-    /// A site has no more VMs than these.
+    /// A site has no more VMs than these, and takes from no more others.
     pub const VMS: usize = 4096;
 }
 

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
+use vm_host::probe;
 
 use super::seal::{Sealer, SealingKey};
 use super::{Head, unusable};
@@ -40,9 +41,30 @@ const QUEUE: usize = 16;
 /// A parcel that is made.
 pub(crate) struct Packed {
     pub(crate) head: Head,
-    /// Its body, in the place where it was packed.
+    /// Its body.
     pub(crate) body: PathBuf,
     pub(crate) sent: Vec<Sent>,
+    /// Where it was packed: gone when this is dropped.
+    _place: Place,
+}
+
+impl Packed {
+    /// Whether what it was told against was not as it should have been here: a standby, where it is,
+    /// can't follow what was said about that.
+    pub(crate) fn repaired(&self) -> bool {
+        self.sent.iter().any(|sent| sent.outcome.refetched > 0)
+    }
+}
+
+/// A folder that goes when nobody needs it any more.
+struct Place(PathBuf);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Err(error) = files::remove_dir(&self.0) {
+            tracing::warn!(error = error.chain(), "what was packed is still there");
+        }
+    }
 }
 
 /// What is to be packed.
@@ -61,7 +83,7 @@ pub(crate) struct Parcel<'a> {
 }
 
 /// Packs a parcel. What packs holds the lock of who keeps standbys.
-pub(crate) async fn pack(parcel: Parcel<'_>) -> Result<Packed> {
+pub(crate) async fn pack(parcel: &Parcel<'_>) -> Result<Packed> {
     let Parcel {
         vm,
         to,
@@ -72,12 +94,14 @@ pub(crate) async fn pack(parcel: Parcel<'_>) -> Result<Packed> {
         rate,
     } = parcel;
     let record = hello.vm.clone();
-    Workplace::Packing.clear(vm).await?;
-    let place = (Workplace::Packing, Id::random()?);
+    check_room(vm, record.hardware.memory_bytes())?;
+    let transfer = Id::random()?;
+    let place = Place(Workplace::Packing.dir(vm).join(transfer.to_string()));
     let number = from.map(|id| id.number);
-    let work = Work::prepare_fork(vm, &record, place.0, place.1, (number, Vec::new())).await?;
+    let base = (number, Vec::new());
+    let work = Work::prepare_fork(vm, &record, Workplace::Packing, transfer, base).await?;
     let (state, base) = {
-        let (vm, manifest) = (vm.clone(), manifest.clone());
+        let (vm, manifest) = ((*vm).clone(), manifest.clone());
         blocking(move || {
             Ok((
                 Arc::new(State::of_generation(&vm, &manifest)?),
@@ -90,23 +114,23 @@ pub(crate) async fn pack(parcel: Parcel<'_>) -> Result<Packed> {
     let head = Head {
         version: PROTOCOL_VERSION,
         vm: hello.vm.id,
-        from,
+        from: *from,
         to: manifest.identity(),
         recipient: to.key,
         by: identity.public(),
         key: [0; 32],
         signature: Signature::NONE,
     };
-    let body = place.0.dir(vm).join("body");
+    let body = place.0.join("body");
     let out = BufWriter::new(files::create_private(&body)?);
-    let sealing = Sealer::new(&identity, &key, head, out);
+    let sealing = Sealer::new(&identity, key, head, out);
     let (head, sealer) = sealing.map_err(Error::file("seal", &body))?;
 
     let (say, said) = mpsc::channel(QUEUE);
     let (pass, passed) = mpsc::channel(QUEUE);
     let (answer, answers) = mpsc::channel(QUEUE);
-    let mut source = Line::local(to.clone(), say, answers);
-    let target = TargetLine::local(to.clone(), answer, passed);
+    let mut source = Line::local((*to).clone(), say, answers);
+    let target = TargetLine::local((*to).clone(), answer, passed);
     let writing = tokio::spawn(blocking({
         let body = body.clone();
         move || write(said, &pass, sealer).map_err(Error::file("seal", &body))
@@ -117,12 +141,14 @@ pub(crate) async fn pack(parcel: Parcel<'_>) -> Result<Packed> {
         base: &base,
         replayed: false,
         twin: None,
-        rate,
+        rate: *rate,
         progress: &Silent,
     };
     let spoken = async {
-        source.send(ToTarget::Hello(Box::new(hello))).await?;
-        let manifest = Box::new(manifest);
+        source
+            .send(ToTarget::Hello(Box::new(hello.clone())))
+            .await?;
+        let manifest = Box::new(manifest.clone());
         let base = number;
         source.send(ToTarget::Generation { manifest, base }).await?;
         let sent = exchange::send_images(&mut source, &out, &mut |_| {}).await?;
@@ -138,7 +164,25 @@ pub(crate) async fn pack(parcel: Parcel<'_>) -> Result<Packed> {
         head,
         body,
         sent: spoken?,
+        _place: place,
     })
+}
+
+/// Packing takes as much of the disk as the guest has memory, where its own overlays grow as well.
+fn check_room(vm: &VmDir, memory: u64) -> Result<()> {
+    const MARGIN: u64 = 256 << 20;
+    let free = probe::free_space(vm.dir()).map_err(Error::host("cannot measure free space"))?;
+    let needed = memory.saturating_add(MARGIN);
+    if free >= needed {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "packing a generation of {} takes up to {} MiB on the disk with {}, and there are {} MiB free",
+        vm.name(),
+        needed >> 20,
+        vm.dir().display(),
+        free >> 20
+    )))
 }
 
 /// Writes down what the source says, and has the target hear what it is to answer.

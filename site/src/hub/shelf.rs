@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! hub/KEY/key.bin                what is to be sealed for, by that site's word
+//! hub/KEY/makers.bin             whom that site takes something from
 //! hub/KEY/VM/receipt.bin         what that site has of the VM, by its word
 //! hub/KEY/VM/NUMBER-DIGEST-MAKER.parcel   length of the head (u32, little endian), head, sealed body
 //! ```
@@ -25,6 +26,7 @@ use crate::files;
 use crate::generation::GenerationId;
 use crate::identity::SiteKey;
 use crate::store::Store;
+use crate::transport::PROTOCOL_VERSION;
 use crate::vm::{Id, decode_hex};
 
 /// Key and receipt are far shorter.
@@ -66,13 +68,20 @@ impl Shelves {
 
     /// What is to be sealed for.
     pub(super) fn key(&self) -> Result<Option<SealingKey>> {
-        let key: Option<SealingKey> = small(&self.dir.join("key.bin"))?;
+        let key: Option<SealingKey> = small(&self.dir.join("key.bin"), SMALL)?;
         Ok(key.filter(|key| key.is_of(&self.site)))
+    }
+
+    /// Whom the site takes something from; nobody, where it never called.
+    pub(super) fn makers(&self) -> Result<Vec<SiteKey>> {
+        let path = self.dir.join("makers.bin");
+        let most = Collect::VMS * size_of::<SiteKey>() + 16;
+        Ok(small(&path, most as u64)?.unwrap_or_default())
     }
 
     /// What the site said last that it has of a VM.
     pub(super) fn receipt(&self, vm: Id) -> Result<Option<Receipt>> {
-        let receipt: Option<Receipt> = small(&self.vm(vm).join("receipt.bin"))?;
+        let receipt: Option<Receipt> = small(&self.vm(vm).join("receipt.bin"), SMALL)?;
         Ok(receipt.filter(|receipt| receipt.is_of(&self.site) && receipt.vm == vm))
     }
 
@@ -107,9 +116,10 @@ impl Shelves {
         Ok(parcels)
     }
 
-    /// Of each VM, and of each site that made something of it, the parcel that the site can use and
-    /// gains most by: whose word it takes is the site's to say.
+    /// Of each VM, and of each maker that the site takes something from, the parcel that it can use and
+    /// gains most by.
     pub(super) fn offers(&self) -> Result<Vec<Lying>> {
+        let makers = self.makers()?;
         let mut offers = Vec::new();
         for vm in self.vms()? {
             let has = self.receipt(vm)?.map_or(Vec::new(), |receipt| receipt.has);
@@ -117,6 +127,7 @@ impl Shelves {
             for lying in self.parcels(vm)? {
                 of.entry(lying.head.by.key()).or_default().push(lying);
             }
+            of.retain(|maker, _| makers.contains(maker));
             offers.extend(of.values().filter_map(|all| usable(&has, all)).cloned());
         }
         Ok(offers)
@@ -134,8 +145,17 @@ impl Shelves {
     pub(super) fn heard(&self, said: &Collect) -> Result<()> {
         files::make_dir(&self.dir)?;
         keep_small(&self.dir.join("key.bin"), &said.key)?;
+        keep_small(&self.dir.join("makers.bin"), &said.makers)?;
+        let mut vms = self.vms()?.len();
         for receipt in &said.receipts {
             let dir = self.vm(receipt.vm);
+            if !dir.exists() {
+                // One after the other, it could name ever more of them.
+                if vms >= Collect::VMS {
+                    continue;
+                }
+                vms += 1;
+            }
             files::make_dir(&dir)?;
             keep_small(&dir.join("receipt.bin"), receipt)?;
             let newest = receipt.newest();
@@ -145,9 +165,9 @@ impl Shelves {
                 }
             }
         }
-        for (vm, to) in &said.useless {
-            for parcel in self.parcels(*vm)? {
-                if parcel.head.to == *to {
+        for useless in &said.useless {
+            for parcel in self.parcels(useless.vm)? {
+                if parcel.head.name() == *useless {
                     files::remove_file(&parcel.path)?;
                 }
             }
@@ -155,8 +175,9 @@ impl Shelves {
         Ok(())
     }
 
-    /// A parcel that is about to come, in a file without a lasting name.
-    pub(super) fn begin(&self, head: &Head) -> Result<NamedTempFile> {
+    /// A parcel that is about to come, in a file without a lasting name, which has its length already:
+    /// the body is to be written into it.
+    pub(super) fn begin(&self, head: &Head, body: u64) -> Result<NamedTempFile> {
         let dir = self.vm(head.vm);
         files::make_dir(&self.dir)?;
         files::make_dir(&dir)?;
@@ -164,7 +185,11 @@ impl Shelves {
             .prefix(".coming")
             .tempfile_in(&dir)
             .map_err(Error::file("make a parcel in", &dir))?;
-        file.write_all(&begin(head)?)
+        let begins = begin(head)?;
+        let length = (begins.len() as u64).saturating_add(body);
+        let sized = file.as_file().set_len(length);
+        sized
+            .and_then(|()| file.write_all(&begins))
             .map_err(Error::file("write a parcel in", &dir))?;
         Ok(file)
     }
@@ -200,7 +225,12 @@ pub(super) fn begin(head: &Head) -> Result<Vec<u8>> {
 
 /// A parcel's head, whose signature holds, and its file at the body.
 pub(super) fn open(path: &Path) -> Result<(Head, File)> {
-    let mut file = File::open(path).map_err(Error::file("open", path))?;
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return refused("that parcel was replaced meanwhile: call again");
+        }
+        opened => opened.map_err(Error::file("open", path))?,
+    };
     let head = read_head(&mut file)
         .map_err(Error::file("read", path))?
         .filter(Head::holds);
@@ -314,12 +344,19 @@ pub fn drop_for(store: &Store, site: &str) -> Result<u64> {
         Ok(key) => key,
         Err(_) => store.peers().by_name(&site.parse()?)?.key,
     };
-    let shelves = Shelves::of(store, key);
+    // What was left for it when it had another key can't be opened by it any more.
+    let known = store.peers().of_key(&key)?;
+    let keys = known.map_or(vec![key], |peer| [vec![peer.key], peer.former].concat());
     let mut gone = 0;
-    for vm in shelves.vms()? {
-        gone += shelves.parcels(vm)?.len() as u64;
+    for key in keys {
+        let shelves = Shelves::of(store, key);
+        for vm in shelves.vms()? {
+            for parcel in shelves.parcels(vm)? {
+                files::remove_file(&parcel.path)?;
+                gone += 1;
+            }
+        }
     }
-    files::remove_dir(&shelves.dir)?;
     Ok(gone)
 }
 
@@ -335,16 +372,17 @@ pub(crate) enum Next {
 }
 
 impl Shelf {
-    /// Checks what a hub says: its word is not taken for anything.
-    pub(crate) fn check(&self, vm: Id, site: &SiteKey) -> Result<()> {
+    /// Checks what a hub says to a maker: its word is not taken for anything.
+    pub(crate) fn check(&self, vm: Id, site: &SiteKey, maker: &SiteKey) -> Result<()> {
         let receipt = self.receipt.as_ref();
         let heads = self.parcels.iter();
         if self.key.is_some_and(|key| !key.is_of(site))
             || receipt.is_some_and(|receipt| receipt.vm != vm || !receipt.is_of(site))
             || self.parcels.len() > Self::PARCELS
-            || heads
-                .into_iter()
-                .any(|head| head.vm != vm || head.recipient != *site || !head.holds())
+            || heads.into_iter().any(|head| {
+                let of = head.vm == vm && head.recipient == *site && head.by.key() == *maker;
+                !of || !head.holds()
+            })
         {
             return refused("what the hub says of what it holds is not so");
         }
@@ -362,10 +400,11 @@ impl Shelf {
         loop {
             let next = self.parcels.iter().filter(|head| {
                 let newer = at.is_none_or(|at| head.to.number > at.number);
-                newer
-                    && head
-                        .from
-                        .is_none_or(|from| has.contains(&from) || Some(from) == at)
+                // What another version of this program made may be of no use to the site.
+                let spoken = head.version == PROTOCOL_VERSION;
+                let from = head.from;
+                let follows = from.is_none_or(|from| has.contains(&from) || Some(from) == at);
+                newer && spoken && follows
             });
             let Some(next) = next.max_by_key(|head| head.to.number) else {
                 return at;
@@ -406,14 +445,14 @@ fn usable<'a>(has: &[GenerationId], parcels: &'a [Lying]) -> Option<&'a Lying> {
         .max_by_key(|parcel| parcel.head.to.number)
 }
 
-fn small<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+fn small<T: DeserializeOwned>(path: &Path, most: u64) -> Result<Option<T>> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::file("open", path)(error)),
     };
     let mut bytes = Vec::new();
-    let read = file.take(SMALL).read_to_end(&mut bytes);
+    let read = file.take(most).read_to_end(&mut bytes);
     read.map_err(Error::file("read", path))?;
     Ok(postcard::from_bytes(&bytes).ok())
 }

@@ -11,8 +11,9 @@ use tokio::sync::{Mutex, mpsc};
 use super::account::{account, finish_traffic};
 use super::opening::hello;
 use super::seed::{SeedReport, Via};
+use super::sync::syncing_lock;
 use crate::error::{Error, Result};
-use crate::generation::{GenerationId, Manifest};
+use crate::generation::Manifest;
 use crate::generations::seen;
 use crate::hub::{Next, Packed, Parcel, Receipt, pack};
 use crate::line::{Line, LinkHistory};
@@ -62,7 +63,8 @@ pub(super) async fn deposit_newest(
     let ToSource::Shelf(shelf) = line.recv(Phase::Hello).await? else {
         return Err(line.unexpected(Phase::Hello, "no word of what it holds"));
     };
-    shelf.check(record.id, &to.key)?;
+    let identity = vm.store().identity()?;
+    shelf.check(record.id, &to.key, &identity.key())?;
     let key = shelf.key.ok_or_else(|| {
         Error::Refused(format!(
             "{} has never called at {1}, so that nothing can be sealed for it: run `replay-migrate \
@@ -76,26 +78,27 @@ pub(super) async fn deposit_newest(
         .receipt
         .as_ref()
         .map_or(&[][..], |receipt| &receipt.has);
-    let common: Vec<_> = has.iter().filter(|id| ours.contains(id)).copied().collect();
+    let common = has.iter().filter(|id| ours.contains(id));
+    let common = common.max_by_key(|id| id.number).copied();
     let mut report = SeedReport {
         generation: newest.generation,
-        generation_from: common.iter().map(|id| id.number).max(),
+        generation_from: common.map(|id| id.number),
         by_log: None,
         via: Some(Via {
             hub: hub.name.to_string(),
-            has: common.iter().map(|id| id.number).max(),
+            has: common.map(|id| id.number),
             said: shelf.receipt.as_ref().map(Receipt::age),
         }),
         bytes: ByteReport::default(),
         seconds: 0.0,
     };
-    let (from, replaces) = match next {
+    let (from, mut replaces) = match next {
         Next::There => (None, false),
         Next::After(from) => (Some(from), false),
         Next::Instead(from) => (from, true),
     };
     // Both stay here: what the standby has, and what it will have.
-    note(vm, to, &common, from)?;
+    seen::by_hub(vm, to, common, from.unwrap_or(id))?;
     if next != Next::There {
         let _alone = packing.lock().await;
         let fence = vm.title()?.fence();
@@ -110,7 +113,7 @@ pub(super) async fn deposit_newest(
             &newest.qemu,
         )?;
         let rate = LinkHistory::load(vm.store())?.rate(hub).unwrap_or(THIN);
-        let packed = pack(Parcel {
+        let mut parcel = Parcel {
             vm,
             to,
             key,
@@ -118,44 +121,56 @@ pub(super) async fn deposit_newest(
             manifest: newest,
             hello,
             rate,
+        };
+        let mut packed = pack(&parcel).await?;
+        if packed.repaired() && parcel.from.take().is_some() {
+            // The standby's is as it should be, and would have nothing to repair: it could not follow.
+            tracing::warn!(
+                vm = %vm.name(), ?from,
+                "an older generation is damaged here; this one is told against the bare images"
+            );
+            replaces = true;
+            packed = pack(&parcel).await?;
+        }
+        report.generation_from = parcel.from.map(|id| id.number);
+        let Packed {
+            head, body, sent, ..
+        } = &packed;
+        let bytes = std::fs::metadata(body).map_err(Error::file("measure", body))?;
+        line.send(ToTarget::Parcel {
+            head: Box::new(head.clone()),
+            bytes: bytes.len(),
+            replaces,
         })
         .await?;
-        report.generation_from = from.map(|id| id.number);
-        let Packed { head, body, sent } = packed;
-        let head = Box::new(head);
-        line.send(ToTarget::Parcel { head, replaces }).await?;
-        send_file(&mut line, &body).await?;
+        send_file(&mut line, body).await?;
         let ToSource::Held = line.recv(Phase::Base).await? else {
             return Err(line.unexpected(Phase::Base, "no word that it holds the parcel"));
         };
-        account(&mut report.bytes, &sent);
-        Workplace::Packing.clear(vm).await?;
+        account(&mut report.bytes, sent);
     }
-    note(vm, to, &common, Some(id))?;
+    seen::by_hub(vm, to, common, id)?;
     finish_traffic(&mut report.bytes, &handle);
     line.close().await;
     report.seconds = begun.elapsed().as_secs_f64();
     Ok(report)
 }
 
-/// Notes what the standby has, and what is on its way to it: neither is pruned.
-fn note(
-    vm: &VmDir,
-    to: &Peer,
-    common: &[GenerationId],
-    coming: Option<GenerationId>,
-) -> Result<()> {
-    seen::met(vm, to, common)?;
-    match coming {
-        Some(coming) => seen::came_with(vm, to, coming),
-        None => Ok(()),
+/// Removes what was being packed by somebody who died; the caller holds the lock of who keeps
+/// standbys.
+pub(super) async fn clear(vm: &VmDir) {
+    if let Err(error) = Workplace::Packing.clear(vm).await {
+        // A thread may still be at it; the next time will do.
+        tracing::debug!(error = error.chain(), "what was packed is still there");
     }
 }
 
-/// Removes what was being packed by somebody who died; the caller holds the lock of who keeps
-/// standbys.
-pub(super) async fn clear(vm: &VmDir) -> Result<()> {
-    Workplace::Packing.clear(vm).await
+/// The same, where nobody keeps standbys.
+pub(crate) async fn clear_packing(vm: &VmDir) -> Result<()> {
+    if let Some(_only) = syncing_lock(vm)? {
+        clear(vm).await;
+    }
+    Ok(())
 }
 
 async fn send_file(line: &mut Line, path: &Path) -> Result<()> {

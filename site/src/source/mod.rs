@@ -52,6 +52,7 @@ use prepare::{Migration, Prepared};
 pub(crate) use stop::CLOSE;
 use twin::Twin;
 
+pub(crate) use deposit::clear_packing;
 pub use follow::follow;
 pub(crate) use follow::{clear_following, following_lock};
 pub use hand_over::settle;

@@ -93,7 +93,11 @@ impl Work {
         let (vm, record) = (vm.clone(), record.clone());
         blocking(move || {
             let dir = place.dir(&vm).join(transfer.to_string());
-            let runtime = place.runtime(&vm)?;
+            let runtime = match place {
+                // Each has its own.
+                Workplace::Packing => dir.join("ram"),
+                Workplace::Incoming | Workplace::Following => place.runtime(&vm)?,
+            };
             files::remove_dir(&dir)?;
             files::remove_dir(&runtime)?;
             files::make_dir(&dir)?;

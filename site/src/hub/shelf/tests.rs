@@ -1,4 +1,5 @@
 use super::*;
+use crate::hub::ParcelName;
 use crate::hub::seal::Sealer;
 use crate::identity::{Identity, Signature};
 
@@ -36,7 +37,7 @@ impl World {
 
     fn parcel(&self, from: Option<u64>, to: u64) -> (Head, Vec<u8>) {
         let head = Head {
-            version: 1,
+            version: PROTOCOL_VERSION,
             vm: VM,
             from: from.map(id),
             to: id(to),
@@ -53,7 +54,7 @@ impl World {
 
     fn lay(&self, from: Option<u64>, to: u64, replaces: bool) {
         let (head, body) = self.parcel(from, to);
-        let mut file = self.shelves().begin(&head).unwrap();
+        let mut file = self.shelves().begin(&head, body.len() as u64).unwrap();
         file.write_all(&body).unwrap();
         self.shelves().keep(&head, file, replaces).unwrap();
     }
@@ -75,7 +76,15 @@ impl World {
         Collect {
             key: SealingKey::of(&self.site),
             receipts,
-            useless: useless.iter().map(|number| (VM, id(*number))).collect(),
+            makers: vec![self.maker.key()],
+            useless: useless
+                .iter()
+                .map(|number| ParcelName {
+                    vm: VM,
+                    to: id(*number),
+                    by: self.maker.key(),
+                })
+                .collect(),
         }
     }
 
@@ -92,7 +101,9 @@ impl World {
     fn next(&self, newest: u64, ours: &[u64]) -> Next {
         let ours: Vec<_> = ours.iter().map(|number| id(*number)).collect();
         let shelf = self.shelf();
-        shelf.check(VM, &self.site.key()).unwrap();
+        shelf
+            .check(VM, &self.site.key(), &self.maker.key())
+            .unwrap();
         shelf.next(id(newest), &ours)
     }
 
@@ -178,10 +189,23 @@ fn who_else_leaves_something_takes_nobodys_place() {
         offers.sort_unstable();
         offers
     };
-    assert_eq!(offers(&world), [2, 1000]);
+    let stranger = world.maker.key();
+    world.lay(None, 2, false);
+    assert_eq!(world.lying(), [2, 2, 3, 1000]);
     world.maker = maker;
+    // It takes from the one, and finds what it made to be of no use.
+    world
+        .shelves()
+        .heard(&world.collect(Vec::new(), &[2]))
+        .unwrap();
+    assert_eq!(world.lying(), [2, 3, 1000]);
+    assert_eq!(offers(&world), [0_u64; 0]);
     world.lay(None, 4, true);
-    assert_eq!(world.lying(), [4, 1000]);
+    assert_eq!(world.lying(), [2, 4, 1000]);
+    assert_eq!(offers(&world), [4]);
+    let mut both = world.collect(Vec::new(), &[]);
+    both.makers.push(stranger);
+    world.shelves().heard(&both).unwrap();
     assert_eq!(offers(&world), [4, 1000]);
 }
 
@@ -238,9 +262,10 @@ fn only_a_sites_own_word_is_believed() {
             ..good.clone()
         },
     ];
-    good.check(VM, &world.site.key()).unwrap();
+    let check = |shelf: &Shelf| shelf.check(VM, &world.site.key(), &world.maker.key());
+    check(&good).unwrap();
     for lie in lies {
-        assert!(lie.check(VM, &world.site.key()).is_err(), "{lie:?}");
+        assert!(check(&lie).is_err(), "{lie:?}");
     }
 }
 

@@ -173,7 +173,7 @@ pub async fn sync(
     let _only = syncing_lock(vm)?.ok_or_else(|| {
         Error::Refused(format!("standbys of {} are being kept already", vm.name()))
     })?;
-    deposit::clear(vm).await?;
+    deposit::clear(vm).await;
     let socket = hold::bind(vm)?;
     let (newest, of_newest) = watch::channel(0);
     let (held, of_held) = watch::channel(false);
@@ -221,7 +221,7 @@ pub async fn sync(
     let ended = Box::pin(keeping.run(&socket, told, stop)).await;
     let report = keeping.report;
     shippers.shutdown().await;
-    deposit::clear(vm).await?;
+    deposit::clear(vm).await;
     drop(socket);
     hold::clear(vm)?;
     Ok(SyncReport {

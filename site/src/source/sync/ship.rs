@@ -21,6 +21,10 @@ use crate::transport::RateCap;
 /// Waits between attempts: the first, and the longest.
 const BACK_OFF: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 
+/// The longest where a hub has refused what was packed: that takes this host's disk and processors each
+/// time.
+const BACK_OFF_FROM_HUB: Duration = Duration::from_secs(600);
+
 /// What a shipper tells.
 pub(super) enum Told {
     Shipped(Box<Shipment>),
@@ -126,6 +130,7 @@ pub(super) async fn ship(shared: Shared, route: Route) {
             }
         };
         let was_by_log = outcome.is_err() && choice.failed();
+        let refused = via.is_some() && matches!(outcome, Err(Error::PeerRefused { .. }));
         let told = match give_way_if_so(&vm, &peer, outcome).await {
             Ok(report) => {
                 (has, reached, wait) = (report.generation, true, BACK_OFF[0]);
@@ -150,7 +155,12 @@ pub(super) async fn ship(shared: Shared, route: Route) {
         }
         if waits {
             tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(BACK_OFF[1]);
+            let longest = if refused {
+                BACK_OFF_FROM_HUB
+            } else {
+                BACK_OFF[1]
+            };
+            wait = (wait * 2).min(longest);
         }
     }
 }
