@@ -79,6 +79,8 @@ const BUFFERED: f64 = (8 << 20) as f64;
 pub struct Governor {
     workers: u32,
     fixed: Option<Codec>,
+    /// The line is there, and what it takes is heard.
+    watches: bool,
     state: Mutex<State>,
 }
 
@@ -150,10 +152,20 @@ impl Governor {
         Self::new(codec, None, workers, rate)
     }
 
+    /// The same, where what is compressed goes over that line only later: how fast it is taken now says
+    /// nothing about it.
+    pub fn for_later(bits_per_second: u64, workers: u32) -> Self {
+        Self {
+            watches: false,
+            ..Self::for_line(bits_per_second, workers)
+        }
+    }
+
     fn new(codec: Codec, fixed: Option<Codec>, workers: u32, rate: f64) -> Self {
         Self {
             workers,
             fixed,
+            watches: fixed.is_none(),
             state: Mutex::new(State {
                 codec,
                 rate,
@@ -213,7 +225,7 @@ impl Governor {
 
     /// Hears what the line took, and how long it took to take it.
     pub(crate) fn sent(&self, bytes: u64, waited: Duration) {
-        if self.fixed.is_none() {
+        if self.watches {
             self.state().sent(bytes, waited, Instant::now());
         }
     }
@@ -398,6 +410,19 @@ mod tests {
         assert!((1.2e6..1.3e6).contains(&rate), "{rate}");
         compress(&governor, 10, 1.0);
         assert!(matches!(governor.codec(), Codec::Lzma(_)));
+    }
+
+    #[test]
+    fn a_line_of_later_is_as_fast_as_it_is_said_to_be() {
+        let governor = Governor::for_later(10_000_000, 2);
+        let codec = governor.codec();
+        for _ in 0..100 {
+            governor.sent(MIB, Duration::ZERO);
+        }
+        assert_eq!(governor.bits_per_second(), 10_000_000);
+        assert_eq!(governor.codec(), codec);
+        compress(&governor, 64, 100.0);
+        assert_ne!(governor.codec(), codec, "the processor counts");
     }
 
     #[test]

@@ -147,7 +147,12 @@ pub(crate) async fn send_images(
     }
     line.flush().await?;
     let mut sent = Vec::new();
-    let governor = Arc::new(Governor::for_line(out.rate as u64, compressors()));
+    let governor = if line.is_local() {
+        Governor::for_later(out.rate as u64, compressors())
+    } else {
+        Governor::for_line(out.rate as u64, compressors())
+    };
+    let governor = Arc::new(governor);
     for offered in offers {
         let phase = offered.head.kind.phase();
         enter(phase);

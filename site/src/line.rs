@@ -236,6 +236,11 @@ impl<In: DeserializeOwned, Out: Serialize> Conversation<In, Out> {
         }
     }
 
+    /// Whether it crosses no line.
+    pub(crate) const fn is_local(&self) -> bool {
+        matches!(self.carrier, Carrier::Local { .. })
+    }
+
     /// Who is at the other end.
     pub(crate) fn peer(&self) -> &Peer {
         &self.peer
@@ -405,11 +410,22 @@ impl LinkHistory {
     }
 
     /// Keeps what the last transfer reached: lines change, so the newest counts.
-    pub(crate) fn note(mut self, store: &Store, peer: &Peer, sent: &[Sent]) -> Result<()> {
+    pub(crate) fn note(self, store: &Store, peer: &Peer, sent: &[Sent]) -> Result<()> {
         // What took no time was not timed.
         let sent = || sent.iter().filter(|image| image.seconds > 0.0);
         let bytes: u64 = sent().map(|image| image.payload).sum();
         let seconds: f64 = sent().map(|image| image.seconds).sum();
+        self.reached(store, peer, bytes, seconds)
+    }
+
+    /// Keeps what so many bytes reached that took so long.
+    pub(crate) fn reached(
+        mut self,
+        store: &Store,
+        peer: &Peer,
+        bytes: u64,
+        seconds: f64,
+    ) -> Result<()> {
         if bytes < Self::TELLING_BYTES || seconds <= 0.0 {
             return Ok(());
         }

@@ -137,6 +137,7 @@ pub(super) async fn deposit_newest(
             head, body, sent, ..
         } = &packed;
         let bytes = std::fs::metadata(body).map_err(Error::file("measure", body))?;
+        let sending = Instant::now();
         line.send(ToTarget::Parcel {
             head: Box::new(head.clone()),
             bytes: bytes.len(),
@@ -147,6 +148,9 @@ pub(super) async fn deposit_newest(
         let ToSource::Held = line.recv(Phase::Base).await? else {
             return Err(line.unexpected(Phase::Base, "no word that it holds the parcel"));
         };
+        let history = LinkHistory::load(vm.store())?;
+        let seconds = sending.elapsed().as_secs_f64();
+        history.reached(vm.store(), hub, bytes.len(), seconds)?;
         account(&mut report.bytes, sent);
     }
     seen::by_hub(vm, to, common, id)?;
