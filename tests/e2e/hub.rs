@@ -2,12 +2,13 @@
 //! which can't read what it holds.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
 use testkit::robot::Robot;
 use testkit::sector::{KEY_COUNT, KEYS, START};
-use testkit::site::{Site, introduce, newest_generation};
+use testkit::site::{Site, introduce, newest_generation, whole_generation};
 
 use crate::common::{
     VM, assert_hardly_refetched, assert_same_images, boot_sector, eventually, program, start_sector,
@@ -206,4 +207,61 @@ async fn a_standby_is_brought_up_to_date_by_way_of_a_hub_that_reads_nothing() {
     let moved = a.json(&["switch", VM, "--to", "b"]).await.unwrap();
     assert_hardly_refetched(&moved);
     assert_eq!(b.state(VM).await.unwrap(), "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_is_killed_what_comes_by_way_of_a_hub_is_whole() {
+    /// Spread over packing, sending, fetching and applying.
+    const KILLS: u32 = 12;
+    const STEP: Duration = Duration::from_millis(83);
+    let Sites {
+        a,
+        mut hub,
+        b,
+        dir: _dir,
+    } = sites().await;
+    collect(&b).await;
+    for kill in 0..KILLS {
+        let sync = a.spawn(&["sync", VM, "--to", "b@hub", "--every", "1s"]);
+        let fetch = b.spawn(&["collect", "--from", "hub", "--every", "100ms"]);
+        let (sync, fetch) = (sync.unwrap(), fetch.unwrap());
+        // Chance is what is wanted here: no moment is better than another.
+        tokio::time::sleep(STEP * (kill + 3)).await;
+        match kill % 3 {
+            0 => sync.kill(),
+            1 => fetch.kill(),
+            _ => {
+                hub.kill_agent();
+                hub.serve_again().await.unwrap();
+            }
+        }
+        sync.kill();
+        fetch.kill();
+        for site in [&a, &b] {
+            let line = site.dir().join("vms").join(VM).join("generations");
+            let folders = std::fs::read_dir(line).into_iter().flatten();
+            let folders = folders.map(|folder| folder.unwrap().path());
+            for folder in folders.filter(|folder| folder.join("manifest.json").exists()) {
+                whole_generation(&folder).unwrap();
+            }
+        }
+    }
+    let made = newest_generation(a.dir(), VM).unwrap().0;
+    assert!(made > 2, "only {made} generations were begun");
+    epoch(&a).await;
+    collect(&b).await;
+    assert_same_images(&a, &b);
+    assert_eq!(a.state(VM).await.unwrap(), "running");
+    // Nothing is left of what the dead were at.
+    assert!(!a.dir().join("vms").join(VM).join("packing").exists());
+    let half = |path: &PathBuf| path.to_string_lossy().contains(".coming");
+    hub.stop_serving();
+    hub.serve_again().await.unwrap();
+    assert_eq!(
+        files_below(&hub.dir().join("hub"))
+            .iter()
+            .filter(|path| half(path))
+            .count(),
+        0
+    );
 }

@@ -255,6 +255,17 @@ fn rare() -> Vec<Entry> {
     said.chain(answered).collect()
 }
 
+/// `make fuzz` would refuse to run, long after.
+#[test]
+fn the_seeds_of_fuzzing_speak_this_version() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/src/lib.rs");
+    let said = format!("pub const VERSION: u16 = {PROTOCOL_VERSION};");
+    assert!(
+        fs::read_to_string(path).unwrap().contains(&said),
+        "look through fuzz/seeds, raise VERSION in fuzz/src/lib.rs, and make the seeds anew (fuzz/seeds/main.rs)"
+    );
+}
+
 #[test]
 fn what_is_seldom_said_is_what_was_recorded() {
     let rare_then = unpack(&fs::read(dir(PROTOCOL_VERSION).join(RARE)).unwrap()).unwrap();
