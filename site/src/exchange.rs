@@ -139,6 +139,7 @@ pub(crate) async fn send_images(
             .collect::<Result<Vec<_>>>()
     })
     .await?;
+    tracing::debug!("what differs is known");
     for offered in &offers {
         line.send(ToTarget::Image(offered.head)).await?;
         for part in blob_parts(&offered.encoded) {

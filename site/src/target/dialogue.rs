@@ -209,6 +209,7 @@ impl Session {
         self.mixed = false;
         self.received = None;
         let mut work = self.prepare(base).await?;
+        tracing::debug!("there is a working copy");
         if plan.strategy != Strategy::Replay {
             work.hash_ahead();
         }

@@ -73,6 +73,7 @@ impl Work {
         runtime: &Handle,
         offers: &[(ImageHead, Offer)],
     ) -> Result<Received> {
+        tracing::debug!("offers have come");
         let mut trees = Vec::new();
         for (head, offer) in offers {
             let mut talk = Talk {
