@@ -18,7 +18,8 @@ struct Sites {
     a: Site,
     hub: Site,
     b: Site,
-    dir: TempDir,
+    /// Bound first, it goes last: what runs in it is ended before.
+    _dir: TempDir,
 }
 
 /// In the middle of the firmware, which lies in memory and stays as it is.
@@ -51,7 +52,12 @@ async fn sites() -> Sites {
         std::fs::read(&ram).unwrap()[START..].starts_with(&KEYS[..16])
     })
     .await;
-    Sites { a, hub, b, dir }
+    Sites {
+        a,
+        hub,
+        b,
+        _dir: dir,
+    }
 }
 
 async fn epoch(a: &Site) -> Value {
@@ -110,10 +116,10 @@ fn keys_at(site: &Site) -> u8 {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_is_brought_up_to_date_by_way_of_a_hub_that_reads_nothing() {
     let Sites {
+        _dir,
         a,
         hub,
         mut b,
-        dir: _dir,
     } = sites().await;
     let early = a
         .run(&["sync", VM, "--to", "b@hub", "--once"])
@@ -215,10 +221,10 @@ async fn whatever_is_killed_what_comes_by_way_of_a_hub_is_whole() {
     const KILLS: u32 = 12;
     const STEP: Duration = Duration::from_millis(83);
     let Sites {
+        _dir,
         a,
         mut hub,
         b,
-        dir: _dir,
     } = sites().await;
     collect(&b).await;
     for kill in 0..KILLS {
