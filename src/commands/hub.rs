@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::bail;
 use serde_json::json;
-use site::Store;
 use site::hub::{self, CollectReport, Collector, Lies};
+use site::{Silent, Store};
 
 use super::peer_of;
 use super::serve::OnSignal;
@@ -24,7 +24,11 @@ pub(crate) async fn collect(
     let stop = OnSignal::new();
     let mut collector = Collector::default();
     loop {
-        let progress = output.progress();
+        // Again and again, what matters is what has come.
+        let progress = match every {
+            None => output.progress(),
+            Some(_) => Box::new(Silent),
+        };
         let collected = tokio::select! {
             // What was half fetched has no name, and what was half applied goes at the next call.
             () = stop.token.cancelled() => return Ok(()),

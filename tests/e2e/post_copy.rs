@@ -61,6 +61,7 @@ struct Moving {
     link: Link,
     image: PathBuf,
     content: Vec<u8>,
+    /// Bound first, it goes last: what runs in it is ended before.
     _dir: TempDir,
 }
 
@@ -113,12 +114,12 @@ async fn moving() -> Moving {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_goes_on_before_its_disk_is_there() {
     let Moving {
+        _dir,
         a,
         mut b,
         command,
         link,
         content,
-        _dir,
         ..
     } = moving().await;
     assert_eq!(b.state(VM).await.unwrap(), "running");
@@ -202,13 +203,13 @@ async fn a_vm_goes_on_before_its_disk_is_there() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_comes_by_hand_need_not_come_over_the_line() {
     let Moving {
+        _dir,
         mut a,
         mut b,
         command,
         image,
         content,
         link: _link,
-        _dir,
     } = moving().await;
     // Nobody brings it.
     drop(command);
