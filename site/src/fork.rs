@@ -36,8 +36,8 @@ pub(crate) enum Played {
 }
 
 /// How far behind its source a fork follows: what is recorded arrives well before it is due, so
-/// that the rhythm is kept.
-const BEHIND: Duration = Duration::from_secs(2);
+/// that the rhythm is kept. The user waits for it when the VM moves.
+const BEHIND: Duration = Duration::from_secs(1);
 
 /// How a fork follows that begins with these records, at this recorded time.
 ///
@@ -306,13 +306,13 @@ mod tests {
             },
         );
         let start = |records: &[Record]| following_from(records, now).start.micros;
-        assert_eq!(start(&[]), 58_000_000);
-        assert_eq!(start(std::slice::from_ref(&screen)), 58_000_000);
+        assert_eq!(start(&[]), 59_000_000);
+        assert_eq!(start(std::slice::from_ref(&screen)), 59_000_000);
         let key = Event::Key {
             code: 30,
             down: true,
         };
         let typed = [screen, at(9000, key.clone()), at(20_000, key)];
-        assert_eq!(start(&typed), 7_000_000);
+        assert_eq!(start(&typed), 8_000_000);
     }
 }

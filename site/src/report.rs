@@ -51,7 +51,8 @@ pub struct MigrationReport {
     pub bytes: ByteReport,
     /// How the pages of each image came about, by recipe.
     pub pages: PageReports,
-    /// How long each phase took, with `downtime` and `total`.
+    /// Seconds of each phase, with `downtime`, `usable` (from the beginning until the VM was there
+    /// for its user) and `total` (until the source had its stale copy in place, too).
     pub seconds: BTreeMap<String, f64>,
     /// The roots that both sites computed of their own images.
     pub verified: Roots,
@@ -259,6 +260,7 @@ pub(crate) struct PhaseClock<'a> {
     spent: BTreeMap<Phase, Duration>,
     stopped: Option<Instant>,
     downtime: Option<Duration>,
+    usable: Option<Duration>,
 }
 
 impl<'a> PhaseClock<'a> {
@@ -270,6 +272,7 @@ impl<'a> PhaseClock<'a> {
             spent: BTreeMap::new(),
             stopped: None,
             downtime: None,
+            usable: None,
         }
     }
 
@@ -304,9 +307,10 @@ impl<'a> PhaseClock<'a> {
     pub(crate) fn up(&mut self) {
         self.leave();
         self.downtime = self.stopped.map(|since| since.elapsed());
+        self.usable = Some(self.begun.elapsed());
     }
 
-    /// Seconds by phase, with `downtime` and `total`.
+    /// Seconds by phase, with `downtime`, `usable` and `total`.
     pub(crate) fn seconds(mut self) -> BTreeMap<String, f64> {
         self.leave();
         let mut seconds: BTreeMap<String, f64> = self
@@ -318,6 +322,8 @@ impl<'a> PhaseClock<'a> {
             "downtime".into(),
             self.downtime.unwrap_or_default().as_secs_f64(),
         );
+        let usable = self.usable.map(|usable| usable.as_secs_f64());
+        seconds.extend(usable.map(|usable| ("usable".to_owned(), usable)));
         seconds.insert("total".into(), self.begun.elapsed().as_secs_f64());
         seconds
     }

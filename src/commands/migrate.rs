@@ -111,12 +111,13 @@ pub(crate) fn show_report(report: &MigrationReport, site: &str) -> String {
     };
     format!(
         "{} is at {site}, generation {}, verified\n{}\
-         downtime {:.1} s, {:.1} s in all\n\
+         downtime {:.1} s, there for its user after {:.1} s, {:.1} s in all\n\
          {} sent, {} received: log {}, hashes {}, RAM {}, disk {}, devices {}{}{}{dropped}",
         report.vm,
         report.generation_to,
         table(&rows),
         seconds("downtime"),
+        seconds("usable"),
         seconds("total"),
         bytes(sent.sent),
         bytes(sent.received),

@@ -43,7 +43,9 @@ fn assert_live(report: &Value) {
         of(&report["seconds"], "downtime"),
         of(&report["seconds"], "total"),
     );
-    assert!(downtime > 0.0 && downtime < total, "{report}");
+    let usable = of(&report["seconds"], "usable");
+    assert!(downtime > 0.0 && downtime < usable, "{report}");
+    assert!(usable < total, "{report}");
     assert!(of(&report["seconds"], "rounds") > 0.0, "{report}");
 }
 

@@ -44,7 +44,7 @@ use crate::vm::{Id, VmRecord};
 use crate::work::Workplace;
 
 /// How often the recorder is asked for what is new.
-const POLL: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_millis(400);
 
 /// How often the target hears something when nothing is typed.
 const HEARTBEAT: Duration = Duration::from_secs(5);

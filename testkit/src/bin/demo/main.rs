@@ -369,17 +369,18 @@ fn cost_table(report: &Value) -> String {
         part("sent") + part("received")
     };
     let mut table = format!(
-        "{:8} {:>14} {:>12} {:>10} {:>9} {:>9}\n",
-        "strategy", "bytes", "MiB", "downtime", "total", "refetched"
+        "{:8} {:>14} {:>12} {:>10} {:>9} {:>9} {:>9}\n",
+        "strategy", "bytes", "MiB", "downtime", "usable", "total", "refetched"
     );
     for strategy in ["replay", "base", "full"] {
         let one = &report["strategies"][strategy];
         let seconds = |name: &str| one["seconds"][name].as_f64().unwrap_or_default();
         table += &format!(
-            "{strategy:8} {:>14} {:>12.2} {:>8.1} s {:>7.1} s {:>9}\n",
+            "{strategy:8} {:>14} {:>12.2} {:>8.1} s {:>7.1} s {:>7.1} s {:>9}\n",
             bytes(strategy),
             bytes(strategy) as f64 / f64::from(1 << 20),
             seconds("downtime"),
+            seconds("usable"),
             seconds("total"),
             one["refetched"].as_u64().unwrap_or_default(),
         );
