@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test fuzz demo capture bench-replay bench-stages bench-reconcile bench-live bench-viewer faults power-cuts wire fmt lint clean
+.PHONY: help setup build test fuzz demo capture bench-replay bench-stages bench-instructions bench-reconcile bench-live bench-viewer faults power-cuts wire fmt lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,15 @@ bench-replay: setup build ## how far replays diverge: the suite, quick or not, f
 
 bench-stages: ## the reconciler's stages on synthetic guests: hashing, resolving, encoding, applying
 	$(CARGO) bench --locked --package reconciler
+
+# The same in each run, whatever else the machine does; what was counted last is compared with. The version of the
+# program that runs Valgrind has to be its library's.
+bench-instructions: ## instructions of each of the reconciler's stages, by Callgrind
+	./scripts/setup --valgrind
+	$(CARGO) install --quiet --locked --root target/tools gungraun-runner \
+		--version $$(sed -n 's/^gungraun = "=\(.*\)"$$/\1/p' benches/instructions/Cargo.toml)
+	CARGO_TARGET_DIR=$(CURDIR)/target/instructions GUNGRAUN_RUNNER=$(CURDIR)/target/tools/bin/gungraun-runner \
+		$(CARGO) bench --locked --manifest-path benches/instructions/Cargo.toml
 
 # CAPTURES are folders that `make capture` has made; rows of others that were measured before stay. Peers that are
 # not installed are named (`scripts/setup --peers` installs them). PEERS takes options: PEERS="--only twin,rsync".
