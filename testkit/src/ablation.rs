@@ -17,8 +17,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::session;
+use moves::Move;
 
 mod kinds;
+pub mod moves;
 pub mod plot;
 pub mod table;
 #[cfg(test)]
@@ -296,6 +298,9 @@ pub struct Results {
     pub machine: String,
     /// One for each replay.
     pub rows: Vec<Row>,
+    /// One for each run of the demo, whose target follows while the user works.
+    #[serde(default)]
+    pub moves: Vec<Move>,
 }
 
 impl Results {
@@ -304,6 +309,7 @@ impl Results {
         Self {
             machine: machine.into(),
             rows: Vec::new(),
+            moves: Vec::new(),
         }
     }
 
@@ -338,6 +344,7 @@ impl Results {
         for row in read.rows {
             results.push(row);
         }
+        results.moves = read.moves;
         Ok(Some(results))
     }
 

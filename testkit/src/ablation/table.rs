@@ -4,12 +4,12 @@
 //! differ. The aims that figures are held against are below; a section says of each whether it is
 //! reached. Where there is no row there is no figure: the section says "not measured".
 
-use super::kinds;
 use super::words::{
     NOT_MEASURED, Table, counts, decimals, escape, multiple, multiples, named, percent_of,
     percents, ratio, reached, sessions, signed, spread, tenths,
 };
 use super::{BASE, Error, Guest, Mode, Network, REPLAY, Results, Row, Setting, Spread, TWIN};
+use super::{kinds, moves};
 use crate::session::SUITE;
 
 /// By how much less than `base` a replay is to send in the median over the sessions, in percent.
@@ -31,6 +31,7 @@ pub fn markdown(results: &Results) -> String {
         quick(results),
         settings(results),
         failed(results),
+        moves::markdown(results),
         kinds::markdown(results),
     ];
     parts.join("\n")

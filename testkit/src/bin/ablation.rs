@@ -4,19 +4,21 @@
 //! session is recorded anew and replayed several times, at its own pace and quickly; each replay
 //! in turn stands for the target's, and the next one for the source's own. What can be told from
 //! one recording is so told from one: the replays differ, and not what the user did. A replay
-//! that failed is made up of what another workload's replay left.
+//! that failed is made up of what another workload's replay left. What a move takes where the target
+//! follows is told by runs of the demo.
 //!
 //! Rows are kept after each recording, and what is there already is not measured again: a run
 //! that was interrupted goes on.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use serde_json::Value;
+use testkit::ablation::moves::Move;
 use testkit::ablation::{
     BASE, Diverged, Guest, ImageBytes, Mode, Network, Results, Row, plot, table,
 };
@@ -56,6 +58,9 @@ struct Options {
     /// Replays of each recording and pace
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=9))]
     repeats: u8,
+    /// Runs of the demo, whose target follows while the user works
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    moves: usize,
     /// Rows are read from here and kept here
     #[arg(long, value_name = "FILE", default_value = "target/bench/replay.json")]
     out: PathBuf,
@@ -168,7 +173,38 @@ async fn measure(options: &Options, results: &mut Results) -> anyhow::Result<()>
             }
         }
     }
-    remove_dir(&options.captures)
+    remove_dir(&options.captures)?;
+    while results.moves.len() < options.moves {
+        println!("the demo");
+        results.moves.push(demo(&program, &options.captures).await?);
+        results.save(&options.out)?;
+    }
+    Ok(())
+}
+
+/// Runs the demo once, by the program beside this one.
+async fn demo(program: &Path, out: &Path) -> anyhow::Result<Move> {
+    let demo = std::env::current_exe()
+        .context("cannot find this program's folder")?
+        .with_file_name("demo");
+    let mut running = tokio::process::Command::new(&demo)
+        .env("CARGO_BIN_EXE_replay-migrate", program)
+        .args(["--replay-friendly", "--out"])
+        .arg(out)
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .with_context(|| format!("cannot start {}: `cargo build` it first", demo.display()))?;
+    let ended = running.wait().await.context("cannot wait for the demo")?;
+    if !ended.success() {
+        anyhow::bail!("the demo ended with {ended}");
+    }
+    let path = out.join("report.json");
+    let failed = || format!("cannot read {}", path.display());
+    let report = std::fs::read(&path).with_context(failed)?;
+    let report: Value = serde_json::from_slice(&report).with_context(failed)?;
+    remove_dir(out)?;
+    Move::of(&report).with_context(|| format!("{} lacks a figure", path.display()))
 }
 
 /// Copies a capture without the replays that only an ablation needs.
