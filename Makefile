@@ -34,7 +34,7 @@ capture: setup build ## a session recorded anew, its states kept: SESSION=demo O
 		--session $(or $(SESSION),demo) --out $(or $(OUT),target/capture)
 
 # Hours for all of it; what is measured already is kept, so that it can be interrupted. ABLATION takes
-# options: ABLATION="--workloads files,writing --guests friendly --networks off".
+# options: ABLATION="--workloads files,writing --guests friendly --networks off --moves 0" (without the demo).
 bench-replay: setup build ## how far replays diverge: the suite, quick or not, friendly or not, with a network or not
 	$(CARGO) build --release --locked --package testkit --bin demo
 	$(CARGO) run --release --locked --package testkit --bin ablation -- $(ABLATION)

@@ -1,4 +1,5 @@
-//! Instructions of each stage, by Callgrind: the same in every run to a few in a thousand, whatever else the machine does.
+//! Instructions of each stage, by Callgrind: the same in every run to some in ten thousand,
+//! whatever else the machine does.
 
 #![allow(missing_docs)] // The macros document nothing.
 

@@ -44,7 +44,7 @@ pub fn tree(bytes: &[u8]) -> ImageTree {
     ImageTree::build(&SlicePages(bytes), &no_progress).expect("memory can be read")
 }
 
-/// Every sixth page changed, a few words or altogether.
+/// A third of all pages changed, half of those in a few words and half altogether.
 pub fn states() -> States {
     let base = synthetic::guest(PAGES);
     let source = synthetic::used(&base, 3, 78);

@@ -63,8 +63,8 @@ impl Migration<'_> {
     /// Stops the VM; the replays that follow go on until they are as old.
     ///
     /// What a desktop does by itself goes on all the time, so each second that one of them lived
-    /// longer than the others is pages to send. They follow so closely that catching up takes no
-    /// longer than hashing the VM's state does.
+    /// longer than the others is pages to send. They follow a second behind, during a part of which
+    /// the VM's state is hashed.
     pub(super) async fn stop_followed(
         &mut self,
         line: &mut Line,

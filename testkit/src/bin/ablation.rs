@@ -203,8 +203,9 @@ async fn demo(program: &Path, out: &Path) -> anyhow::Result<Move> {
     let failed = || format!("cannot read {}", path.display());
     let report = std::fs::read(&path).with_context(failed)?;
     let report: Value = serde_json::from_slice(&report).with_context(failed)?;
+    let moved = Move::of(&report).with_context(|| format!("{} lacks a figure", path.display()))?;
     remove_dir(out)?;
-    Move::of(&report).with_context(|| format!("{} lacks a figure", path.display()))
+    Ok(moved)
 }
 
 /// Copies a capture without the replays that only an ablation needs.
