@@ -207,14 +207,18 @@ impl<G: Guest> Player<G> {
 
     /// At a quick pace, does not wait out the time between one typed key and the next: only until
     /// the guest has taken in the one before. How much sooner than due that is.
+    ///
+    /// Between keys that make text, and no others: Enter acts on what was typed, and a dialog
+    /// that checks a name in a timer of its own is idle before it has. What Enter began may just
+    /// as well wait, for a disk or a timer, when the next letter comes.
     async fn type_on(
         &self,
         before: &Record,
         next: &Record,
         due: Instant,
     ) -> Result<Duration, Error> {
-        let typed = matches!(before.event, Event::Key { down: false, .. })
-            && matches!(next.event, Event::Key { down: true, .. })
+        let typed = matches!(before.event, Event::Key { down: false, code } if types(code))
+            && matches!(next.event, Event::Key { down: true, code } if types(code))
             // A key that is held repeats, or means another one.
             && self.held.is_empty();
         let Pace::Quick(quick) = &self.options.pace else {
@@ -440,6 +444,13 @@ fn leads(records: &[Record], act: &Interaction, next: &Interaction) -> bool {
         && records
             .get(act.records.clone())
             .is_some_and(|records| records.iter().all(moves))
+}
+
+/// Whether a key is part of writing text: it makes some, or is one of the Shifts.
+fn types(code: u16) -> bool {
+    const LEFT_SHIFT: u16 = 42;
+    const RIGHT_SHIFT: u16 = 54;
+    Event::makes_text(code) || matches!(code, LEFT_SHIFT | RIGHT_SHIFT)
 }
 
 /// The event that ends what this one began.

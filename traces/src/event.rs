@@ -86,6 +86,23 @@ pub enum Event {
     Redacted,
 }
 
+impl Event {
+    /// Whether a key may make a character. Named are those that make none on any layout; whatever
+    /// is not known to be harmless makes one. (`linux/input-event-codes.h`)
+    #[must_use]
+    pub fn makes_text(code: u16) -> bool {
+        !matches!(
+            code,
+            1 | 14 | 15 | 28 | 29 | 42 | 54 | 56 | 58 // Esc Backspace Tab Enter Ctrl Shifts Alt Caps
+                | 59..=70 // F1 to F10, Num Lock, Scroll Lock
+                | 87 | 88 // F11 F12
+                | 96 | 97 | 99 | 100 // keypad Enter, right Ctrl, SysRq, right Alt
+                | 102..=111 // Home to Delete: the arrows and their neighbours
+                | 119 | 125..=127 // Pause, Metas, Menu
+        )
+    }
+}
+
 impl fmt::Debug for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

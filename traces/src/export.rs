@@ -56,7 +56,7 @@ fn line(record: &Record, masking: Masking) -> io::Result<Value> {
     let mut event = serde_json::to_value(&record.event)?;
     if masking == Masking::Masked {
         match &record.event {
-            Event::Key { code, .. } if makes_text(*code) => event["code"] = json!("masked"),
+            Event::Key { code, .. } if Event::makes_text(*code) => event["code"] = json!("masked"),
             Event::Anchor(anchor) => event["tiles"] = json!(anchor.tiles.len()),
             _ => {}
         }
@@ -65,20 +65,6 @@ fn line(record: &Record, masking: Masking) -> io::Result<Value> {
         line.extend(event);
     }
     Ok(line)
-}
-
-/// Whether a key may make a character. Named are those that make none on any layout; whatever
-/// is not known to be harmless is masked. (`linux/input-event-codes.h`)
-fn makes_text(code: u16) -> bool {
-    !matches!(
-        code,
-        1 | 14 | 15 | 28 | 29 | 42 | 54 | 56 | 58 // Esc Backspace Tab Enter Ctrl Shifts Alt Caps
-            | 59..=70 // F1 to F10, Num Lock, Scroll Lock
-            | 87 | 88 // F11 F12
-            | 96 | 97 | 99 | 100 // keypad Enter, right Ctrl, SysRq, right Alt
-            | 102..=111 // Home to Delete: the arrows and their neighbours
-            | 119 | 125..=127 // Pause, Metas, Menu
-    )
 }
 
 #[cfg(test)]
@@ -158,7 +144,7 @@ mod tests {
             .chain([55, 57, 86, 98, 117, 121, 124])
             .chain(71..=83)
         {
-            assert!(makes_text(code), "{code}");
+            assert!(Event::makes_text(code), "{code}");
         }
     }
 }

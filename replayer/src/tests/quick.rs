@@ -294,6 +294,32 @@ async fn typing_has_its_rhythm_where_keys_overlap_and_at_other_paces() {
     near(&times(&guest), &[100, 150, 185, 235]);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_key_that_acts_on_what_was_typed_comes_as_late_as_recorded() {
+    // A dialog that takes a name in by a timer is idle until then, and Enter comes too early.
+    const ENTER: u16 = 28;
+    let guest = Fake::new(&[(ms(0), 1)], ms(0));
+    let records = [
+        stroke(100, 30),
+        stroke(220, 31),
+        stroke(600, ENTER),
+        stroke(800, 32),
+        stroke(920, 33),
+    ]
+    .concat();
+    play(&guest, &records, &quick()).await;
+    near(
+        &times(&guest),
+        &[100, 150, 162, 212, 542, 592, 742, 792, 804, 854],
+    );
+
+    // Shift is let go of between two letters.
+    let guest = Fake::new(&[(ms(0), 1)], ms(0));
+    let records = [stroke(100, 42), stroke(220, 31)].concat();
+    play(&guest, &records, &quick()).await;
+    near(&times(&guest), &[100, 150, 162, 212]);
+}
+
 #[test]
 fn bounds_that_mean_nothing_are_refused() {
     for bound in [0.0, 0.5, f64::NAN, f64::INFINITY] {
