@@ -1,4 +1,9 @@
 //! Landmarks of a process's memory, and how far what lies between two of them has moved.
+//!
+//! There are two kinds. A *pair* is two words that are no pointers and no small numbers, wherever
+//! they stand. A heap of little objects that point at one another has hardly any; but in front of
+//! each of its pieces the C library keeps its size (glibc, `malloc/malloc.c`), and such a
+//! *piece* is told from others by its size and the words that follow, whatever they point at.
 
 use rayon::prelude::*;
 
@@ -10,8 +15,8 @@ const WORDS: u64 = PAGE_SIZE as u64 / 8;
 
 /// Landmarks of one process, at 16 bytes each: more are thinned out.
 const MOST: usize = 4 << 20;
-/// Pairs of words that are looked at before it is known which stand in one place only.
-const PAIRS_MOST: usize = 4 * MOST;
+/// Places that are looked at before it is known which stand in one place only.
+const PLACES_MOST: usize = 4 * MOST;
 
 /// Numbers up to this are everywhere, and mark no place.
 const SMALL: u64 = 0xffff;
@@ -21,18 +26,30 @@ const POINTER: u64 = 1 << 32;
 /// The end of a program's addresses with four levels of page tables.
 const POINTER_END: u64 = 1 << 47;
 
+/// So many words from its size on mark a piece of the heap. On three captures 5 to 12 made no
+/// difference.
+const PIECE: usize = 5;
+/// So many of these have to say something: to be neither zero nor a pointer that moves.
+const SAYING: usize = 3;
+/// What points no further than this is taken to point at what moves along.
+const NEAR: u64 = 1 << 30;
+
+/// What moved by itself has to be this long for its landmarks to be worth their bytes; glibc fills
+/// a hole with whatever fits, so that heaps are full of what is shorter.
+const LONG: u64 = 256;
+
 /// A landmark every so many bytes, even where nothing seems to have moved.
 const SPACING: u64 = 4096;
 
 /// What is further from any landmark than this is taken not to have moved.
 const REACH: u64 = 1 << 20;
 
-/// Two words that stand together in one place of a process only.
+/// Words that stand together in one place of a process only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Landmark {
     /// The address of the first.
     pub at: u64,
-    /// Of both.
+    /// Of all of them.
     pub hash: u32,
 }
 
@@ -77,6 +94,32 @@ fn marks(word: u64) -> bool {
     word > SMALL && !(POINTER..POINTER_END).contains(&word)
 }
 
+/// The hash of the pair that begins with the first of these words, if it is one.
+fn pair(words: &[[u8; 8]]) -> Option<u32> {
+    let [first, second] = words.first_chunk::<2>()?.map(u64::from_le_bytes);
+    (marks(first) && marks(second)).then(|| hash(first, second))
+}
+
+/// The hash of the piece whose size, as far as can be told, is the first of these words, at `at`.
+fn piece(at: u64, words: &[[u8; 8]]) -> Option<u32> {
+    let words = words.first_chunk::<PIECE>()?.map(u64::from_le_bytes);
+    // Pieces are aligned to 16 bytes, and begin behind their size.
+    if at % 16 != 8 || !(1..=SMALL).contains(&words[0]) {
+        return None;
+    }
+    let moves = |word: u64| (POINTER..POINTER_END).contains(&word) && word.abs_diff(at) < NEAR;
+    let saying = words.iter().filter(|word| **word != 0 && !moves(**word));
+    if saying.count() < SAYING {
+        return None;
+    }
+    let mixed = words.iter().fold(0, |mixed: u64, word| {
+        let value = if moves(*word) { POINTER } else { *word };
+        let mixed = (mixed ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        mixed ^ mixed >> 29
+    });
+    Some((mixed.wrapping_mul(0xd6e8_feb8_6659_fd93) >> 32) as u32)
+}
+
 fn hash(first: u64, second: u64) -> u32 {
     // As good as it has to be: what two places share is no landmark, and a wrong one is found
     // out by its neighbours.
@@ -91,7 +134,7 @@ pub(crate) fn landmarks(view: &View<'_>) -> Vec<Landmark> {
     let pages = view.space.pages.iter().filter(changed).count();
     // The hash decides which stay, so that both sides keep nearly the same.
     let mut mask = 0;
-    while pages.saturating_mul(WORDS as usize) >> u32::count_ones(mask) > PAIRS_MOST {
+    while pages.saturating_mul(WORDS as usize) >> u32::count_ones(mask) > PLACES_MOST {
         mask = mask << 1 | 1;
     }
     let mut all: Vec<Landmark> = view
@@ -102,19 +145,13 @@ pub(crate) fn landmarks(view: &View<'_>) -> Vec<Landmark> {
         .flat_map_iter(|(number, page)| {
             let words = view.words_of(*page).unwrap_or_default();
             let start = number.wrapping_mul(PAGE_SIZE as u64);
-            words
-                .windows(2)
-                .enumerate()
-                .filter_map(move |(index, pair)| {
-                    let (first, second) =
-                        (u64::from_le_bytes(pair[0]), u64::from_le_bytes(pair[1]));
-                    if !(marks(first) && marks(second)) {
-                        return None;
-                    }
-                    let hash = hash(first, second);
-                    let at = start.wrapping_add(index as u64 * 8);
-                    (hash & mask == 0).then_some(Landmark { at, hash })
-                })
+            (0..words.len()).filter_map(move |index| {
+                let words = words.get(index..)?;
+                let at = start.wrapping_add(index as u64 * 8);
+                // Never both: one begins with a large number, the other with a small one.
+                let hash = pair(words).or_else(|| piece(at, words))?;
+                (hash & mask == 0).then_some(Landmark { at, hash })
+            })
         })
         .collect();
     all.par_sort_unstable_by_key(|landmark| landmark.hash);
@@ -145,6 +182,15 @@ pub(crate) fn choose(
         .collect();
     common.sort_unstable_by_key(|(mark, _)| mark.at);
     drop_strays(&mut common, |(_, moved)| *moved);
+    let common: Vec<(Landmark, u64)> = common
+        .chunk_by(|a, b| a.1 == b.1)
+        .filter(|same| {
+            let ends = same.first().zip(same.last());
+            ends.is_some_and(|((first, _), (last, _))| last.at - first.at >= LONG)
+        })
+        .flatten()
+        .copied()
+        .collect();
     let near = |at: u64| {
         let number = at / PAGE_SIZE as u64;
         let from = wanted.partition_point(|(page, _)| page + 1 < number);

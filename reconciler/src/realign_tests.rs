@@ -63,15 +63,45 @@ fn heap(gap: usize, late: usize) -> Vec<u64> {
     words
 }
 
+/// A heap as glibc lays it out, of pieces that hold nothing but small numbers and pointers to one
+/// another; `gap` words come first, and `late` more before piece 300. Both are even.
+fn pieces(gap: usize, late: usize) -> Vec<u64> {
+    let mut words = vec![0; gap];
+    let (mut before, mut seed) = (BASE, 1_u64);
+    for piece in 0..700_u64 {
+        if piece == 300 {
+            words.resize(words.len() + late, 0);
+        }
+        seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        let size = 32 + (seed >> 60) / 4 * 16;
+        let at = BASE + (words.len() as u64 + 2) * 8;
+        words.extend([0, size | 1, before, seed >> 50, 0, seed >> 40 & 0xff]);
+        words.resize(words.len() + size as usize / 8 - 4, 0);
+        before = at;
+    }
+    words.resize(9 * WORDS, 0);
+    words
+}
+
 fn base() -> ImageTree {
     ImageTree::zero(64).unwrap()
 }
 
 #[test]
 fn a_heap_that_lies_otherwise_is_brought_in_place_with_its_pointers() {
-    let source = Guest::new(&heap(0, 6), |page| page + 3);
-    let twin = Guest::new(&heap(10, 0), |page| 40 - page);
-    let replayed = Guest::new(&heap(26, 2), |page| (page * 7) % 63);
+    is_brought_in_place([heap(0, 6), heap(10, 0), heap(26, 2)]);
+}
+
+#[test]
+fn a_heap_without_a_pair_of_numbers_is_told_by_the_sizes_of_its_pieces() {
+    is_brought_in_place([pieces(0, 6), pieces(10, 0), pieces(26, 2)]);
+}
+
+/// Brings the last of three heaps to where the first is, told by what has become of the second.
+fn is_brought_in_place([source, twin, replayed]: [Vec<u64>; 3]) {
+    let source = Guest::new(&source, |page| page + 3);
+    let twin = Guest::new(&twin, |page| 40 - page);
+    let replayed = Guest::new(&replayed, |page| (page * 7) % 63);
     let (layout, guessed) = Layout::between(source.processes(), twin.processes(), &base());
     assert_eq!(guessed.len(), layout.pages());
     let layout = Layout::decode(&layout.encode().unwrap(), 64).unwrap();
