@@ -3,8 +3,8 @@
 //! Programs that are timed a little otherwise allocate in another order: the same objects lie
 //! some hundred bytes further in the heap, in other pages of RAM, and all pointers to them hold
 //! other values. Not a page is the same then, though hardly anything in them is new. So the
-//! source says which pages of its RAM belong where in which process, and names landmarks: pairs
-//! of words that are no pointers and stand in one place only. The target finds these in its
+//! source says which pages of its RAM belong where in which process, and names landmarks: words
+//! that stand in one place only, whatever what moves is. The target finds these in its
 //! replayed copy of the process. Between two of them it knows how far the content has moved, and
 //! so it copies each page together from where it lies in the replay, and moves each pointer as
 //! far as what it points at.
