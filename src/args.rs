@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
-use values::{duration, size};
+use values::{duration, size, turn};
 
 pub(crate) use migrate::{MigrateArgs, StrategyArg, TwinArg};
 pub(crate) use sync::{By, SyncArgs};
@@ -95,10 +95,12 @@ pub(crate) enum Command {
         /// Take the input devices of this machine too (evdev, grabbed)
         #[arg(long, value_name = "DEVICE")]
         evdev: Vec<PathBuf>,
-        /// Let the programs of a replay-friendly guest take turns of 100 ms: replays of light
-        /// work come closer, and one that computes holds up the others
-        #[arg(long)]
-        long_turns: bool,
+        /// Let the programs of a replay-friendly guest take turns of this length, 50ms to 1s: the
+        /// longer they are the closer replays come, and the longer one that computes holds up the
+        /// others. 400ms if no length is given
+        #[arg(long, value_parser = turn, value_name = "TIME", num_args = 0..=1,
+              require_equals = true, default_missing_value = "400ms")]
+        long_turns: Option<Duration>,
         /// Have the recorder that runs log nothing from now on, as while a password is typed: it
         /// reaches the guest, and no log. The log has a gap there, at which a replay goes astray;
         /// a later checkpoint, as of a new recording, mends that

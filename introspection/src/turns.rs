@@ -7,33 +7,38 @@
 //! allocates first, is chance, and whole heaps lie otherwise by it. With long turns programs hand
 //! over where they wait for something, which a replay does in the same places.
 //!
-//! The guest's three figures are set for as long as it is recorded: a turn lasts 100 ms, and who wakes up
-//! waits for its end, unless the one that runs waits for something earlier. A program that
-//! computes for long holds up the others for that long at a time. The kernel keeps what the figures
-//! were, scaled for one processor; by how much they had been scaled is told by the last digits
-//! of what is put in their place, so that they can be brought back whatever happened meanwhile.
+//! The guest's three figures are set for as long as it is recorded: a turn lasts as long as the user
+//! allows, and who wakes up waits for its end, unless the one that runs waits for something
+//! earlier. A program that computes for long holds up the others for that long at a time. The
+//! kernel keeps what the figures were, scaled for one processor; by how much they had been scaled is
+//! told by the last digits of what is put in their place, so that they can be brought back
+//! whatever happened meanwhile.
 //!
 //! Linux up to 6.5 has these figures; later ones are left alone.
 
+use std::time::Duration;
+
 use crate::{Linux, Physical};
 
-/// Figures in nanoseconds: the variable, what keeps it as it is for one processor, and what it
-/// is for long turns.
+/// The shortest turn that can be asked for: longer than any kernel's own.
+pub const SHORTEST: Duration = Duration::from_millis(50);
+/// The longest; four times that, in nanoseconds, is about what the kernel's 32 bits hold.
+pub const LONGEST: Duration = Duration::from_secs(1);
+
+/// Figures: the variable, what keeps it as it is for one processor, and how many turns it is.
+/// A program that has slept is owed at most half the first, so that with such a third it never
+/// interrupts another.
 const FIGURES: [(&str, &str, u32); 3] = [
-    (
-        "sysctl_sched_latency",
-        "normalized_sysctl_sched_latency",
-        200_000_000,
-    ),
+    ("sysctl_sched_latency", "normalized_sysctl_sched_latency", 2),
     (
         "sysctl_sched_min_granularity",
         "normalized_sysctl_sched_min_granularity",
-        100_000_000,
+        1,
     ),
     (
         "sysctl_sched_wakeup_granularity",
         "normalized_sysctl_sched_wakeup_granularity",
-        1_000_000_000,
+        4,
     ),
 ];
 
@@ -42,6 +47,9 @@ const PLAUSIBLE: std::ops::RangeInclusive<u32> = 100_000..=20_000_000;
 
 /// Eight processors and more scale by four; this leaves room.
 const MOST: u32 = 16;
+
+/// Turns are whole milliseconds, which leaves the digits below for the scale.
+const MILLI: u32 = 1_000_000;
 
 /// Where the guest's figures are, and what they were.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +66,8 @@ struct Figure {
     at: usize,
     /// For one processor, in nanoseconds.
     normal: u32,
-    /// For long turns.
-    long: u32,
+    /// How many long turns it is.
+    turns: u32,
 }
 
 /// Finds the figures of a guest that stands still; `None` if the guest is no Linux that has them,
@@ -78,18 +86,18 @@ pub fn find(ram: &[u8]) -> Option<Turns> {
     let mut figures = [Figure {
         at: 0,
         normal: 0,
-        long: 0,
+        turns: 0,
     }; 3];
     let mut scales = [(0, false); 3];
     for (index, place) in places.as_chunks::<2>().0.iter().enumerate() {
         let (at, normal) = (place[0]?, number(place[1]?)?);
-        let (now, long) = (number(at)?, FIGURES[index].2);
+        let (now, turns) = (number(at)?, FIGURES[index].2);
         if at % 4 != 0 || !PLAUSIBLE.contains(&normal) {
             return None;
         }
-        figures[index] = Figure { at, normal, long };
-        scales[index] = match now.checked_sub(long) {
-            Some(scale) if scale <= MOST => (scale, true),
+        figures[index] = Figure { at, normal, turns };
+        scales[index] = match now % MILLI {
+            scale @ 1..=MOST if now >= milliseconds(SHORTEST) * MILLI => (scale, true),
             _ if now % normal == 0 => (now / normal, false),
             _ => return None,
         };
@@ -109,11 +117,13 @@ impl Turns {
         self.held
     }
 
-    /// Offsets in RAM, and the 4 bytes to put there, for long turns.
-    pub fn hold(&self) -> [(usize, [u8; 4]); 3] {
-        // Both fit: the largest is a thousand million.
+    /// Offsets in RAM, and the 4 bytes to put there, for turns of this length: what is not between
+    /// [`SHORTEST`] and [`LONGEST`] is taken as the nearer one.
+    pub fn hold(&self, turn: Duration) -> [(usize, [u8; 4]); 3] {
+        let turn = milliseconds(turn.clamp(SHORTEST, LONGEST)) * MILLI;
+        // At most four turns of a second, and 16.
         self.figures
-            .map(|figure| (figure.at, (figure.long + self.scale).to_le_bytes()))
+            .map(|figure| (figure.at, (turn * figure.turns + self.scale).to_le_bytes()))
     }
 
     /// Offsets in RAM, and the 4 bytes to put there, for turns as they were.
@@ -122,6 +132,11 @@ impl Turns {
         self.figures
             .map(|figure| (figure.at, (figure.normal * self.scale).to_le_bytes()))
     }
+}
+
+/// Of at most [`LONGEST`].
+const fn milliseconds(turn: Duration) -> u32 {
+    turn.as_secs() as u32 * 1000 + turn.subsec_millis()
 }
 
 #[cfg(test)]
@@ -146,15 +161,42 @@ mod tests {
         let before = figures(&ram);
         let turns = find(&ram).unwrap();
         assert!(!turns.is_held());
-        put(&mut ram, turns.hold());
-        let held = figures(&ram);
-        assert!(held[0] >= 200_000_000 && held[2] >= 100_000_000 && held[4] >= 1_000_000_000);
-        // Whoever finds them later knows what they were, and holds them as they are.
-        let again = find(&ram).unwrap();
-        assert!(again.is_held());
-        put(&mut ram, again.hold());
-        assert_eq!(figures(&ram), held);
-        put(&mut ram, again.release());
+        for turn in [LONGEST, SHORTEST, Duration::from_millis(123)] {
+            let length = u32::try_from(turn.as_nanos()).unwrap();
+            put(&mut ram, turns.hold(turn));
+            let held = figures(&ram);
+            for (figure, turns) in [(held[0], 2), (held[2], 1), (held[4], 4)] {
+                assert!((1..=MOST).contains(&(figure - length * turns)), "{turn:?}");
+            }
+            // Whoever finds them later knows what they were, and holds them as they are.
+            let again = find(&ram).unwrap();
+            assert!(again.is_held());
+            put(&mut ram, again.hold(turn));
+            assert_eq!(figures(&ram), held);
+            put(&mut ram, again.release());
+            assert_eq!(figures(&ram), before);
+        }
+    }
+
+    #[test]
+    fn a_turn_is_as_long_as_the_figures_hold() {
+        let turns = find(&testing::kernel()).unwrap();
+        assert_eq!(turns.hold(Duration::MAX), turns.hold(LONGEST));
+        assert_eq!(turns.hold(Duration::ZERO), turns.hold(SHORTEST));
+    }
+
+    #[test]
+    fn figures_held_before_turns_had_a_length_come_back() {
+        let mut ram = testing::kernel();
+        let before = figures(&ram);
+        let turns = find(&ram).unwrap();
+        for (figure, long) in turns.figures.iter().zip([200, 100, 1000]) {
+            let held = long * MILLI + turns.scale;
+            ram[figure.at..][..4].copy_from_slice(&held.to_le_bytes());
+        }
+        let held = find(&ram).unwrap();
+        assert!(held.is_held());
+        put(&mut ram, held.release());
         assert_eq!(figures(&ram), before);
     }
 

@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use introspection::entropy::{self, Generator};
 use introspection::freelists;
@@ -34,14 +35,12 @@ struct Found {
 /// Holds a VM that stands still, where that can be done. Its slabs are filled in order from then
 /// on, until it boots again.
 /// Programs take long turns if that is asked for.
-pub(crate) fn hold(vm: &VmDir, long_turns: bool) -> Option<Held> {
+pub(crate) fn hold(vm: &VmDir, long_turns: Option<Duration>) -> Option<Held> {
     let held = || {
         let ram = live_ram(vm)?;
         let mut found = Found::look(&ram)?;
-        if !long_turns {
-            // What is not held need not be let go.
-            found.turns = None;
-        }
+        // What is not held need not be let go.
+        found.turns = found.turns.filter(|_| long_turns.is_some());
         let Some(generator) = found.generator else {
             return Err(Error::Refused(
                 "the guest is no Linux that keeps VMCOREINFO with its symbols, or has not seeded \
@@ -49,7 +48,8 @@ pub(crate) fn hold(vm: &VmDir, long_turns: bool) -> Option<Held> {
                     .into(),
             ));
         };
-        let words = found.turns.map(|turns| turns.hold());
+        let words = found.turns.zip(long_turns);
+        let words = words.map(|(turns, length)| turns.hold(length));
         // From here on it is let go if anything fails.
         let held = Held(Some((ram.clone(), found)));
         write(&ram, generator.hold())?;

@@ -35,6 +35,9 @@ const CONTROL_LIMIT: Duration = Duration::from_secs(10);
 /// What is typed waits for no longer, whatever it waits for.
 const HOLD_LIMIT: Duration = Duration::from_secs(60);
 
+/// Bounds of [`RecordOptions::long_turns`].
+pub use introspection::turns::{LONGEST as LONGEST_TURN, SHORTEST as SHORTEST_TURN};
+
 /// What to record, and where.
 #[derive(Clone, Debug)]
 pub struct RecordOptions {
@@ -42,8 +45,8 @@ pub struct RecordOptions {
     pub listen: String,
     /// Input devices of this machine to take as well.
     pub evdev: Vec<PathBuf>,
-    /// Programs of a replay-friendly guest take long turns, see [`introspection::turns`].
-    pub long_turns: bool,
+    /// Programs of a replay-friendly guest take turns of this length, see [`introspection::turns`].
+    pub long_turns: Option<Duration>,
 }
 
 /// What is being recorded, once viewers can connect.

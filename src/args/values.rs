@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use site::recording::{LONGEST_TURN, SHORTEST_TURN};
+
 /// A number of bytes as `4096`, `500M`, `1.5GiB`; units are powers of 1024.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     let split = text
@@ -56,9 +58,30 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number * scale).map_err(|_| format!("{text:?} is out of range"))
 }
 
+/// How long a guest's programs may run before others do.
+pub(crate) fn turn(text: &str) -> Result<Duration, String> {
+    let turn = duration(text)?;
+    if (SHORTEST_TURN..=LONGEST_TURN).contains(&turn) {
+        Ok(turn)
+    } else {
+        Err(format!(
+            "a turn of {text} is out of range; take one of {SHORTEST_TURN:?} to {LONGEST_TURN:?}"
+        ))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn turns_have_bounds() {
+        assert_eq!(turn("400ms"), Ok(Duration::from_millis(400)));
+        assert_eq!(turn("1s"), Ok(LONGEST_TURN));
+        for bad in ["", "1ms", "2s"] {
+            assert!(turn(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn durations_have_units_and_bounds() {

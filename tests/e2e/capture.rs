@@ -41,7 +41,7 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
     assert_eq!(early.code, Some(3), "{}", early.stderr);
     assert!(!Path::new(out).exists());
 
-    let recorder = a.record_with(VM, &["--long-turns"]).await.unwrap();
+    let recorder = a.record_with(VM, &["--long-turns=1s"]).await.unwrap();
     assert!(held());
     // But for one that had no slab before.
     let left = shuffled();
