@@ -6,7 +6,7 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use traces::{Anchor, Event, Pixels, Region};
 
 use crate::Error;
@@ -44,6 +44,10 @@ pub(crate) struct Fake {
     restless: bool,
     /// Whether there is a frame on it that moves.
     framed: bool,
+    /// By how much who waits for a moment oversleeps.
+    oversleeps: Duration,
+    /// How long it takes until it has what it is given.
+    takes: Duration,
     pub(crate) given: Mutex<Vec<Given>>,
     pub(crate) calls: Mutex<usize>,
 }
@@ -57,6 +61,8 @@ impl Fake {
             reaction: None,
             restless: false,
             framed: false,
+            oversleeps: Duration::ZERO,
+            takes: Duration::ZERO,
             given: Mutex::default(),
             calls: Mutex::default(),
         }
@@ -82,6 +88,16 @@ impl Fake {
             restless: true,
             ..self
         }
+    }
+
+    /// At which whoever waits for a moment oversleeps by so much.
+    pub(crate) fn oversleeping(self, oversleeps: Duration) -> Self {
+        Self { oversleeps, ..self }
+    }
+
+    /// Which has what it is given so much later.
+    pub(crate) fn taking(self, takes: Duration) -> Self {
+        Self { takes, ..self }
     }
 
     /// With a frame on its screen that moves.
@@ -194,6 +210,9 @@ impl Guest for &Fake {
     type Version = (usize, u64);
 
     async fn send(&self, events: &[Event]) -> Result<(), Error> {
+        if !self.takes.is_zero() {
+            sleep(self.takes).await;
+        }
         let now = self.begun.elapsed();
         self.given
             .lock()
@@ -248,5 +267,15 @@ impl Guest for &Fake {
             .iter()
             .map(|(from, to)| now.min(*to).saturating_sub(*from))
             .sum())
+    }
+
+    fn ran_for(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    async fn until(&self, at: Instant) {
+        if at > Instant::now() {
+            sleep_until(at + self.oversleeps).await;
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
 use traces::{Event, Pixels};
 use vm_host::screen::{FrameVersion, Observer};
 use vm_host::{Input, Vm};
@@ -23,6 +24,10 @@ pub(crate) trait Guest {
     fn changed(&self, since: Self::Version) -> impl Future<Output = Result<(), Error>> + Send;
     /// CPU time that all vCPUs have used.
     fn cpu_time(&self) -> Result<Duration, Error>;
+    /// For how long it has been running.
+    fn ran_for(&self) -> Duration;
+    /// Waits until then, as exactly as can be.
+    fn until(&self, at: Instant) -> impl Future<Output = ()> + Send;
 }
 
 /// A guest in QEMU.
@@ -64,6 +69,14 @@ impl Guest for Real<'_> {
 
     fn cpu_time(&self) -> Result<Duration, Error> {
         self.vm.cpu_time().map_err(Error::Host)
+    }
+
+    fn ran_for(&self) -> Duration {
+        self.vm.ran_for()
+    }
+
+    async fn until(&self, at: Instant) {
+        vm_host::alarm::until(at).await;
     }
 }
 

@@ -92,7 +92,8 @@ pub struct Replay<'a> {
 }
 
 impl<'a> Replay<'a> {
-    /// Begins now: recorded times are counted from here, as `options.start` of the guest's.
+    /// Begins now. Recorded times are counted from when the guest began to run, or, of one that
+    /// ran before `vm` was attached to it, from then; that is `options.start`.
     pub fn new(vm: &'a Vm, observer: &'a Observer, options: &Options) -> Result<Self, Error> {
         Ok(Self {
             player: Player::new(Real { vm, observer }, options)?,

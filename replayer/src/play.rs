@@ -2,8 +2,9 @@
 //!
 //! Recorded times become real ones one interaction at a time. The pause before an interaction
 //! is counted from when the one before it really ended, so that a late one puts off all that
-//! follow; within it, each event is due as long after its first as it was recorded. A quick pace
-//! only ever shortens that pause, and what it took off is given back where an anchor needs it.
+//! follow, but for the little that timers oversleep; within it, each event is due as long after
+//! its first as it was recorded. A quick pace only ever shortens that pause, and what it took off
+//! is given back where an anchor needs it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,15 +16,21 @@ use crate::course::Course;
 use crate::guest::Guest;
 use crate::moving::Moving;
 use crate::rest::{SAMPLE, Stillness};
-use crate::{
-    Divergence, Error, Miss, MissPictures, Options, Pace, Progress, QuickOptions, ReplayReport,
-};
+use crate::{Divergence, Error, Miss, MissPictures, Options, Pace, Progress, ReplayReport};
+
+mod pauses;
+
+use pauses::Pause;
 
 /// Events due within this of each other go to QEMU together: its clock for input is no finer.
 const TOGETHER: Duration = Duration::from_millis(1);
 
-/// How often to look whether a typed key has been taken in.
-const KEY_SAMPLE: Duration = Duration::from_millis(4);
+/// Up to this much a replay that is late catches up: no guest is slower by so little, but a timer
+/// or a processor that was busy. Left alone it would add up, to a hundredth of a second or two in a
+/// minute of typing, and so much later the guest's programs would note all that comes.
+const CATCH_UP: Duration = Duration::from_millis(100);
+/// QEMU takes input in within this time, unless its guest holds it up.
+const MAX_LEAD: Duration = Duration::from_millis(2);
 
 /// Plays a log piece by piece.
 pub(crate) struct Player<G> {
@@ -32,6 +39,11 @@ pub(crate) struct Player<G> {
     begun: Instant,
     /// The recorded time of the last record, and when that was in reality.
     last: (GuestTime, Instant),
+    /// The same, but for what timers overslept.
+    pace: (GuestTime, Instant),
+    /// How long it takes from here until QEMU has taken in an event: that much sooner than due it
+    /// is given one.
+    lead: Duration,
     /// Keys and buttons that are down in the guest.
     held: Vec<Event>,
     /// Think time that the guest was not given since the last anchor that matched.
@@ -40,27 +52,17 @@ pub(crate) struct Player<G> {
     report: ReplayReport,
 }
 
-/// The pause before an interaction.
-struct Pause<'a> {
-    /// How long it was.
-    thought: Duration,
-    /// When it ended, as recorded.
-    until: GuestTime,
-    /// What the screen showed at its end.
-    anchor: Option<&'a Anchor>,
-    /// Whether the screen is looked at before anything comes of the interaction: it only moves
-    /// the pointer to where another begins, which has an anchor.
-    leads: bool,
-}
-
 impl<G: Guest> Player<G> {
     pub(crate) fn new(guest: G, options: &Options) -> Result<Self, Error> {
         options.check()?;
-        let begun = Instant::now();
+        let now = Instant::now();
+        let begun = now.checked_sub(guest.ran_for()).unwrap_or(now);
         Ok(Self {
             guest,
             begun,
             last: (options.start, begun),
+            pace: (options.start, begun),
+            lead: Duration::ZERO,
             options: options.clone(),
             held: Vec::new(),
             ahead: Duration::ZERO,
@@ -138,18 +140,25 @@ impl<G: Guest> Player<G> {
             anchor: anchor.filter(|anchor| anchor.tiles.is_empty() || anchor.compared() > 0),
             leads,
         };
-        self.think(&pause).await?;
+        let steady = self.think(&pause).await?;
         if let Some(anchor) = pause.anchor {
-            self.await_anchor(anchor, act.start).await?;
+            let due = steady.unwrap_or_else(Instant::now);
+            self.await_anchor(anchor, act.start, due).await?;
         }
         if self.report.diverged.is_some() {
             self.release().await?;
             return Ok(false);
         }
+        if let Some(start) = steady {
+            self.guest.until(start - self.lead).await;
+        }
         // Where it was late or a timer overslept, what follows moves as a whole.
-        let start = Instant::now();
+        let start = Instant::now() + self.lead;
         let late = start.saturating_duration_since(self.in_time(act.start));
         tracing::debug!(at = act.start.micros, ?late, "an interaction begins");
+        let paced = self.paced(act.start);
+        let caught_up = paced <= start && start.duration_since(paced) <= CATCH_UP;
+        let paced = if caught_up { paced } else { start };
         let mut sooner = Duration::ZERO;
         let mut before: Option<&Record> = None;
         let mut left = records.get(act.records.clone()).unwrap_or(&[]);
@@ -160,137 +169,29 @@ impl<G: Guest> Player<G> {
             if let Some(before) = before {
                 sooner += self.type_on(before, first, due(first, sooner)).await?;
             }
-            sleep_until(due(first, sooner)).await;
-            let soon = (Instant::now() + TOGETHER).max(due(first, sooner));
+            let begin = due(first, sooner) - self.lead;
+            let waited = begin > Instant::now();
+            self.guest.until(begin).await;
+            let soon = (Instant::now() + self.lead + TOGETHER).max(due(first, sooner));
             let now = |record: &&Record| due(record, sooner) <= soon;
             let count = left.iter().take_while(now).count();
             let (batch, rest) = left.split_at(count.max(1));
             self.inject(batch).await?;
+            if waited && batch.len() == 1 {
+                // The mean of the last eight or so.
+                let took = begin.elapsed().min(MAX_LEAD);
+                self.lead = (self.lead * 7 + took) / 8;
+            }
             before = batch.last();
             left = rest;
         }
         let acted = between(act.start, act.end).saturating_sub(sooner);
         self.last = (act.end.max(recorded), start + acted);
+        self.pace = (act.end.max(recorded), paced + acted);
         self.ahead += sooner;
         self.report.saved += sooner;
         self.report.interactions += 1;
         Ok(true)
-    }
-
-    /// Lets the guest have its time.
-    async fn think(&mut self, pause: &Pause<'_>) -> Result<(), Error> {
-        let (_, real) = self.last;
-        // What is held repeats or drags meanwhile: that is no thinking.
-        if !self.held.is_empty() {
-            sleep_until(real + pause.thought).await;
-            return Ok(());
-        }
-        let due = real + pause.thought.div_f64(self.options.speed);
-        match &self.options.pace {
-            Pace::Recorded => sleep_until(due).await,
-            Pace::Quick(quick) => self.think_quickly(pause, quick, real, due).await?,
-            Pace::Follow(quick) => {
-                let in_time = self.in_time(pause.until);
-                if in_time + quick.late < due {
-                    self.think_quickly(pause, quick, in_time, due).await?;
-                } else {
-                    sleep_until(due).await;
-                }
-            }
-        }
-        // A guest that was late has had more time than it needed, which is no credit.
-        let saved = (real + pause.thought).saturating_duration_since(Instant::now().max(real));
-        self.ahead += saved;
-        self.report.saved += saved;
-        Ok(())
-    }
-
-    /// At a quick pace, does not wait out the time between one typed key and the next: only until
-    /// the guest has taken in the one before. How much sooner than due that is.
-    ///
-    /// Between keys that make text, and no others: Enter acts on what was typed, and a dialog
-    /// that checks a name in a timer of its own is idle before it has. What Enter began may just
-    /// as well wait, for a disk or a timer, when the next letter comes.
-    async fn type_on(
-        &self,
-        before: &Record,
-        next: &Record,
-        due: Instant,
-    ) -> Result<Duration, Error> {
-        let typed = matches!(before.event, Event::Key { down: false, code } if types(code))
-            && matches!(next.event, Event::Key { down: true, code } if types(code))
-            // A key that is held repeats, or means another one.
-            && self.held.is_empty();
-        let Pace::Quick(quick) = &self.options.pace else {
-            return Ok(Duration::ZERO);
-        };
-        if !typed {
-            return Ok(Duration::ZERO);
-        }
-        let gap = between(before.at, next.at);
-        let bound = quick.at_most.map(|bound| gap.div_f64(bound));
-        let earliest = Instant::now() + quick.key_gap.max(bound.unwrap_or_default());
-        let mut rest = Stillness::new(quick.key_gap, self.options.rest.busy);
-        loop {
-            rest.sample_processors(&self.guest)?;
-            let now = Instant::now();
-            if now >= due || (now >= earliest && rest.idle(quick.key_gap)) {
-                return Ok(due.saturating_duration_since(now));
-            }
-            sleep_until((now + KEY_SAMPLE).min(due)).await;
-        }
-    }
-
-    /// When a recorded time comes, in a replay that was never late.
-    fn in_time(&self, at: GuestTime) -> Instant {
-        self.begun + between(self.options.start, at).div_f64(self.options.speed)
-    }
-
-    /// Waits until the guest is ready for what comes next, but not before `from`, or it is due.
-    async fn think_quickly(
-        &self,
-        pause: &Pause<'_>,
-        quick: &QuickOptions,
-        from: Instant,
-        due: Instant,
-    ) -> Result<(), Error> {
-        let (_, real) = self.last;
-        let bound = quick.at_most.map(|bound| pause.thought.div_f64(bound));
-        let earliest = from.max(real + quick.floor.max(bound.unwrap_or_default()));
-        if earliest >= due {
-            sleep_until(due).await;
-            return Ok(());
-        }
-        let watched = pause.anchor.is_some() || pause.leads;
-        let mut rest = Stillness::new(
-            quick.rest.max(quick.unanchored_rest),
-            self.options.rest.busy,
-        );
-        let mut shown_since = None;
-        loop {
-            rest.sample(&self.guest)?;
-            let now = Instant::now();
-            let shown = pause.anchor.is_none_or(|anchor| self.shows(anchor));
-            shown_since = shown.then(|| shown_since.unwrap_or(now));
-            let shown_for = shown_since.map(|since| now.duration_since(since));
-            let rested = if watched {
-                // Where something moves for ever, the anchor has to have stood still for as long.
-                rest.at_rest(quick.rest)
-                    || (shown_for >= Some(quick.unanchored_rest)
-                        && rest.idle(quick.unanchored_rest))
-            } else {
-                rest.at_rest(quick.unanchored_rest)
-            };
-            if (shown && rested && now >= earliest) || now >= due {
-                return Ok(());
-            }
-            sleep_until((now + SAMPLE).min(due)).await;
-        }
-    }
-
-    fn shows(&self, anchor: &Anchor) -> bool {
-        let (_, seen) = self.guest.look(|pixels| anchor.matches(pixels).is_match());
-        seen == Some(true)
     }
 
     /// Leaves no key or button down in a guest that is given nothing more.
@@ -330,10 +231,14 @@ impl<G: Guest> Player<G> {
     }
 
     /// Waits for what an interaction was begun on, and counts how that went.
-    async fn await_anchor(&mut self, anchor: &Anchor, at: GuestTime) -> Result<(), Error> {
-        let due = Instant::now();
+    async fn await_anchor(
+        &mut self,
+        anchor: &Anchor,
+        at: GuestTime,
+        due: Instant,
+    ) -> Result<(), Error> {
         let (found, looks) = self.wait(anchor, due + self.ahead).await?;
-        let waited = due.elapsed();
+        let waited = Instant::now().saturating_duration_since(due);
         self.report.waited += waited;
         if found.is_match() {
             self.report.matched += 1;
@@ -444,13 +349,6 @@ fn leads(records: &[Record], act: &Interaction, next: &Interaction) -> bool {
         && records
             .get(act.records.clone())
             .is_some_and(|records| records.iter().all(moves))
-}
-
-/// Whether a key is part of writing text: it makes some, or is one of the Shifts.
-fn types(code: u16) -> bool {
-    const LEFT_SHIFT: u16 = 42;
-    const RIGHT_SHIFT: u16 = 54;
-    Event::makes_text(code) || matches!(code, LEFT_SHIFT | RIGHT_SHIFT)
 }
 
 /// The event that ends what this one began.

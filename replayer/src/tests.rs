@@ -92,6 +92,55 @@ async fn speed_scales_the_thinking_and_not_the_acting() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_timers_oversleep_does_not_add_up() {
+    let records: Vec<Record> = (1..=40).flat_map(|n| stroke(n * 1500, 30)).collect();
+    for speed in [1.0, 4.0] {
+        let guest = Fake::new(&[(ms(0), 1)], RESTLESS).oversleeping(ms(7));
+        let options = Options {
+            speed,
+            ..Options::default()
+        };
+        play(&guest, &records, &options).await;
+        for (stroke, pressed) in (1..).zip(times(&guest).into_iter().step_by(2)) {
+            let thought = 1500 + (stroke - 1) * 1450;
+            let due = (thought as f64 / speed) as u64 + (stroke - 1) * 50;
+            assert!((due..=due + 15).contains(&pressed), "{stroke}: {pressed}");
+        }
+    }
+
+    // A pause that is too short for all of it is cut by a tenth, and a guest that was late stays so.
+    let guest = Fake::new(&[(ms(0), 1), (ms(1300), 2)], RESTLESS).oversleeping(ms(60));
+    let records = [
+        &stroke(500, 30)[..],
+        &stroke(650, 31),
+        &[at(1000, Fake::anchor(2))],
+        &stroke(1000, 32),
+        &stroke(3000, 33),
+    ]
+    .concat();
+    play(&guest, &records, &Options::default()).await;
+    let given = times(&guest);
+    assert!((1300..=1310).contains(&given[4]), "{given:?}");
+    assert!((3300..=3370).contains(&given[6]), "{given:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn input_is_given_sooner_by_what_the_guest_takes_to_have_it() {
+    let records: Vec<Record> = (1..=30).flat_map(|n| stroke(n * 1500, 30)).collect();
+    // No more than that is made up for: a guest that holds its QEMU up is a slow guest.
+    for (takes, late) in [(2, 0), (50, 48)] {
+        let guest = Fake::new(&[(ms(0), 1)], RESTLESS).taking(ms(takes));
+        play(&guest, &records, &Options::default()).await;
+        let given = times(&guest);
+        assert_eq!(given[0], 1500 + takes);
+        for (stroke, pressed) in (1..).zip(given.into_iter().step_by(2)).skip(15) {
+            let due = stroke * 1500 + late;
+            assert!(pressed.abs_diff(due) <= 2, "{stroke}: {pressed}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn it_waits_for_the_screen_and_puts_off_what_follows() {
     // Recorded: the window came at once. Replayed: it is up at 3.2 s.
     let guest = Fake::new(&[(ms(0), 1), (ms(3200), 2)], RESTLESS);

@@ -12,6 +12,7 @@
 //! No goals: the network between sites, generations and their files; recording and replay.
 
 pub mod ahead;
+pub mod alarm;
 mod arriving;
 mod clock;
 mod command_line;

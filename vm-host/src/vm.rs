@@ -289,6 +289,12 @@ impl Vm {
         vcpus::cpu_time(self.pid(), &self.vcpu_threads)
     }
 
+    /// For how long the guest has been running, as far as this connection to QEMU saw it. Counted
+    /// from QEMU's own time stamps, and not from when they were read.
+    pub fn ran_for(&self) -> Duration {
+        self.qmp.stopwatch().elapsed(Instant::now())
+    }
+
     /// What it is doing.
     pub async fn status(&self) -> Result<Status> {
         let info = self.ask("tell its state", commands::QueryStatus {}).await?;
