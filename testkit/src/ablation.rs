@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::session;
+use crate::user::User;
 use moves::Move;
 
 mod kinds;
@@ -208,6 +209,9 @@ impl ImageBytes {
 pub struct Row {
     /// The session, as in [`session::SUITE`].
     pub workload: String,
+    /// Who was recorded.
+    #[serde(default)]
+    pub user: User,
     /// The guest's making.
     pub guest: Guest,
     /// The guest's network.
@@ -263,6 +267,7 @@ impl Row {
 /// Under which conditions a session was replayed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Setting {
+    pub(crate) user: User,
     pub(crate) guest: Guest,
     pub(crate) network: Network,
     pub(crate) mode: Mode,
@@ -271,6 +276,7 @@ pub(crate) struct Setting {
 impl Setting {
     /// What all others are compared with.
     pub(crate) const REFERENCE: Self = Self {
+        user: User::Practised,
         guest: Guest::Friendly,
         network: Network::On,
         mode: Mode::Real,
@@ -284,6 +290,7 @@ impl Setting {
 
     const fn of(row: &Row) -> Self {
         Self {
+            user: row.user,
             guest: row.guest,
             network: row.network,
             mode: row.mode,
@@ -391,22 +398,25 @@ impl Results {
         }
     }
 
-    /// Whether so many repeats of a session with this guest and network are there, at either
-    /// pace: nothing of it is left to measure.
-    pub fn has(&self, workload: &str, guest: Guest, network: Network, repeats: u32) -> bool {
-        Mode::PACES
-            .into_iter()
-            .all(|mode| self.count(workload, guest, network, mode) >= repeats)
-    }
-
-    /// How many rows there are of a session in a setting.
-    pub fn count(&self, workload: &str, guest: Guest, network: Network, mode: Mode) -> u32 {
-        let setting = Setting {
-            guest,
-            network,
-            mode,
-        };
-        u32::try_from(self.of(workload, setting).count()).unwrap_or(u32::MAX)
+    /// Whether so many repeats of a session by this user with this guest and network are there,
+    /// at either pace: nothing of it is left to measure.
+    pub fn has(
+        &self,
+        workload: &str,
+        user: User,
+        guest: Guest,
+        network: Network,
+        repeats: u8,
+    ) -> bool {
+        Mode::PACES.into_iter().all(|mode| {
+            let setting = Setting {
+                user,
+                guest,
+                network,
+                mode,
+            };
+            self.of(workload, setting).count() >= repeats.into()
+        })
     }
 
     /// The rows of a session in a setting, in the order they were measured.

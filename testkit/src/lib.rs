@@ -5,7 +5,7 @@
 //! - [`mounts`]: file systems that only this program sees.
 //! - [`preload`]: faults that no real part makes at will.
 //! - [`qmp`]: a QEMU, asked directly.
-//! - [`robot`]: a person at a VNC viewer; [`session`]: what that person does.
+//! - [`robot`]: a person at a VNC viewer; [`session`]: what that person does; [`user`]: how quickly.
 //! - [`sector`]: guests that need no operating system.
 //! - [`site`]: sites, driven through the command line; [`suite`]: a session recorded at one.
 //! - [`tap`]: two sites, listened in on; [`wire`]: what of that is kept as recordings of the wire.
@@ -22,5 +22,6 @@ pub mod session;
 pub mod site;
 pub mod suite;
 pub mod tap;
+pub mod user;
 pub mod wire;
 pub mod workload;

@@ -30,14 +30,15 @@ use vnc::{
     X11Event,
 };
 
+use crate::user::User;
 use canvas::Canvas;
 pub use canvas::Region;
 pub use keys::Chord;
 use keys::SHIFT;
 
-/// From one key to the next: a practised typist's 150 words a minute.
-pub const KEY_SPACING: Duration = Duration::from_millis(80);
-/// How long a key or button is held.
+/// From one click of the wheel to the next.
+pub const CLICK_SPACING: Duration = Duration::from_millis(80);
+/// How long a button is held.
 const HOLD: Duration = Duration::from_millis(30);
 /// Between the events of a moving pointer.
 const MOVE_SPACING: Duration = Duration::from_millis(16);
@@ -136,6 +137,7 @@ pub struct Robot {
     buttons: u8,
     /// How many pixels had changed, by the canvas's count, when the last action began.
     mark: u64,
+    user: User,
 }
 
 impl Robot {
@@ -172,6 +174,7 @@ impl Robot {
             pointer: (0, 0),
             buttons: 0,
             mark: 0,
+            user: User::default(),
         };
         let limit = FIRST_PICTURE_LIMIT;
         match robot.wait(limit, |canvas, _| canvas.is_whole()).await? {
@@ -181,6 +184,11 @@ impl Robot {
                 limit,
             }),
         }
+    }
+
+    /// Types from now on as this user does.
+    pub fn set_user(&mut self, user: User) {
+        self.user = user;
     }
 
     /// Moves the pointer there, along a line, faster in the middle than at the ends.
@@ -250,7 +258,7 @@ impl Robot {
         for _ in 0..clicks {
             self.hold(turn)?;
             self.release(turn)?;
-            tokio::time::sleep(KEY_SPACING).await;
+            tokio::time::sleep(CLICK_SPACING).await;
         }
         Ok(())
     }
@@ -278,19 +286,20 @@ impl Robot {
             self.key_event(*modifier, true)?;
             // Shift comes just before; the others are found first.
             let before = if *modifier == SHIFT {
-                HOLD
+                self.user.hold()
             } else {
-                KEY_SPACING
+                self.user.key_spacing()
             };
             tokio::time::sleep(before).await;
         }
         self.key_event(chord.key, true)?;
-        tokio::time::sleep(HOLD).await;
+        tokio::time::sleep(self.user.hold()).await;
         self.key_event(chord.key, false)?;
         for modifier in chord.modifiers.iter().rev() {
             self.key_event(*modifier, false)?;
         }
-        tokio::time::sleep(KEY_SPACING.saturating_sub(HOLD)).await;
+        let rest = self.user.key_spacing().saturating_sub(self.user.hold());
+        tokio::time::sleep(rest).await;
         Ok(())
     }
 

@@ -31,6 +31,7 @@ use thiserror::Error;
 
 use crate::robot::keys::Chord;
 use crate::robot::{self, Button, Region, Robot, RobotError, Waited};
+use crate::user::User;
 
 /// A quarter of a minute in a terminal and an editor, for tests.
 pub const SHORT: &str = include_str!("../sessions/short.txt");
@@ -94,6 +95,7 @@ enum Step {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Session {
     steps: Vec<(usize, Step)>,
+    user: User,
 }
 
 /// A line of a session that can't be followed.
@@ -139,6 +141,12 @@ impl Session {
             .map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))
     }
 
+    /// The same, done by this user; without it, by a practised one.
+    #[must_use]
+    pub fn by(self, user: User) -> Self {
+        Self { user, ..self }
+    }
+
     /// What it takes if the guest answers everything at once: typing, moving and thinking. Waits
     /// for the guest count with the quiet that they end with.
     pub fn nominal(&self) -> Duration {
@@ -151,12 +159,12 @@ impl Session {
                 | Step::Changed { .. }
                 | Step::Learn(..)
                 | Step::Shows { .. } => Duration::ZERO,
-                Step::Think(time) => *time,
+                Step::Think(time) => self.user.think(*time),
                 Step::Since(time) => time.saturating_sub(since_action),
                 Step::Quiet { quiet, .. } => *quiet,
-                Step::Type(text) => robot::KEY_SPACING * text.len() as u32,
-                Step::Wheel { clicks, .. } => robot::KEY_SPACING * *clicks,
-                Step::Key(_) => robot::KEY_SPACING,
+                Step::Type(text) => self.user.key_spacing() * text.len() as u32,
+                Step::Wheel { clicks, .. } => robot::CLICK_SPACING * *clicks,
+                Step::Key(_) => self.user.key_spacing(),
                 Step::Move(..) | Step::Click(..) | Step::DoubleClick(..) | Step::Drag(..) => {
                     POINTER_TRAVEL
                 }
@@ -223,7 +231,10 @@ impl FromStr for Session {
             }
             steps.extend(parsed.into_iter().map(|step| (number, step)));
         }
-        Ok(Self { steps })
+        Ok(Self {
+            steps,
+            user: User::default(),
+        })
     }
 }
 
@@ -411,6 +422,7 @@ impl Session {
         looks: Option<&Path>,
         mut told: impl FnMut(Duration, &str),
     ) -> Result<Played, RobotError> {
+        robot.set_user(self.user);
         let begun = Instant::now();
         let mut acted = begun;
         let mut played = Played::default();
@@ -419,6 +431,10 @@ impl Session {
             let waited = match step {
                 Step::Since(time) => {
                     tokio::time::sleep(time.saturating_sub(acted.elapsed())).await;
+                    Waited::Happened
+                }
+                Step::Think(time) => {
+                    tokio::time::sleep(self.user.think(*time)).await;
                     Waited::Happened
                 }
                 Step::Say(text) => {
@@ -464,7 +480,12 @@ fn save(robot: &Robot, path: &Path) {
 async fn act(robot: &mut Robot, step: &Step) -> Result<Waited, RobotError> {
     match step {
         // Their caller sees to these.
-        Step::Say(_) | Step::Look(_) | Step::Since(_) | Step::Learn(..) | Step::Shows { .. } => {}
+        Step::Say(_)
+        | Step::Look(_)
+        | Step::Think(_)
+        | Step::Since(_)
+        | Step::Learn(..)
+        | Step::Shows { .. } => {}
         Step::Move(x, y) => robot.move_to(*x, *y).await?,
         Step::Click(x, y, button) => robot.click(*x, *y, *button).await?,
         Step::DoubleClick(x, y) => robot.double_click(*x, *y).await?,
@@ -472,7 +493,6 @@ async fn act(robot: &mut Robot, step: &Step) -> Result<Waited, RobotError> {
         Step::Wheel { x, y, turn, clicks } => robot.wheel(*x, *y, *turn, *clicks).await?,
         Step::Type(text) => robot.type_text(text).await?,
         Step::Key(chord) => robot.key(chord).await?,
-        Step::Think(time) => tokio::time::sleep(*time).await,
         Step::Quiet {
             region,
             quiet,
@@ -493,8 +513,11 @@ mod tests {
     fn the_sessions_that_come_along_can_be_played() {
         for (name, _) in SUITE {
             let session = Session::named(name).unwrap();
-            let nominal = session.nominal().as_secs();
-            assert!((60..180).contains(&nominal), "{name} takes {nominal} s");
+            for (user, limit) in [(User::Practised, 180), (User::Ordinary, 240)] {
+                let nominal = session.clone().by(user).nominal().as_secs();
+                println!("{name} {user} {nominal}");
+                assert!((60..limit).contains(&nominal), "{name} takes {nominal} s");
+            }
             let looks = |(_, step): &(usize, Step)| matches!(step, Step::Look(_));
             assert!(
                 session.steps.last().is_some_and(looks),
@@ -509,8 +532,21 @@ mod tests {
         let text = "type \"abcde\"\nthink 1s\nsince 3s\nquiet 500ms 60s\nsince 2s\nchanged 9s";
         let session: Session = text.parse().unwrap();
         // Five keys, three seconds after them, half a second; the second `since` is over by then.
-        let expected = 5 * robot::KEY_SPACING + Duration::from_millis(3500);
-        assert_eq!(session.nominal(), expected);
+        let expected = |user: User| 5 * user.key_spacing() + Duration::from_millis(3500);
+        assert_eq!(session.nominal(), expected(User::Practised));
+        // A pause after the last action is as long whoever acts.
+        assert_eq!(
+            session.by(User::Ordinary).nominal(),
+            expected(User::Ordinary)
+        );
+    }
+
+    #[test]
+    fn an_ordinary_user_prepares_for_each_step() {
+        let session: Session = "think 500ms\nthink 2s".parse().unwrap();
+        assert_eq!(session.nominal(), Duration::from_millis(2500));
+        let slower = session.by(User::Ordinary).nominal();
+        assert_eq!(slower, Duration::from_millis(3350));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::words::{
 use super::{BASE, Error, Guest, Mode, Network, REPLAY, Results, Row, Setting, Spread, TWIN};
 use super::{kinds, moves};
 use crate::session::SUITE;
+use crate::user::User;
 
 /// By how much less than `base` a replay is to send in the median over the sessions, in percent.
 const AIM_MEDIAN: f64 = 90.0;
@@ -29,6 +30,7 @@ pub fn markdown(results: &Results) -> String {
         head(results),
         against_base(results),
         quick(results),
+        ordinary_users(results),
         settings(results),
         failed(results),
         moves::markdown(results),
@@ -168,10 +170,24 @@ fn against_base(results: &Results) -> String {
 }
 
 fn quick(results: &Results) -> String {
-    let mut text = "### Quick against real time\n\nThe same guests and recordings. *Bytes* are \
-                    those of a quick replay with a twin, as a multiple of what the replay at the \
-                    recorded pace sends in the same repeat.\n\n"
-        .to_owned();
+    "### Quick against real time\n\nThe same guests and recordings, of a user who types 150 words a minute and pauses \
+     for half a second to one. *Bytes* are those of a quick replay with a twin, as a multiple of what the replay at the \
+     recorded pace sends in the same repeat.\n\n"
+        .to_owned()
+        + &quick_table(results, User::Practised)
+}
+
+fn ordinary_users(results: &Results) -> String {
+    "### Quick against real time, of an ordinary user\n\nThe same sessions and guests, recorded anew of a user who is as \
+     quick as the [Keystroke-Level Model](https://doi.org/10.1145/358886.358895)'s average skilled typist: 200 ms a \
+     key, and 1.35 s at least for each pause.\n\n"
+        .to_owned()
+        + &quick_table(results, User::Ordinary)
+}
+
+fn quick_table(results: &Results, user: User) -> String {
+    let with = |setting| Setting { user, ..setting };
+    let (real_pace, quick_pace) = (with(Setting::REFERENCE), with(Setting::QUICK));
     let mut table = Table::new(
         1,
         &[
@@ -186,18 +202,16 @@ fn quick(results: &Results) -> String {
     );
     let (mut times, mut ratios) = (Vec::new(), Vec::new());
     for workload in results.workloads() {
-        let quick = |figure: fn(&Row) -> f64| {
-            results.spread(workload, Setting::QUICK, |row| Some(figure(row)))
-        };
-        let real = |figure: fn(&Row) -> f64| {
-            results.spread(workload, Setting::REFERENCE, |row| Some(figure(row)))
-        };
+        let quick =
+            |figure: fn(&Row) -> f64| results.spread(workload, quick_pace, |row| Some(figure(row)));
+        let real =
+            |figure: fn(&Row) -> f64| results.spread(workload, real_pace, |row| Some(figure(row)));
         let recorded = |row: &Row| row.recorded_seconds;
-        let time = results.spread(workload, Setting::QUICK, |row| {
+        let time = results.spread(workload, quick_pace, |row| {
             (row.recorded_seconds > 0.0).then(|| row.seconds / row.recorded_seconds * 100.0)
         });
-        let bytes = results.spread(workload, Setting::QUICK, |row| {
-            let mut reals = results.of(workload, Setting::REFERENCE);
+        let bytes = results.spread(workload, quick_pace, |row| {
+            let mut reals = results.of(workload, real_pace);
             let real = reals.find(|real| real.repeat == row.repeat)?;
             ratio(sent(row, TWIN)?, sent(real, TWIN)?)
         });
@@ -213,7 +227,7 @@ fn quick(results: &Results) -> String {
             spread(quick(|row| row.missed as f64), tenths, ""),
         ]);
     }
-    text += &table.text();
+    let mut text = table.text();
     text.push('\n');
     text += &at_most("Time", &times, AIM_TIME, percent_of, percents);
     text += &at_most("Bytes", &ratios, AIM_QUICK_BYTES, multiple, multiples);
@@ -269,6 +283,7 @@ fn settings(results: &Results) -> String {
         for network in Network::ALL {
             for mode in Mode::PACES {
                 let setting = Setting {
+                    user: User::Practised,
                     guest,
                     network,
                     mode,
@@ -334,6 +349,7 @@ fn failed(results: &Results) -> String {
         for guest in Guest::ALL {
             for network in Network::ALL {
                 let setting = Setting {
+                    user: User::Practised,
                     guest,
                     network,
                     mode: Mode::Failed,

@@ -17,6 +17,7 @@ fn row(workload: &str, setting: Setting, repeat: u32, replay: u64, twin: u64) ->
     let bytes = [(BASE, 1_000_000), (REPLAY, replay), (TWIN, twin)];
     Row {
         workload: workload.to_owned(),
+        user: setting.user,
         guest: setting.guest,
         network: setting.network,
         mode: setting.mode,
@@ -155,8 +156,15 @@ fn a_combination_is_complete_with_all_repeats_at_both_paces() {
         row("files", FAILED, 1, 7, 5),
         row("files", FAILED, 2, 7, 5),
     ]);
-    let has =
-        |results: &Results, repeats| results.has("files", Guest::Friendly, Network::On, repeats);
+    let has = |results: &Results, repeats| {
+        results.has(
+            "files",
+            User::Practised,
+            Guest::Friendly,
+            Network::On,
+            repeats,
+        )
+    };
     assert!(has(&results, 1));
     assert!(!has(&results, 2));
     results.push(row("files", QUICK, 1, 8, 6));
@@ -164,9 +172,9 @@ fn a_combination_is_complete_with_all_repeats_at_both_paces() {
     assert_eq!(results.rows.len(), 6);
     results.push(row("files", QUICK, 2, 8, 6));
     assert!(has(&results, 2));
-    assert!(!results.has("files", Guest::Ordinary, Network::On, 1));
-    assert!(!results.has("files", Guest::Friendly, Network::Off, 1));
-    assert!(!results.has("writing", Guest::Friendly, Network::On, 1));
+    assert!(!results.has("files", User::Practised, Guest::Ordinary, Network::On, 1));
+    assert!(!results.has("files", User::Practised, Guest::Friendly, Network::Off, 1));
+    assert!(!results.has("writing", User::Practised, Guest::Friendly, Network::On, 1));
 }
 
 #[test]
@@ -349,6 +357,31 @@ fn kinds_are_medians_summed_over_sessions() {
     assert_eq!(line(&text, part, "together")[1], "2,000");
     assert!(text.find("| anonymous |") < text.find("| slab |"));
     assert!(text.contains("Over 2 sessions; not measured: drawing."));
+}
+
+#[test]
+fn what_an_ordinary_user_did_is_compared_with_itself() {
+    let ordinary = |setting| Setting {
+        user: User::Ordinary,
+        ..setting
+    };
+    let results = of([
+        row("writing", REAL, 1, 0, 100_000),
+        row("writing", QUICK, 1, 0, 150_000),
+        row("writing", ordinary(REAL), 1, 0, 400_000),
+        row("writing", ordinary(QUICK), 1, 0, 480_000),
+    ]);
+    assert_eq!(results.rows.len(), 4);
+    assert!(results.has("writing", User::Ordinary, Guest::Friendly, Network::On, 1));
+    assert!(!results.has("writing", User::Ordinary, Guest::Ordinary, Network::On, 1));
+    let text = markdown(&results);
+    let cell = |part, cell: usize| line(&text, part, "writing")[cell].clone();
+    assert_eq!(cell("### Bytes against", 4), "100,000");
+    assert_eq!(cell("### Quick against real time\n", 5), "×1.50");
+    assert_eq!(
+        cell("### Quick against real time, of an ordinary user", 5),
+        "×1.20"
+    );
 }
 
 #[test]

@@ -25,6 +25,7 @@ use testkit::ablation::{
 use testkit::session::Session;
 use testkit::site::{self, Site};
 use testkit::suite::{self, Kept};
+use testkit::user::User;
 
 /// The workloads of the table; the demo's session is much as the reference's.
 const WORKLOADS: [&str; 7] = [
@@ -55,6 +56,9 @@ struct Options {
     /// Only with a network card, or without
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["on", "off"])]
     networks: Vec<NetworkArg>,
+    /// Only these users
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["practised"])]
+    users: Vec<User>,
     /// Replays of each recording and pace
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=9))]
     repeats: u8,
@@ -78,6 +82,26 @@ struct Options {
     report_only: bool,
 }
 
+impl Options {
+    /// What is asked for, in the order in which it is measured.
+    fn settings(&self) -> Vec<Setting<'_>> {
+        let mut settings = Vec::new();
+        for user in &self.users {
+            for network in &self.networks {
+                for guest in &self.guests {
+                    settings.extend(self.workloads.iter().map(|workload| Setting {
+                        workload,
+                        user: *user,
+                        guest: (*guest).into(),
+                        network: (*network).into(),
+                    }));
+                }
+            }
+        }
+        settings
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum GuestArg {
     /// Chance is taken out
@@ -94,9 +118,28 @@ enum NetworkArg {
     Off,
 }
 
+impl From<GuestArg> for Guest {
+    fn from(guest: GuestArg) -> Self {
+        match guest {
+            GuestArg::Friendly => Self::Friendly,
+            GuestArg::Ordinary => Self::Ordinary,
+        }
+    }
+}
+
+impl From<NetworkArg> for Network {
+    fn from(network: NetworkArg) -> Self {
+        match network {
+            NetworkArg::On => Self::On,
+            NetworkArg::Off => Self::Off,
+        }
+    }
+}
+
 /// One recording.
 struct Setting<'a> {
     workload: &'a str,
+    user: User,
     guest: Guest,
     network: Network,
 }
@@ -130,48 +173,40 @@ async fn measure(options: &Options, results: &mut Results) -> anyhow::Result<()>
     make_dir(&options.captures)?;
     // What the last recording's first replay left, for the next one's failed replay.
     let mut last: Option<PathBuf> = None;
-    for network in &options.networks {
-        for guest in &options.guests {
-            for workload in &options.workloads {
-                let setting = Setting {
-                    workload,
-                    guest: match guest {
-                        GuestArg::Friendly => Guest::Friendly,
-                        GuestArg::Ordinary => Guest::Ordinary,
-                    },
-                    network: match network {
-                        NetworkArg::Off => Network::Off,
-                        NetworkArg::On => Network::On,
-                    },
-                };
-                let repeats = u32::from(options.repeats);
-                if results.has(workload, setting.guest, setting.network, repeats) {
-                    println!("{}: measured already", setting.name());
-                    continue;
-                }
-                println!("{}", setting.name());
-                let capture = options.captures.join(setting.name());
-                remove_dir(&capture)?;
-                let rows = setting
-                    .measure(&program, &capture, options.repeats, last.as_deref())
-                    .await;
-                let rows = match rows {
-                    Ok(rows) => rows,
-                    Err(error) => {
-                        remove_dir(&capture)?;
-                        return Err(error.context(setting.name()));
-                    }
-                };
-                for row in rows {
-                    results.push(row);
-                }
-                results.save(&options.out)?;
-                if let Some(keep) = &options.keep {
-                    keep_capture(&capture, &keep.join(setting.name()))?;
-                }
-                last = Some(keep_one(&options.captures, &capture)?);
-            }
+    for setting in options.settings() {
+        if results.has(
+            setting.workload,
+            setting.user,
+            setting.guest,
+            setting.network,
+            options.repeats,
+        ) {
+            println!("{}: measured already", setting.name());
+            continue;
         }
+        println!("{}", setting.name());
+        let capture = options.captures.join(setting.name());
+        remove_dir(&capture)?;
+        // How much a failed replay costs does not depend on who was recorded.
+        let other = last.as_deref().filter(|_| setting.user == User::Practised);
+        let rows = setting
+            .measure(&program, &capture, options.repeats, other)
+            .await;
+        let rows = match rows {
+            Ok(rows) => rows,
+            Err(error) => {
+                remove_dir(&capture)?;
+                return Err(error.context(setting.name()));
+            }
+        };
+        for row in rows {
+            results.push(row);
+        }
+        results.save(&options.out)?;
+        if let Some(keep) = &options.keep {
+            keep_capture(&capture, &keep.join(setting.name()))?;
+        }
+        last = Some(keep_one(&options.captures, &capture)?);
     }
     remove_dir(&options.captures)?;
     while results.moves.len() < options.moves {
@@ -251,7 +286,11 @@ impl Setting<'_> {
             Network::Off => "-without-network",
             Network::On => "",
         };
-        format!("{}-{guest}{network}", self.workload)
+        let user = match self.user {
+            User::Practised => "",
+            User::Ordinary => "-ordinary-user",
+        };
+        format!("{}-{guest}{network}{user}", self.workload)
     }
 
     async fn measure(
@@ -261,7 +300,7 @@ impl Setting<'_> {
         repeats: u8,
         other: Option<&Path>,
     ) -> anyhow::Result<Vec<Row>> {
-        let session = Session::named(self.workload)?;
+        let session = Session::named(self.workload)?.by(self.user);
         let temporary = tempfile::tempdir().context("cannot make a folder for the site")?;
         let site = Site::new(program, "ablation", temporary.path().join("site"));
         let guest = suite::Guest {
@@ -337,6 +376,7 @@ impl Setting<'_> {
             .context("`bench reconcile` does not say how far a replay diverged")?;
         Ok(Row {
             workload: self.workload.to_owned(),
+            user: self.user,
             guest: self.guest,
             network: self.network,
             mode,

@@ -11,6 +11,7 @@ use clap::Parser;
 use testkit::session::Session;
 use testkit::site::{self, Site};
 use testkit::suite::{self, Guest, Kept};
+use testkit::user::User;
 
 /// Records a session of a robot at a real desktop, and captures its states.
 #[derive(Parser)]
@@ -19,6 +20,9 @@ struct Options {
     /// What the user does: the name of a session of the suite, or a file
     #[arg(long, default_value = "demo")]
     session: String,
+    /// Who does it
+    #[arg(long, value_enum, default_value_t)]
+    user: User,
     /// The capture's folder, to be made
     #[arg(long, value_name = "DIR", required_unless_present = "record_only")]
     out: Option<PathBuf>,
@@ -63,7 +67,7 @@ async fn main() -> ExitCode {
 
 async fn run(options: &Options) -> anyhow::Result<()> {
     let program = site::program()?;
-    let session = Session::named(&options.session)?;
+    let session = Session::named(&options.session)?.by(options.user);
     if let Some(out) = options.out.as_ref().filter(|out| out.exists()) {
         bail!("{} is there already", out.display());
     }

@@ -45,7 +45,8 @@ struct Options {
     /// Where to put everything
     #[arg(long, default_value = "target/demo", value_name = "DIR")]
     out: PathBuf,
-    /// With a guest that chance is taken out of, see `vm create --replay-friendly`
+    /// With a guest that chance is taken out of, see `vm create --replay-friendly` and
+    /// `record --long-turns`
     #[arg(long)]
     replay_friendly: bool,
     /// When the sites replay [default: while the user works]
@@ -104,10 +105,21 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
     let created = Instant::now();
     sites.a.json(&["vm", "start", VM]).await?;
     println!("runs after {:.1} s", created.elapsed().as_secs_f64());
-    let recorder = sites.a.record(VM).await?;
+    // Whoever takes chance out of a guest takes what long turns take out, too.
+    let turns: &[&str] = if options.replay_friendly {
+        &["--long-turns"]
+    } else {
+        &[]
+    };
+    let recorder = sites.a.record_with(VM, turns).await?;
     println!(
-        "recorded on top of generation {}",
-        recorder.begun["generation"]
+        "recorded on top of generation {}{}",
+        recorder.begun["generation"],
+        if turns.is_empty() {
+            ""
+        } else {
+            ", its programs taking long turns"
+        }
     );
     for (name, agent) in [("b", &agents[0]), ("c", &agents[1])] {
         sites.a.trust(name, agent.addr, &agent.key).await?;
