@@ -48,6 +48,8 @@ pub(crate) struct Fake {
     oversleeps: Duration,
     /// How long it takes until it has what it is given.
     takes: Duration,
+    /// For how long it ran before it was made.
+    ran_for: Duration,
     pub(crate) given: Mutex<Vec<Given>>,
     pub(crate) calls: Mutex<usize>,
 }
@@ -63,6 +65,7 @@ impl Fake {
             framed: false,
             oversleeps: Duration::ZERO,
             takes: Duration::ZERO,
+            ran_for: Duration::ZERO,
             given: Mutex::default(),
             calls: Mutex::default(),
         }
@@ -93,6 +96,11 @@ impl Fake {
     /// At which whoever waits for a moment oversleeps by so much.
     pub(crate) fn oversleeping(self, oversleeps: Duration) -> Self {
         Self { oversleeps, ..self }
+    }
+
+    /// One that ran for so long before it was replayed to.
+    pub(crate) fn having_run_for(self, ran_for: Duration) -> Self {
+        Self { ran_for, ..self }
     }
 
     /// Which has what it is given so much later.
@@ -270,7 +278,7 @@ impl Guest for &Fake {
     }
 
     fn ran_for(&self) -> Duration {
-        Duration::ZERO
+        self.ran_for
     }
 
     async fn until(&self, at: Instant) {

@@ -4,8 +4,8 @@
 //! second later. Input given by the clock alone would go into the wrong window. So before each
 //! interaction the replayer waits until its recorded time has come *and* the screen around it
 //! shows what it showed then (its anchor), up to a limit; what comes later is put off by as
-//! much. Within an interaction the rhythm is kept exactly, as double clicks and repeated keys
-//! depend on it.
+//! much. Within an interaction the rhythm is kept, as double clicks and repeated keys
+//! depend on it; only typing may be quicker, at a quick pace.
 //!
 //! At a quick pace ([`Pace::Quick`]) the recorded time need not have come: it is enough that the
 //! guest has come to rest and the screen shows what it showed. What a quick replay gained is

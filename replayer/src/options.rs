@@ -14,7 +14,7 @@ pub struct Options {
     pub speed: f64,
     /// Whether think time is waited out.
     pub pace: Pace,
-    /// The guest's time when the replay begins.
+    /// The guest's time when it began to run.
     pub start: GuestTime,
     /// How long an interaction that is due waits for its anchor; then it goes on, and that is
     /// counted as a miss.

@@ -142,7 +142,9 @@ impl<G: Guest> Player<G> {
         };
         let steady = self.think(&pause).await?;
         if let Some(anchor) = pause.anchor {
-            let due = steady.unwrap_or_else(Instant::now);
+            // Where it is overdue, the guest has its time for the screen all the same.
+            let now = Instant::now();
+            let due = steady.map_or(now, |start| start.max(now));
             self.await_anchor(anchor, act.start, due).await?;
         }
         if self.report.diverged.is_some() {
@@ -178,9 +180,7 @@ impl<G: Guest> Player<G> {
             let (batch, rest) = left.split_at(count.max(1));
             self.inject(batch).await?;
             if waited && batch.len() == 1 {
-                // The mean of the last eight or so.
-                let took = begin.elapsed().min(MAX_LEAD);
-                self.lead = (self.lead * 7 + took) / 8;
+                self.learn_lead(first, begin.elapsed());
             }
             before = batch.last();
             left = rest;
@@ -192,6 +192,26 @@ impl<G: Guest> Player<G> {
         self.report.saved += sooner;
         self.report.interactions += 1;
         Ok(true)
+    }
+
+    /// Learns from an event how long it takes until QEMU has one: the mean of the last eight or so.
+    ///
+    /// Not from a wheel's click, which is two reports, nor at a quick pace, whose times are others
+    /// anyway.
+    fn learn_lead(&mut self, record: &Record, took: Duration) {
+        let one_report = matches!(
+            record.event,
+            Event::Key { .. } | Event::Button { .. } | Event::Pointer { .. }
+        );
+        if !one_report || matches!(self.options.pace, Pace::Quick(_)) {
+            return;
+        }
+        let took = took.min(MAX_LEAD);
+        self.lead = if self.lead.is_zero() {
+            took
+        } else {
+            (self.lead * 7 + took) / 8
+        };
     }
 
     /// Leaves no key or button down in a guest that is given nothing more.
@@ -325,6 +345,7 @@ impl<G: Guest> Player<G> {
         sleep_until(wanted.min(Instant::now() + limit)).await;
         // Also where the limit cut it short: that much of the recorded time is over.
         self.last = (recorded.max(until), Instant::now().min(wanted));
+        self.pace = self.last;
     }
 
     pub(crate) async fn settle(&mut self) -> Result<ReplayReport, Error> {

@@ -3,8 +3,8 @@
 //! Why: what a migration replays is what a person did, with the rhythm a person has. A robot
 //! that jumps with the pointer and types at once would make logs, and replays, of another kind.
 //!
-//! Promises: the pointer travels, at about 60 moves a second; keys are [`KEY_SPACING`] apart,
-//! and Shift is pressed and released as on a keyboard; waiting is for what the screen shows,
+//! Promises: the pointer travels, at about 60 moves a second; keys are as far apart as a
+//! [`User`] has them, and Shift is pressed and released as on a keyboard; waiting is for what the screen shows,
 //! with a limit, besides the time that a person thinks. What is to be done stands in a
 //! [`Session`](crate::session::Session).
 //!

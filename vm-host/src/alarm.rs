@@ -62,6 +62,7 @@ mod tests {
             until(at).await;
             assert!(Instant::now() >= at);
         }
+        assert!(arm(Instant::now() + Duration::from_secs(1)).is_ok());
         let past = Instant::now();
         until(past).await;
     }

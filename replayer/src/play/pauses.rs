@@ -37,7 +37,9 @@ impl<G: Guest> Player<G> {
         let (_, real) = self.last;
         // What is held repeats or drags meanwhile: that is no thinking.
         if !self.held.is_empty() {
-            return Ok(Some(self.rest_until(pause, real + pause.thought).await));
+            let at = real + pause.thought;
+            self.pace = (pause.until, at);
+            return Ok(Some(self.rest_until(pause, at).await));
         }
         let due = real + pause.thought.div_f64(self.options.speed);
         let steady = match &self.options.pace {
@@ -58,7 +60,7 @@ impl<G: Guest> Player<G> {
         let mut over = Instant::now();
         let mut start = None;
         if steady {
-            over = due;
+            over = over.max(due);
             let caught_up = self.caught_up(pause, due);
             start = Some(self.rest_until(pause, caught_up).await);
         }
@@ -123,7 +125,7 @@ impl<G: Guest> Player<G> {
                 return Ok(due.saturating_duration_since(now));
             }
             let next = if now < earliest { earliest } else { due };
-            sleep_until((now + KEY_SAMPLE).min(next)).await;
+            sleep_until((now + KEY_SAMPLE).min(next).min(due)).await;
         }
     }
 
@@ -141,11 +143,15 @@ impl<G: Guest> Player<G> {
     /// When a pause ends of which so much is cut as the replay is late, if that is not much.
     fn caught_up(&self, pause: &Pause<'_>, due: Instant) -> Instant {
         let (_, real) = self.last;
-        let least = pause
-            .thought
-            .div_f64(self.options.speed)
-            .mul_f64(KEPT_OF_PAUSE);
-        due.min(self.paced(pause.until).max(real + least))
+        let thought = pause.thought.div_f64(self.options.speed);
+        // Two clicks are not to become a double-click.
+        if thought < QuickOptions::default().floor {
+            return due;
+        }
+        due.min(
+            self.paced(pause.until)
+                .max(real + thought.mul_f64(KEPT_OF_PAUSE)),
+        )
     }
 
     /// Waits until the guest is ready for what comes next, but not before `from`, or it is due.

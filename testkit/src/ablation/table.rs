@@ -171,7 +171,7 @@ fn against_base(results: &Results) -> String {
 
 fn quick(results: &Results) -> String {
     "### Quick against real time\n\nThe same guests and recordings, of a user who types 150 words a minute and pauses \
-     for half a second to one. *Bytes* are those of a quick replay with a twin, as a multiple of what the replay at the \
+     for half a second to four. *Bytes* are those of a quick replay with a twin, as a multiple of what the replay at the \
      recorded pace sends in the same repeat.\n\n"
         .to_owned()
         + &quick_table(results, User::Practised)

@@ -99,6 +99,7 @@ async fn record(options: &Options, site: &Site, session: &Session) -> anyhow::Re
     let recording = suite::record(site, session, guest, &kept).await?;
     let mut report = serde_json::to_value(&recording)?;
     report["session"] = options.session.clone().into();
+    report["user"] = options.user.to_string().into();
     println!("{}", serde_json::to_string_pretty(&report)?);
     Ok(())
 }
