@@ -215,6 +215,9 @@ fn quick_table(results: &Results, user: User) -> String {
             let real = reals.find(|real| real.repeat == row.repeat)?;
             ratio(sent(row, TWIN)?, sent(real, TWIN)?)
         });
+        if user != User::Practised && real(recorded).or_else(|| quick(recorded)).is_none() {
+            continue;
+        }
         times.extend(time.map(|time| (workload, time.median)));
         ratios.extend(bytes.map(|bytes| (workload, bytes.median)));
         table.line(&[

@@ -375,6 +375,7 @@ fn what_an_ordinary_user_did_is_compared_with_itself() {
     assert!(results.has("writing", User::Ordinary, Guest::Friendly, Network::On, 1));
     assert!(!results.has("writing", User::Ordinary, Guest::Ordinary, Network::On, 1));
     let text = markdown(&results);
+    assert_eq!(text.matches("| files |").count(), 0);
     let cell = |part, cell: usize| line(&text, part, "writing")[cell].clone();
     assert_eq!(cell("### Bytes against", 4), "100,000");
     assert_eq!(cell("### Quick against real time\n", 5), "×1.50");
