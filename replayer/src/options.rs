@@ -88,7 +88,7 @@ impl Default for QuickOptions {
     /// QEMU needs to show anything, so 400 ms of rest are the end of it, unless it waits for a
     /// timer, and the anchor tells that. Where there is no anchor, a second is what also ends an
     /// interaction in the recording. Keys that are held begin to repeat after 250 ms at the
-    /// earliest (Windows; X11 after 500 or 660).
+    /// earliest (Windows; X11 after 500 or 660, unless the user says otherwise).
     fn default() -> Self {
         Self {
             at_most: None,

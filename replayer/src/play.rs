@@ -25,9 +25,9 @@ use pauses::Pause;
 /// Events due within this of each other go to QEMU together: its clock for input is no finer.
 const TOGETHER: Duration = Duration::from_millis(1);
 
-/// Up to this much a replay that is late catches up: no guest is slower by so little, but a timer
-/// or a processor that was busy. Left alone it would add up, to a hundredth of a second or two in a
-/// minute of typing, and so much later the guest's programs would note all that comes.
+/// Up to this much a replay that is late catches up: a guest that is slow enough to need more time
+/// is later than that. Left alone what timers oversleep would add up, to a hundredth of a second or
+/// two in a minute of typing, and so much later the guest's programs would note all that comes.
 const CATCH_UP: Duration = Duration::from_millis(100);
 /// QEMU takes input in within this time, unless its guest holds it up.
 const MAX_LEAD: Duration = Duration::from_millis(2);

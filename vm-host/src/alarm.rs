@@ -1,4 +1,4 @@
-//! Waiting for a moment, to within tens of microseconds.
+//! Waiting for a moment, mostly to within a tenth of a millisecond.
 //!
 //! Tokio's timers count whole milliseconds and are late by up to one. A guest notes when its input
 //! came, and most programs do so in milliseconds: input that is late by one leaves other times

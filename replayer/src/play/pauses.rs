@@ -13,7 +13,7 @@ use crate::{Error, Pace, QuickOptions};
 /// Of a pause, what is always left when catching up.
 const KEPT_OF_PAUSE: f64 = 0.9;
 
-/// How long before a pause ends the screen is looked at: a look takes about a millisecond.
+/// How long before a pause ends the screen is looked at, so that looking puts nothing off.
 const LOOK_AHEAD: Duration = Duration::from_millis(5);
 /// How often to look whether a typed key has been taken in.
 const KEY_SAMPLE: Duration = Duration::from_millis(4);

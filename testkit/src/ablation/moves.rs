@@ -68,7 +68,7 @@ impl Move {
 
 /// The part of the section that says what a move takes.
 pub(super) fn markdown(results: &Results) -> String {
-    let mut text = "### While the user works\n\nThe demo's session in a replay-friendly guest, followed by the target and \
+    let mut text = "### While the user works\n\nThe demo's session in a replay-friendly guest, recorded with long turns, followed by the target and \
                     moved over 10 Mbit/s with 50 ms of delay each way; all images compared. *Usable*: from the user's \
                     \"go\" until the VM runs at the target. *Following*: of one of the target's processors, and its memory.\n\n"
         .to_owned();
