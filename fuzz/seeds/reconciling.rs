@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use reconciler::{
-    Codec, EncodeOptions, ImageTree, Layout, Offer, OfferOptions, PAGE_SIZE, Page, PageDelta,
-    PageIndex, PageSet, Processes, Rearrangement, References, Salt, SlicePages, Space, StreamId,
-    encode_pages,
+    Codec, EncodeOptions, ImageTree, Known, Layout, Offer, OfferOptions, PAGE_SIZE, Page,
+    PageDelta, PageIndex, PageSet, Processes, Rearrangement, References, Salt, SlicePages, Space,
+    StreamId, encode_pages,
 };
 
 use crate::images::tree;
@@ -35,6 +35,12 @@ pub(crate) fn reconciling(corpus: &Path) -> Result<()> {
     // What the target `seek` has offered.
     let image: Vec<u8> = (1..=200_u8).flat_map(|byte| [byte; PAGE_SIZE]).collect();
     let (new, base) = (self::tree(&image)?, ImageTree::zero(200)?);
+    let known = Known {
+        twin: &[&new],
+        ..Known::default()
+    };
+    let likely = Offer::knowing(&new, &base, &known, &options)?.encode()?;
+    put(corpus, "offer", "likely", &[&[255], &likely[..]].concat())?;
     let offer = Offer::new(&new, &base, &options)?;
     let asked: Vec<_> = (0..200).step_by(2).map(PageIndex).collect();
     let known = offer.seek(&new, &asked);

@@ -1,4 +1,5 @@
-//! What the target asks for: the contents of the offer that it found nowhere.
+//! What the target asks for: the contents of the offer that it found nowhere. Both sides know
+//! which these are if its replay did as the twin; where it did not is what is told.
 
 use crate::error::Error;
 use crate::offer::Offer;
@@ -10,12 +11,18 @@ const WHAT: &str = "answer";
 const RUNS: u8 = 0;
 const BITMAP: u8 = 1;
 
+/// The contents in one of two sets.
+fn either(one: &PageSet, other: &PageSet) -> PageSet {
+    one.difference(other).union(&other.difference(one))
+}
+
 /// Codes the contents asked for, as runs or as a bitmap, whichever is smaller once compressed.
-pub(crate) fn encode_answer(lacking: &PageSet, distinct: u64) -> Result<Vec<u8>, Error> {
+pub(crate) fn encode_answer(lacking: &PageSet, offer: &Offer) -> Result<Vec<u8>, Error> {
+    let surprising = either(lacking, &offer.unlikely());
     let mut runs = vec![RUNS];
-    put_section(&mut runs, &lacking.encode())?;
-    let mut bits = vec![0u8; distinct.div_ceil(8) as usize];
-    for content in lacking.iter() {
+    put_section(&mut runs, &surprising.encode())?;
+    let mut bits = vec![0u8; offer.distinct().div_ceil(8) as usize];
+    for content in surprising.iter() {
         bits[(content.0 / 8) as usize] |= 1 << (content.0 % 8);
     }
     let mut bitmap = vec![BITMAP];
@@ -37,7 +44,7 @@ impl Offer {
     pub fn decode_answer(&self, bytes: &[u8]) -> Result<Vec<PageIndex>, Error> {
         let mut cursor = Cursor::new(WHAT, bytes);
         let [kind] = cursor.array()?;
-        let lacking = match kind {
+        let surprising = match kind {
             RUNS => {
                 let section = take_section(&mut cursor, 32 + self.distinct().saturating_mul(12))?;
                 PageSet::decode(&section, self.distinct())?
@@ -55,6 +62,7 @@ impl Offer {
             _ => return Err(cursor.malformed("it is coded in an unknown way")),
         };
         cursor.end()?;
+        let lacking = either(&surprising, &self.unlikely());
         let first = self.first_pages();
         Ok(lacking
             .iter()

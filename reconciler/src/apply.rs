@@ -23,7 +23,7 @@ use crate::page::{Image, PAGE_SIZE, Page, PageHash, PageIndex, ReadPages, ZERO_P
 use crate::page_set::PageSet;
 use crate::patch::{Mask, xor};
 use crate::relative::Mappings;
-use crate::resolve::{Holdings, Origin, PlaceKind, Resolution};
+use crate::resolve::{Holdings, Origin, PlaceKind, Resolution, Short};
 use crate::short::{Salt, short};
 use crate::spool::Spool;
 use crate::stats::PageCounts;
@@ -90,10 +90,8 @@ pub enum Retry {
 struct Wanted {
     /// The lowest page that has it.
     first: PageIndex,
-    /// Its short hash.
-    short: u64,
-    /// Of so many bits; without any there is no telling whether a patch fits.
-    bits: u32,
+    /// Its short hash; without any bits there is no telling whether a patch fits.
+    short: Short,
 }
 
 impl<'a> Applier<'a> {
@@ -135,12 +133,8 @@ impl<'a> Applier<'a> {
         let wanted: Vec<_> = resolution
             .wanted
             .iter()
-            .zip(resolution.lacking.iter())
-            .map(|(&first, content)| Wanted {
-                first,
-                short: offer.shorts()[content.0 as usize],
-                bits: offer.bits_of(content.0 as u32),
-            })
+            .zip(&resolution.shorts)
+            .map(|(&first, &short)| Wanted { first, short })
             .collect();
         let mut applier = Self {
             image,
@@ -254,7 +248,7 @@ impl<'a> Applier<'a> {
         decoder.push(chunk, &mut |position, coded, mappings| {
             // The decoder announces no position that was not asked for.
             let slot = round[position as usize];
-            let Wanted { first, short, bits } = wanted[slot as usize];
+            let Wanted { first, short } = wanted[slot as usize];
             let mut patched = ZERO_PAGE;
             let page = match coded {
                 Coded::Literal(page) => {
@@ -269,7 +263,8 @@ impl<'a> Applier<'a> {
                 }
                 Coded::Patch(mask, words) => {
                     patch(image.reader(), first, &mask, words, mappings, &mut patched)?;
-                    let fits = bits > 0 && short_of(salt, bits, &patched) == short;
+                    let fits =
+                        short.bits > 0 && short_of(salt, short.bits, &patched) == short.value;
                     let count = match (*retries, fits) {
                         (0, true) => &mut counts.patched,
                         (0, false) => &mut counts.patch_failed,

@@ -4,7 +4,8 @@
 //! same disk by the time RAM is compared. Such a page is named by where it lies there, a few
 //! bytes for a run of pages in place of a hash for each. The source's own replay, the twin,
 //! tells most of the rest: what lies at its own address in the twin very likely does at the
-//! target, and what the twin has nowhere the target very likely lacks. Either is looked for at
+//! target, so that [check symbols](crate::parity) of all these together tell which do not; and
+//! what the twin has nowhere the target very likely lacks. That is looked for at
 //! its own address alone, for which few bits of hash do. Only what the twin has elsewhere needs
 //! a hash that tells it from all the target has.
 //!
@@ -50,6 +51,8 @@ pub(crate) enum Hint {
     Anywhere,
     /// If it is there, then at its own address.
     Here,
+    /// Very likely at its own address, as in the twin; told by check symbols.
+    Likely,
     /// At this page of the shared images, laid end to end.
     Shared(u64),
     /// Nowhere.
@@ -103,25 +106,12 @@ impl Known<'_> {
                 return Hint::Lacking;
             }
             match self.twin.first() {
-                Some(twin) if twin.leaf(*first) == *hash || !in_twin.contains(hash) => Hint::Here,
+                Some(twin) if twin.leaf(*first) == *hash => Hint::Likely,
+                Some(_) if !in_twin.contains(hash) => Hint::Here,
                 _ => Hint::Anywhere,
             }
         };
         contents.iter().map(hint).collect()
-    }
-}
-
-impl Known<'_> {
-    /// The lowest pages of contents that a target which replayed as the twin did has there.
-    pub(crate) fn expected(&self, contents: &[(PageHash, PageIndex)], hints: &[Hint]) -> PageSet {
-        let Some(twin) = self.twin.first() else {
-            return PageSet::new();
-        };
-        let named = contents.iter().zip(hints);
-        let here = named.filter(|(_, hint)| **hint == Hint::Here);
-        here.filter(|((hash, first), _)| twin.leaf(*first) == *hash)
-            .map(|((_, first), _)| *first)
-            .collect()
     }
 }
 
@@ -173,6 +163,7 @@ fn set_of(hints: &[Hint], is: impl Fn(&Hint) -> bool) -> PageSet {
 /// of the one before.
 pub(crate) fn encode_hints(hints: &[Hint], out: &mut Vec<u8>) {
     set_of(hints, |hint| matches!(hint, Hint::Shared(_))).encode_into(out);
+    set_of(hints, |hint| matches!(hint, Hint::Likely)).encode_into(out);
     set_of(hints, |hint| matches!(hint, Hint::Here)).encode_into(out);
     set_of(hints, |hint| matches!(hint, Hint::Lacking)).encode_into(out);
     let mut runs: Vec<(u64, u64)> = Vec::new();
@@ -203,10 +194,11 @@ pub(crate) fn decode_hints(
     shared: &[Shared],
 ) -> Result<Vec<Hint>, Error> {
     let in_shared = PageSet::decode_from(cursor, distinct)?;
+    let likely = PageSet::decode_from(cursor, distinct)?;
     let here = PageSet::decode_from(cursor, distinct)?;
     let lacking = PageSet::decode_from(cursor, distinct)?;
-    let all = in_shared.len() + here.len() + lacking.len();
-    if in_shared.union(&here).union(&lacking).len() != all {
+    let all = in_shared.len() + likely.len() + here.len() + lacking.len();
+    if in_shared.union(&likely).union(&here).union(&lacking).len() != all {
         return Err(cursor.malformed("a content with two hints"));
     }
     let mut lens = Vec::new();
@@ -235,7 +227,11 @@ pub(crate) fn decode_hints(
             hints[ordinal.0 as usize] = Hint::Shared(place);
         }
     }
-    for (set, hint) in [(here, Hint::Here), (lacking, Hint::Lacking)] {
+    for (set, hint) in [
+        (likely, Hint::Likely),
+        (here, Hint::Here),
+        (lacking, Hint::Lacking),
+    ] {
         for ordinal in set.iter() {
             hints[ordinal.0 as usize] = hint;
         }
@@ -264,6 +260,7 @@ mod tests {
         prop_oneof![
             Just(Hint::Anywhere),
             Just(Hint::Here),
+            Just(Hint::Likely),
             Just(Hint::Lacking),
             (0_u64..30).prop_map(Hint::Shared),
         ]
@@ -336,9 +333,9 @@ mod tests {
         let (same, moved) = (tree(&[0, 0, 0, 4, 5]), tree(&[6]));
         let twins = [&same, &moved];
         known.twin = &twins[..1];
-        assert_eq!(rest(&known), [Hint::Here; 3]);
+        assert_eq!(rest(&known), [Hint::Likely, Hint::Likely, Hint::Here]);
         known.twin = &twins;
-        assert_eq!(rest(&known), [Hint::Here, Hint::Here, Hint::Anywhere]);
+        assert_eq!(rest(&known), [Hint::Likely, Hint::Likely, Hint::Anywhere]);
         known.twin = &[];
         assert_eq!(rest(&known), [Hint::Anywhere; 3]);
         known.nothing_else = true;

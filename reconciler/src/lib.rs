@@ -51,6 +51,7 @@ mod offer;
 mod pace;
 mod page;
 mod page_set;
+mod parity;
 mod patch;
 mod realign;
 mod realign_landmarks;

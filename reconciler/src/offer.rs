@@ -1,6 +1,7 @@
 //! What the source says first: which pages differ from the common base, and how the target
-//! finds each distinct content among them: by a place in an image that both hold, or by a
-//! short hash ([`crate::Known`] says which, [`crate::short_bits`] how short).
+//! finds each distinct content among them: by a place in an image that both hold, by a
+//! short hash ([`crate::Known`] says which, [`crate::short_bits`] how short), or, if it is very likely
+//! where the twin has it, by check symbols over the hashes of all of these ([`crate::parity`]).
 
 use crate::by_hash::PageMap;
 use crate::error::{Error, within};
@@ -9,6 +10,7 @@ use crate::known::{
 };
 use crate::page::{MAX_PAGES, PageHash, PageIndex};
 use crate::page_set::PageSet;
+use crate::parity::Parity;
 use crate::short::{
     Bits, MAX_BITS, Salt, all_distinct, here_bits, pack_bits, short, short_bits, unpack_bits,
 };
@@ -16,8 +18,11 @@ use crate::tree::{ImageTree, Root};
 use crate::wire::{Cursor, put_section, put_varint, take_section};
 
 const MAGIC: &[u8; 4] = b"RMof";
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 const WHAT: &str = "offer";
+/// Of fewer likely contents each is named by a hash: check symbols would not take less, and were
+/// there too many errors for them nothing would be looked for [again](crate::Seek).
+const LEAST_LIKELY: u64 = OfferOptions::SEEK_FROM;
 
 /// How the source builds an offer.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +61,8 @@ pub struct Offer {
     hints: Vec<Hint>,
     /// And by which short; 0 where it takes none.
     shorts: Vec<u64>,
+    /// Over the shorts of likely contents, in their order.
+    parity: Parity,
     /// Known to the source alone.
     expected: Expected,
 }
@@ -105,7 +112,17 @@ impl Offer {
                 distinct.len() as u32 - 1
             }));
         }
-        let hints = known.hints(&distinct);
+        let mut hints = known.hints(&distinct);
+        let forced = options.force_bits.map(|bits| bits.clamp(1, MAX_BITS));
+        let is_likely = |hint: &Hint| *hint == Hint::Likely;
+        let named = distinct.iter().zip(&hints);
+        let likely = named.filter(|(_, hint)| is_likely(hint));
+        let likely: PageSet = likely.map(|((_, first), _)| *first).collect();
+        if forced.is_some() || likely.len() < options.seek_from.max(LEAST_LIKELY) {
+            for hint in hints.iter_mut().filter(|hint| is_likely(hint)) {
+                *hint = Hint::Here;
+            }
+        }
         let shared = known.shared();
         let with = |wanted: Hint| hints.iter().filter(|hint| **hint == wanted).count() as u64;
         // Where the base need not be searched, what the target's replay has changed is what is
@@ -115,9 +132,8 @@ impl Offer {
         } else {
             options.candidates
         };
-        let forced = options.force_bits.map(|bits| bits.clamp(1, MAX_BITS));
         let expected = Expected {
-            pages: known.expected(&distinct, &hints),
+            pages: likely,
             candidates,
             seek_from: options.seek_from,
             forced,
@@ -140,6 +156,11 @@ impl Offer {
             }
             bits.anywhere = (bits.anywhere + 8).min(MAX_BITS);
         };
+        let likely = distinct.iter().zip(&hints);
+        let likely = likely.filter(|(_, hint)| is_likely(hint));
+        let checked: Vec<u16> = likely
+            .map(|((hash, _), _)| checked(&options.salt, hash))
+            .collect();
         Ok(Self {
             pages: new.pages(),
             base: base.root(),
@@ -152,6 +173,7 @@ impl Offer {
             contents,
             hints,
             shorts,
+            parity: Parity::of(&checked),
             expected,
         })
     }
@@ -208,6 +230,30 @@ impl Offer {
     pub(crate) fn shared(&self) -> &[Shared] {
         &self.shared
     }
+    /// For each likely content the short that it has, given the hash of what lies at its own
+    /// address; `None` where that can't be told.
+    pub(crate) fn likely_shorts(
+        &self,
+        first_pages: &[PageIndex],
+        lies_at: impl Fn(PageIndex) -> PageHash,
+    ) -> Vec<(usize, Option<u16>)> {
+        let ordinals = (0..self.hints.len()).filter(|at| self.hints[*at] == Hint::Likely);
+        let ordinals: Vec<usize> = ordinals.collect();
+        let pages = ordinals.iter().map(|at| first_pages[*at]);
+        let own: Vec<u16> = pages.map(|page| self.checked(&lies_at(page))).collect();
+        let right = self.parity.correct(&own);
+        ordinals.into_iter().zip(right).collect()
+    }
+    /// The short of a likely content.
+    pub(crate) fn checked(&self, hash: &PageHash) -> u16 {
+        checked(&self.salt, hash)
+    }
+    /// The contents that the target lacks if its replay did as the twin.
+    pub(crate) fn unlikely(&self) -> PageSet {
+        let hints = (0..).map(PageIndex).zip(&self.hints);
+        let unlikely = hints.filter(|(_, hint)| matches!(hint, Hint::Here | Hint::Lacking));
+        unlikely.map(|(content, _)| content).collect()
+    }
     /// The short of a page that is compared with contents that may lie anywhere.
     pub(crate) fn short_of(&self, hash: &PageHash) -> u64 {
         short(&self.salt, self.bits.anywhere, hash)
@@ -260,6 +306,7 @@ impl Offer {
         let hints = self.hints.iter();
         let bits = hints.map(|hint| self.bits.of(*hint));
         pack_bits(&mut out, self.shorts.iter().copied().zip(bits));
+        self.parity.encode_into(&mut out);
         Ok(out)
     }
 
@@ -291,6 +338,7 @@ impl Offer {
             + index_limit(max_pages)
             + hints_limit(max_pages)
             + max_pages.saturating_mul(8)
+            + Parity::max_encoded_len(max_pages)
     }
 
     /// Reads an offer about an image of at most `max_pages` pages.
@@ -334,6 +382,8 @@ impl Offer {
         coded.end()?;
         let lengths = hints.iter().map(|hint| bits.of(*hint));
         let shorts = unpack_bits(&mut cursor, lengths)?;
+        let likely = hints.iter().filter(|hint| **hint == Hint::Likely).count();
+        let parity = Parity::decode(&mut cursor, likely as u64)?;
         cursor.end()?;
         let contents = decode_repeats(&mut sets, changed.len(), distinct)?;
         sets.end()?;
@@ -349,9 +399,16 @@ impl Offer {
             contents,
             hints,
             shorts,
+            parity,
             expected: Expected::default(),
         })
     }
+}
+
+/// What check symbols are taken of.
+fn checked(salt: &Salt, hash: &PageHash) -> u16 {
+    // So many bits are asked for.
+    short(salt, u16::BITS, hash) as u16
 }
 
 /// Two sets, repeats and their references, all at their longest.
@@ -359,7 +416,7 @@ const fn index_limit(pages: u64) -> u64 {
     64 + pages.saturating_mul(24)
 }
 
-/// Three sets of contents, and two numbers for each of them at most.
+/// Four sets of contents, and two numbers for each of them at most.
 const fn hints_limit(pages: u64) -> u64 {
     64 + pages.saturating_mul(48)
 }

@@ -7,7 +7,8 @@
 //!
 //! A content that the source says lies in a shared image is taken from there, and one that can
 //! only lie at its own address is looked for nowhere else. Shared images are not searched: the
-//! source has done so.
+//! source has done so. Of the contents that are very likely at their own addresses check symbols tell
+//! which are not, and their shorts: a patch is checked by these.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -89,6 +90,14 @@ pub(crate) enum Origin {
     Place(u32, PageIndex),
 }
 
+/// The short of a content.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Short {
+    pub(crate) value: u64,
+    /// Of so many bits; none if it is not known.
+    pub(crate) bits: u32,
+}
+
 /// What becomes of each page.
 #[derive(Clone, Debug)]
 pub struct Resolution {
@@ -108,6 +117,8 @@ pub struct Resolution {
     pub(crate) lacking: PageSet,
     /// For each content asked for, in order, the lowest page that has it.
     pub(crate) wanted: Vec<PageIndex>,
+    /// And what tells it, so that a patch can be checked.
+    pub(crate) shorts: Vec<Short>,
     /// Other pages that have a content asked for, as (place in `wanted`, page), ascending.
     pub(crate) repeats: Vec<(u32, PageIndex)>,
 }
@@ -120,7 +131,7 @@ impl Resolution {
 
     /// The answer to the offer; send it with [`crate::blob_parts`].
     pub fn answer(&self, offer: &Offer) -> Result<Vec<u8>, Error> {
-        encode_answer(&self.lacking, offer.distinct())
+        encode_answer(&self.lacking, offer)
     }
 }
 
@@ -169,9 +180,9 @@ pub fn resolve_again(
     if offer.base() != holdings.base.root() {
         return Err(Error::WrongBase);
     }
-    let mut found = search(offer, holdings)?;
+    let (mut found, mut shorts) = search(offer, holdings)?;
     if let Some(seek) = seek {
-        search_again(offer, seek, holdings, &mut found)?;
+        search_again(offer, seek, holdings, &mut found, &mut shorts)?;
     }
     let current = holdings.current;
     let mut out = Resolution {
@@ -187,6 +198,7 @@ pub fn resolve_again(
         revert: PageSet::new(),
         lacking: PageSet::new(),
         wanted: Vec::new(),
+        shorts: Vec::new(),
         repeats: Vec::new(),
     };
     out.zero_kept = offer.zeros().len() - out.zero.len();
@@ -202,6 +214,7 @@ pub fn resolve_again(
                 if *slot == u32::MAX {
                     *slot = out.wanted.len() as u32;
                     out.wanted.push(index);
+                    out.shorts.push(shorts[content as usize]);
                     out.lacking.push(PageIndex(u64::from(content)));
                 } else {
                     out.repeats.push((*slot, index));
@@ -247,6 +260,7 @@ fn search_again(
     seek: &Seek,
     holdings: &Holdings<'_>,
     found: &mut [Found],
+    shorts: &mut [Short],
 ) -> Result<(), Error> {
     let first_pages = offer.first_pages();
     let mut by_short = ShortMap::default();
@@ -258,6 +272,10 @@ fn search_again(
         if !matches!(found[content], Found::Nothing) {
             continue;
         }
+        shorts[content] = Short {
+            value: *short,
+            bits: seek.bits,
+        };
         match by_short.entry(*short) {
             Entry::Vacant(slot) => {
                 slot.insert(content as u32);
@@ -274,15 +292,38 @@ fn search_again(
     Ok(())
 }
 
-/// For each content, where it is.
-fn search(offer: &Offer, holdings: &Holdings<'_>) -> Result<Vec<Found>, Error> {
+/// For each content, where it is, and its short.
+fn search(offer: &Offer, holdings: &Holdings<'_>) -> Result<(Vec<Found>, Vec<Short>), Error> {
     let shared = shared_places(offer, holdings)?;
     let mut found = vec![Found::Nothing; offer.shorts().len()];
     let mut by_short = ShortMap::default();
     let first_pages = offer.first_pages();
+    let numbered = offer.shorts().iter().zip(0..);
+    let mut shorts: Vec<Short> = numbered
+        .map(|(&value, content)| Short {
+            value,
+            bits: offer.bits_of(content),
+        })
+        .collect();
+    let current = |index| holdings.current.leaf(index);
+    for (content, right) in offer.likely_shorts(&first_pages, current) {
+        let Some(right) = right else {
+            continue;
+        };
+        shorts[content] = Short {
+            value: right.into(),
+            bits: u16::BITS,
+        };
+        let index = first_pages[content];
+        let hash = current(index);
+        if !hash.is_zero() && offer.checked(&hash) == right {
+            found[content] = Found::At(Origin::Current(index), hash);
+        }
+    }
     for (content, (&short, hint)) in offer.shorts().iter().zip(offer.hints()).enumerate() {
         match *hint {
-            Hint::Lacking => {}
+            // The latter have been looked at.
+            Hint::Lacking | Hint::Likely => {}
             Hint::Shared(place) => {
                 // Decoding an offer checks that its places are in its images.
                 let (at, index) = locate(offer.shared(), place).ok_or(Error::NotShared)?;
@@ -310,7 +351,7 @@ fn search(offer: &Offer, holdings: &Holdings<'_>) -> Result<Vec<Found>, Error> {
     }
     let short_of = |hash: &PageHash| offer.short_of(hash);
     sweep(offer, holdings, &shared, &by_short, &short_of, &mut found);
-    Ok(found)
+    Ok((found, shorts))
 }
 
 /// Looks for contents in all that the target has, but for what is shared.

@@ -15,6 +15,8 @@
 //! - A content that is looked for at its own address is compared with that page, perhaps with
 //!   what a patch makes of it: 2^-6 accidents, if none of `n` pages is right, take log2(n) + 6
 //!   bits.
+//! - Where the twin has a content at its own address, [check symbols](crate::parity) over 16 bits of
+//!   each tell which the target lacks: 2^-6 accidents where a thousand of them are not there.
 //!
 //! Shorts are keyed with a fresh salt, so that nobody can plant pages in a guest that collide.
 //! Contents whose shorts collide with one another make the source take more bits.
@@ -74,7 +76,7 @@ impl Bits {
         match hint {
             Hint::Anywhere => self.anywhere,
             Hint::Here => self.here,
-            Hint::Shared(_) | Hint::Lacking => 0,
+            Hint::Likely | Hint::Shared(_) | Hint::Lacking => 0,
         }
     }
 }

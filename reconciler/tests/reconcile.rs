@@ -14,6 +14,16 @@ mod common;
 
 use common::*;
 
+/// What goes over the wire.
+fn bytes_of(sent: Message<'_>) -> &mut Vec<u8> {
+    let (Message::Offer(bytes)
+    | Message::Answer(bytes)
+    | Message::Seek(bytes)
+    | Message::Retry(bytes)
+    | Message::Pages(bytes)) = sent;
+    bytes
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
@@ -63,11 +73,7 @@ proptest! {
     ) {
         let mut message = 0;
         let (image, stats) = run(&case, &mut |sent| {
-            let (Message::Offer(bytes)
-            | Message::Answer(bytes)
-            | Message::Seek(bytes)
-            | Message::Retry(bytes)
-            | Message::Pages(bytes)) = sent;
+            let bytes = bytes_of(sent);
             if message == which && !bytes.is_empty() {
                 let at = at.index(bytes.len());
                 if lose {
@@ -83,6 +89,73 @@ proptest! {
             Err(error) => prop_assert!(!error.to_string().is_empty()),
         }
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn what_is_likely_there_and_is_not_comes_however_much_it_is(
+        wrong in prop::collection::btree_set(0_usize..300, 0..300),
+        salt: u8,
+        damage in prop::option::of((0_usize..6, any::<prop::sample::Index>(), 0_u32..8)),
+    ) {
+        let case = likely(300, wrong.iter().copied(), salt);
+        let mut message = 0;
+        let (image, stats) = run(&case, &mut |sent| {
+            let bytes = bytes_of(sent);
+            if let Some((which, at, bit)) = damage
+                && message == which
+                && !bytes.is_empty()
+            {
+                let at = at.index(bytes.len());
+                bytes[at] ^= 1 << bit;
+            }
+            message += 1;
+        });
+        match stats {
+            Ok(stats) => {
+                prop_assert!(image == case.source);
+                let pages = &stats.pages;
+                if damage.is_none() && pages.refetched == 0 {
+                    prop_assert_eq!(pages.same, 300 - wrong.len() as u64);
+                }
+            }
+            Err(error) => prop_assert!(damage.is_some() && !error.to_string().is_empty()),
+        }
+    }
+}
+
+/// A twin that has all that the source has, and a replay that has not these pages.
+fn likely(pages: usize, wrong: impl Iterator<Item = usize>, salt: u8) -> Case {
+    let mut case = replays(pages, 0);
+    case.salt = salt;
+    case.twin = Some(case.source.clone());
+    case.replayed = case.source.clone();
+    for page in wrong {
+        change(&mut case.replayed, (page, 5), 3);
+    }
+    case.known = 0b0100;
+    case
+}
+
+#[test]
+fn few_that_are_not_where_the_twin_has_them_are_told_without_a_hash_of_each() {
+    let case = likely(600, (0..600).step_by(15), 128);
+    let mut seeks = 0;
+    let (image, stats) = run(&case, &mut |sent| {
+        seeks += usize::from(matches!(sent, Message::Seek(_)));
+    });
+    let stats = stats.unwrap();
+    assert!(image == case.source);
+    // What they are is known well enough to check a patch, which comes line by line.
+    let pages = &stats.pages;
+    assert_eq!(
+        (pages.same, pages.lines, pages.literal, seeks),
+        (560, 40, 0, 0)
+    );
+    // Hashes of 16 bits would be 1,200.
+    assert!(stats.offer_bytes < 600, "{}", stats.offer_bytes);
 }
 
 /// Twelve pages at the target that are not what the source has.

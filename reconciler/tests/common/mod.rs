@@ -230,7 +230,10 @@ pub(crate) fn run_over(
             salt: Salt([case.salt; 32]),
             candidates: holdings.candidates(),
             force_bits: case.force_bits,
-            seek_from: u64::from(case.salt % 3),
+            seek_from: match case.salt {
+                128.. => OfferOptions::SEEK_FROM,
+                few => u64::from(few % 3),
+            },
         },
         encode: EncodeOptions {
             codec: if case.salt.is_multiple_of(2) {
