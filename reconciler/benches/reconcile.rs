@@ -5,9 +5,9 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use reconciler::{
-    Applier, ApplyOptions, Codec, Effort, EncodeOptions, Holdings, ImageTree, Offer, OfferOptions,
-    PAGE_SIZE, PageIndex, Place, PlaceKind, References, Salt, SlicePages, SlicePagesMut,
-    encode_pages, no_progress, resolve,
+    Applier, ApplyOptions, Codec, Effort, EncodeOptions, Holdings, ImageTree, Known, Offer,
+    OfferOptions, PAGE_SIZE, PageIndex, Place, PlaceKind, References, Salt, SlicePages,
+    SlicePagesMut, encode_pages, no_progress, resolve,
 };
 
 mod synthetic;
@@ -91,6 +91,26 @@ fn exchange(c: &mut Criterion) {
     group.throughput(Throughput::Elements(holdings.candidates()));
     group.bench_function("resolve, 700,000 candidates", |b| {
         b.iter(|| resolve(&offer, &holdings).unwrap().lacking());
+    });
+    // The source's own replay has all pages where they are, the target's all but one in twenty.
+    let known = Known {
+        twin: &[&source_tree],
+        ..Known::default()
+    };
+    let knowing = || Offer::knowing(&source_tree, &base_tree, &known, &options).unwrap();
+    let offer = knowing();
+    let replayed_tree = tree(&used(&source, 20, 78));
+    let replayed = Holdings {
+        current: &replayed_tree,
+        places: &[],
+        ..holdings
+    };
+    group.throughput(Throughput::Elements(offer.changed().len()));
+    group.bench_function("offer, with a twin", |b| {
+        b.iter(|| knowing().encode().unwrap().len());
+    });
+    group.bench_function("resolve, nearly as the twin", |b| {
+        b.iter(|| resolve(&offer, &replayed).unwrap().lacking());
     });
     group.finish();
 }
