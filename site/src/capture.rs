@@ -26,7 +26,7 @@ use crate::report::ReplaySummary;
 use crate::store::VmDir;
 use crate::vm::{Id, VmRecord};
 use crate::work::{Work, Workplace};
-use crate::{files, recording};
+use crate::{files, generations, recording};
 
 /// A replay that is behind the recording is let go on for this much longer at most.
 const IDLE_LIMIT: Duration = Duration::from_secs(120);
@@ -121,6 +121,7 @@ pub async fn capture(
     let _lock = vm.lock_soon().await?;
     local::require_lease(vm)?;
     let qemu = local::attach_running(vm).await?;
+    generations::finish_cut_off(vm, &qemu).await?;
     let live = Live::of_running(vm, &qemu).await?;
     let recorded = live
         .generation

@@ -1,12 +1,18 @@
 //! Pruning takes room back, and nothing that is needed: the VM starts, roams, and comes back by
 //! what both sites still have.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
+use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use testkit::qmp::Qmp;
+use testkit::sector::KEYS;
 use testkit::site::Site;
 
-use crate::common::{VM, World, assert_hardly_refetched, assert_same_images};
+use crate::common::{
+    VM, World, assert_hardly_refetched, assert_same_images, boot_sector, program, start_sector,
+};
 
 async fn listed(site: &Site) -> Vec<Value> {
     let listed = site.json(&["generations", "list", VM]).await.unwrap();
@@ -94,5 +100,79 @@ async fn what_is_pruned_is_missed_by_nobody() {
     assert_eq!(back["generation_from"], moved);
     assert_hardly_refetched(&back);
     assert_same_images(a, b);
+    assert_eq!(a.state(VM).await.unwrap(), "running");
+}
+
+/// The overlays that QEMU has open, each with the generation that it is the disk of, the topmost first.
+async fn chain(qmp: &mut Qmp) -> Vec<(String, Option<u64>)> {
+    let nodes = qmp.ask("query-named-block-nodes", json!({ "flat": true }));
+    let nodes = nodes.await.unwrap();
+    let overlays = nodes.as_array().unwrap().iter();
+    let overlays = overlays.filter(|node| node["drv"] == "qcow2");
+    let mut chain: Vec<_> = overlays
+        .map(|node| {
+            let folder = Path::new(node["file"].as_str().unwrap()).parent().unwrap();
+            let number = folder.file_name().unwrap().to_str().unwrap().parse();
+            (node["node-name"].as_str().unwrap().to_owned(), number.ok())
+        })
+        .collect();
+    chain.sort_by_key(|(_, number)| Reverse(number.unwrap_or(u64::MAX)));
+    chain
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_whose_process_was_killed_is_in_nobodys_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Site::new(program(), "a", dir.path().join("a"));
+    let disk = boot_sector(dir.path(), &KEYS, &[]);
+    start_sector(&a, &disk).await;
+    let mut made = Vec::new();
+    for _ in 0..2 {
+        made.push(checkpoint(&a).await);
+    }
+    // QEMU has them open by the names that they have now.
+    a.json(&["vm", "stop", VM]).await.unwrap();
+    a.json(&["vm", "start", VM]).await.unwrap();
+
+    // As `generations prune` begins it, and then is killed.
+    let socket = a.live_ram(VM).await.unwrap().with_file_name("control.qmp");
+    let mut qmp = Qmp::connect(&socket).await.unwrap();
+    let before = chain(&mut qmp).await;
+    let node_of = |number: u64| {
+        let found = before.iter().find(|(_, other)| *other == Some(number));
+        let (name, _) = found.unwrap_or_else(|| panic!("{number} in {before:?}"));
+        name
+    };
+    let [lower, upper] = made[..] else {
+        panic!("{made:?}");
+    };
+    let merge = json!({
+        "job-id": format!("merge-0-{upper}-{lower}"),
+        "device": before[0].0,
+        "top-node": node_of(upper),
+        "base-node": node_of(lower),
+        "backing-file": format!("../../generations/{upper}/disk0.qcow2"),
+        "auto-dismiss": false,
+    });
+    qmp.ask("block-commit", merge).await.unwrap();
+    drop(qmp);
+
+    checkpoint(&a).await;
+    let mut qmp = Qmp::connect(&socket).await.unwrap();
+    let jobs = qmp.ask("query-jobs", json!({})).await.unwrap();
+    assert_eq!(jobs, json!([]));
+    let after: Vec<_> = chain(&mut qmp).await;
+    drop(qmp);
+    // One more by the checkpoint, and one less by what was merged.
+    assert_eq!(after.len(), before.len(), "{before:?}, then {after:?}");
+    let disk = |number: u64| {
+        let generations = a.dir().join("vms").join(VM).join("generations");
+        generations.join(number.to_string()).join("disk0.qcow2")
+    };
+    assert!(disk(upper).exists() && !disk(lower).exists());
+    let pruned = a.json(&["generations", "prune", VM]).await.unwrap();
+    assert_eq!(pruned["unmerged"], Value::Null, "{pruned}");
+    a.json(&["vm", "stop", VM]).await.unwrap();
+    a.json(&["vm", "start", VM]).await.unwrap();
     assert_eq!(a.state(VM).await.unwrap(), "running");
 }

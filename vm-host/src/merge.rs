@@ -81,15 +81,7 @@ impl Vm {
             auto_dismiss: false,
         };
         self.ask(doing, command).await?;
-        if tokio::time::timeout(LIMIT, self.until_concluded(&job))
-            .await
-            .is_err()
-        {
-            // What it has written so far is hidden, as ever.
-            let id = job.clone();
-            self.ask("call a job off", JobCancel { id }).await?;
-            self.until_concluded(&job).await?;
-        }
+        self.concluded_or_called_off(&job).await?;
         drop(names);
         let error = self.jobs().await?.remove(&job).and_then(|job| job.error);
         if let Some(reason) = error {
@@ -100,14 +92,15 @@ impl Vm {
         Ok(())
     }
 
-    /// The merges that are done and not forgotten, by name; those that are still under way are waited for.
+    /// The merges that are done and not forgotten, by name; those that are still under way are waited for, and
+    /// called off after a while.
     pub async fn merges(&self) -> Result<Vec<String>> {
         let mut done = Vec::new();
         for job in self.jobs().await?.into_keys() {
             let Some(name) = job.strip_prefix(JOBS) else {
                 continue;
             };
-            self.until_concluded(&job).await?;
+            self.concluded_or_called_off(&job).await?;
             let failed = |job: JobInfo| job.error.is_some();
             if self.jobs().await?.remove(&job).is_none_or(failed) {
                 self.forget_merge(name).await?;
@@ -139,6 +132,17 @@ impl Vm {
     async fn jobs(&self) -> Result<BTreeMap<String, JobInfo>> {
         let jobs = self.ask("list its jobs", QueryJobs {}).await?;
         Ok(jobs.into_iter().map(|job| (job.id.clone(), job)).collect())
+    }
+
+    async fn concluded_or_called_off(&self, id: &str) -> Result<()> {
+        let concluded = tokio::time::timeout(LIMIT, self.until_concluded(id));
+        if let Ok(concluded) = concluded.await {
+            return concluded;
+        }
+        // What it has written so far is hidden, as ever.
+        let job = JobCancel { id: id.to_owned() };
+        self.ask("call a job off", job).await?;
+        self.until_concluded(id).await
     }
 
     async fn until_concluded(&self, id: &str) -> Result<()> {

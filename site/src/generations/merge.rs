@@ -130,6 +130,23 @@ pub(super) async fn ready(vm: &VmDir, dry_run: bool) -> Result<Option<Vm>> {
             vm.name()
         )));
     }
+    finish_cut_off(vm, &qemu).await?;
+    // Names that overlays were given for as long as a merge took.
+    let live = Live::of_running(vm, &qemu).await?.overlay_paths(vm);
+    for overlay in survey::overlays_of(&vm.live_dir())? {
+        if !live.contains(&overlay) {
+            leftovers::remove(&overlay)?;
+        }
+    }
+    Ok(Some(qemu))
+}
+
+/// Finishes the merges that QEMU has done, or is at, for somebody who died. Until then QEMU refuses
+/// anything else that changes the chains of files: whoever is about to asks for this first.
+///
+/// The VM's lock is held. Nobody is kept from reading: the newer overlays read as before at any point.
+pub(crate) async fn finish_cut_off(vm: &VmDir, qemu: &Vm) -> Result<()> {
+    let failed = || Error::host(format!("cannot merge overlays of {}", vm.name()));
     for name in qemu.merges().await.map_err(failed())? {
         let numbers: Option<Vec<u64>> = name.split('-').map(|part| part.parse().ok()).collect();
         if let Some([disk, into, oldest]) = numbers.as_deref() {
@@ -143,14 +160,7 @@ pub(super) async fn ready(vm: &VmDir, dry_run: bool) -> Result<Option<Vm>> {
         }
         qemu.forget_merge(&name).await.map_err(failed())?;
     }
-    // Names that overlays were given for as long as a merge took.
-    let live = Live::of_running(vm, &qemu).await?.overlay_paths(vm);
-    for overlay in survey::overlays_of(&vm.live_dir())? {
-        if !live.contains(&overlay) {
-            leftovers::remove(&overlay)?;
-        }
-    }
-    Ok(Some(qemu))
+    Ok(())
 }
 
 /// Merges overlays; the locks are held for as long as anything is done, whoever stops to wait.

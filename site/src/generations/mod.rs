@@ -31,6 +31,7 @@ use vm_host::Vm;
 
 pub use decide::{Fate, Kind, Limits, Reliance, Sizes};
 pub use merge::Merged;
+pub(crate) use merge::finish_cut_off;
 pub(crate) use place::{make_place, unmark};
 
 use crate::error::{Error, Result};

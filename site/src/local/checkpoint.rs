@@ -14,6 +14,7 @@ use crate::disks::{self, DiskImage};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::generation::{GenerationFiles, ImageInfo, Manifest};
+use crate::generations;
 use crate::recording::{self, stretch};
 use crate::store::VmDir;
 use crate::vm::VmRecord;
@@ -63,6 +64,7 @@ pub(crate) async fn checkpoint_locked(
             paused: Duration::ZERO,
         });
     }
+    generations::finish_cut_off(vm, qemu).await?;
     let what = |what: &str| format!("cannot {what} {}", vm.name());
     if was_running {
         still::begin(vm)?;

@@ -32,7 +32,7 @@ use vm_host::{Status, Vm};
 
 use crate::error::{Error, Result};
 use crate::generation::GenerationId;
-use crate::generations::seen;
+use crate::generations::{self, seen};
 use crate::lease::Lease;
 use crate::line::{CALL_AGAIN, Line};
 use crate::local;
@@ -243,6 +243,7 @@ async fn migrate_from(attempt: Attempt<'_>, opened: Option<Opened>) -> Result<Mi
     let record = vm.record()?;
     let fence = local::require_lease(vm)?;
     let qemu = local::attach_running(vm).await?;
+    generations::finish_cut_off(vm, &qemu).await?;
     Workplace::Incoming.clear(vm).await?;
     if opened.is_none() {
         clear_following(vm).await?;
