@@ -470,7 +470,7 @@ pub(crate) struct CreateArgs {
     pub(crate) no_network: bool,
     /// Take chance out of a Linux guest that boots a kernel: no address-space randomisation for
     /// its programs, kernel objects in order once it is recorded (defences less), freed memory
-    /// zeroed
+    /// zeroed, no times of last access to files
     #[arg(long)]
     pub(crate) replay_friendly: bool,
     /// The line on the guest's serial port that says that its desktop is up

@@ -65,18 +65,21 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
         assert!(freelists::random_orders(&ram).len() < 5, "{state}");
         // The terminal that was typed into is a process of the guest.
         let spaces = address_spaces(&Linux::find(Physical::new(&ram)).unwrap());
-        let terminal = spaces.iter().find(|space| space.name == b"/usr/bin/xterm");
-        let terminal = terminal.unwrap_or_else(|| panic!("{state}: no terminal"));
-        assert!(terminal.pages.len() > 100, "{state}");
-        let has = |words: &[u8]| {
-            terminal.pages.iter().any(|(_, page)| {
+        let has = |program: &str, words: &[u8]| {
+            let space = spaces.iter().find(|space| space.name == program.as_bytes());
+            let space = space.unwrap_or_else(|| panic!("{state}: no {program}"));
+            assert!(space.pages.len() > 100, "{state}: {program}");
+            space.pages.iter().any(|(_, page)| {
                 let page = &ram[*page as usize * 4096..][..4096];
                 page.windows(words.len()).any(|window| window == words)
             })
         };
         // What the kernel's command line has systemd tell all programs.
         let told = b"\0GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:";
-        assert!(has(told) && has(b"\0G_SLICE=always-malloc\0"), "{state}");
+        let terminal = "/usr/bin/xterm";
+        assert!(has(terminal, told), "{state}");
+        assert!(has(terminal, b"\0G_SLICE=always-malloc\0"), "{state}");
+        assert!(has("/usr/lib/xorg/Xorg", b"\0-dumbSched\0"), "{state}");
         for file in ["disk.img", "device.bin"] {
             assert!(
                 dir.join(file).metadata().unwrap().len() > 1 << 20,

@@ -28,13 +28,19 @@ use crate::vm::{BootFiles, Id, VmRecord};
 ///   (`tcache_count=0`, `mxfast=0`, `G_SLICE`), so that a program that asked for some more in
 ///   between has the same heap as before, and pieces hold no garbage (`perturb=255`: zeros when they
 ///   are given out). It costs programs some time; one that reads memory that it has freed breaks.
+/// - `XSERVER_OPTIONS`, by the same way, for whatever starts the X server, if it heeds that:
+///   without a thread for input and a timer that interrupts it (`-dumbSched`), it does things in an order that
+///   depends less on chance. While it is busy for a program, the pointer stands still.
 ///
-/// See `kernel-parameters.txt` of Linux, kernel-command-line(7) of systemd, "Memory Allocation Tunables"
+/// With an initial RAM disk `rootflags=noatime` is added, unless `rootflags=` is there: reading a file does not write
+/// to the disk. (Without one the kernel itself would have to know the option.)
+///
+/// See `kernel-parameters.txt` of Linux, kernel-command-line(7) of systemd, Xserver(1), "Memory Allocation Tunables"
 /// in the GNU C library's manual, and "Running GLib Applications" in GLib's.
 pub const REPLAY_FRIENDLY: &str = "norandmaps init_on_free=1 transparent_hugepage=never random.trust_cpu=off \
      randomize_kstack_offset=off \
      systemd.setenv=GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.perturb=255 \
-     systemd.setenv=G_SLICE=always-malloc";
+     systemd.setenv=G_SLICE=always-malloc systemd.setenv=XSERVER_OPTIONS=-dumbSched";
 
 /// What to make a VM from.
 #[derive(Clone, Debug)]
@@ -67,6 +73,16 @@ pub async fn create_from(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
     Ok(record)
 }
 
+/// A kernel's command line with what takes chance out of the guest.
+fn friendly(append: &str, has_initrd: bool) -> String {
+    let mut has_rootflags = append.split_ascii_whitespace();
+    let noatime = has_initrd && !has_rootflags.any(|word| word.starts_with("rootflags="));
+    let more = if noatime { " rootflags=noatime" } else { "" };
+    format!("{append} {REPLAY_FRIENDLY}{more}")
+        .trim_start()
+        .to_owned()
+}
+
 /// Removes what a VM of this name has left that did not arrive whole: a new one has nothing of it.
 fn clear_place(vm: &VmDir) -> Result<()> {
     if vm.dir().exists() {
@@ -91,7 +107,7 @@ pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
     }
     if new.replay_friendly && new.boot.is_none() {
         return Err(Error::Refused(format!(
-            "a disk that boots by itself has its own kernel parameters: add {REPLAY_FRIENDLY:?} \
+            "a disk that boots by itself has its own kernel parameters: add '{REPLAY_FRIENDLY}' \
              in the guest, or boot it with --kernel"
         )));
     }
@@ -106,9 +122,7 @@ pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
                 .map(|path| store.import_file(path))
                 .transpose()?,
             append: if new.replay_friendly {
-                format!("{append} {REPLAY_FRIENDLY}")
-                    .trim_start()
-                    .to_owned()
+                friendly(append, initrd.is_some())
             } else {
                 append.clone()
             },
@@ -131,4 +145,25 @@ pub(crate) fn create(vm: &VmDir, new: &NewVm) -> Result<VmRecord> {
     let chain = Chain::start(record.id, held.fence(), &store.identity()?);
     vm.create(&record, Title::new(held, chain))?;
     Ok(record)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_command_line_says_already_is_not_taken_back() {
+        let asked = "root=/dev/vda rw \"x=a  b\"";
+        let line = friendly(asked, true);
+        assert_eq!(
+            line,
+            format!("{asked} {REPLAY_FRIENDLY} rootflags=noatime"),
+            "the user's own first, letter by letter"
+        );
+        // The kernel itself mounts the disk, and refuses options that its file system does not know.
+        assert!(!friendly(asked, false).contains("rootflags"));
+        let own = "root=/dev/vda rootflags=subvol=@";
+        assert_eq!(friendly(own, true), format!("{own} {REPLAY_FRIENDLY}"));
+        assert!(!friendly("", false).starts_with(' '));
+    }
 }
