@@ -29,7 +29,7 @@ use crate::vm::{BootFiles, Id, VmRecord};
 ///   between has the same heap as before, and pieces hold no garbage (`perturb=255`: zeros when they
 ///   are given out). It costs programs some time; one that reads memory that it has freed breaks.
 /// - `XSERVER_OPTIONS`, by the same way, for whatever starts the X server, if it heeds that:
-///   without a thread for input and a timer that interrupts it (`-dumbSched`), it does things in an order that
+///   without a thread for input and signals of a timer (`-dumbSched`), it does things in an order that
 ///   depends less on chance. While it is busy for a program, the pointer stands still.
 ///
 /// With an initial RAM disk `rootflags=noatime` is added, unless `rootflags=` is there: reading a file does not write
