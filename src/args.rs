@@ -101,13 +101,18 @@ pub(crate) enum Command {
         #[arg(long, value_parser = turn, value_name = "TIME", num_args = 0..=1,
               require_equals = true, default_missing_value = "400ms")]
         long_turns: Option<Duration>,
+        /// Have the guest go on in a new QEMU, as its replays begin in one: emulation is slow at
+        /// first, which sets them apart else. It stands still for a few seconds; connections to
+        /// QEMU itself end, and those that the guest has through user-mode networking
+        #[arg(long)]
+        fresh_qemu: bool,
         /// Have the recorder that runs log nothing from now on, as while a password is typed: it
         /// reaches the guest, and no log. The log has a gap there, at which a replay goes astray;
         /// a later checkpoint, as of a new recording, mends that
-        #[arg(long, conflicts_with_all = ["resume", "listen", "evdev", "long_turns"])]
+        #[arg(long, conflicts_with_all = ["resume", "listen", "evdev", "long_turns", "fresh_qemu"])]
         pause: bool,
         /// Have the recorder that runs go on logging
-        #[arg(long, conflicts_with_all = ["listen", "evdev", "long_turns"])]
+        #[arg(long, conflicts_with_all = ["listen", "evdev", "long_turns", "fresh_qemu"])]
         resume: bool,
     },
     /// Ship the current generation to another site ahead of time

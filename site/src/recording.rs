@@ -20,12 +20,12 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
 use traces::{GuestTime, Log, LogId, LogWriter, Record};
-use vm_host::{GuestClock, Vcpus};
+use vm_host::{GuestClock, Vcpus, Vm};
 
-use crate::chance;
+use crate::chance::{self, Held};
 use crate::control_socket::{self, ControlSocket};
 use crate::error::{Error, Result};
-use crate::local;
+use crate::local::{self, After, Renewed};
 use crate::store::VmDir;
 use writer::{FLUSH_EVERY, ToWriter};
 
@@ -47,6 +47,8 @@ pub struct RecordOptions {
     pub evdev: Vec<PathBuf>,
     /// Programs of a replay-friendly guest take turns of this length, see [`introspection::turns`].
     pub long_turns: Option<Duration>,
+    /// The guest goes on in a new QEMU, as its replays do.
+    pub fresh_qemu: bool,
 }
 
 /// What is being recorded, once viewers can connect.
@@ -211,38 +213,21 @@ pub async fn record(
     begun: impl FnOnce(&Recording),
     stop: impl Future<Output = ()>,
 ) -> Result<Recorded> {
-    let friendly = vm.record()?.replay_friendly;
     local::require_lease(vm)?;
     let _recording = chance::recording_lock(vm)?
         .ok_or_else(|| Error::Refused(format!("{} is being recorded already", vm.name())))?;
     let qemu = local::attach_running(vm).await?;
     let listen = parse_listen(&options.listen)?;
     require_free(&listen)?;
-    let what = |what: &str| format!("cannot {what} {}", vm.name());
-    let clock = GuestClock::follow(qemu.clock_qmp_socket(), Duration::ZERO)
-        .await
-        .map_err(Error::host(what("follow the clock of")))?;
-    let still = Mutex::new((Duration::ZERO, None));
-    let manifest = {
-        let _lock = vm.lock_soon().await?;
-        let hold = || friendly.then(|| chance::hold(vm, options.long_turns));
-        let prepare = || {
-            if let Ok(mut still) = still.lock() {
-                *still = (clock.now(), hold().flatten());
-            }
-        };
-        local::checkpoint_locked(vm, &qemu, Some(&prepare)).await
-    };
-    let (origin, held) = still.into_inner().unwrap_or_default();
-    let manifest = manifest?.manifest;
+    let Begun {
+        qemu,
+        generation,
+        clock,
+        held,
+    } = begin(vm, qemu, options).await?;
     let vnc = qemu.vnc_socket().to_owned();
-    let clock = SinceCheckpoint {
-        clock: Arc::new(clock),
-        origin,
-        vcpus: qemu.vcpus(),
-    };
-    let log = vm.log_path(manifest.generation);
-    let writer = open_log(vm, &log, manifest.generation)?;
+    let log = vm.log_path(generation);
+    let writer = open_log(vm, &log, generation)?;
     let (sender, receiver) = mpsc::channel();
     // Dropped when the writer ends, before all when it can't write.
     let (writes, writer_ended) = oneshot::channel::<()>();
@@ -261,13 +246,13 @@ pub async fn record(
         .map_err(Error::Recorder)?;
     let socket = ControlSocket::bind(control_path(vm)?)?;
     let control = Control {
-        log: manifest.generation,
+        log: generation,
         writer: &sender,
         clock: &clock,
         recorder: &recorder,
     };
     begun(&Recording {
-        generation: manifest.generation,
+        generation,
         listening: recorder.local_addr().to_string(),
         log: log.clone(),
     });
@@ -293,11 +278,75 @@ pub async fn record(
     .await?;
     shut.map_err(Error::Recorder)?;
     Ok(Recorded {
-        generation: manifest.generation,
+        generation,
         log,
         log_bytes,
         records,
         ended,
+    })
+}
+
+/// A guest that has been made ready to be recorded, and runs if it did.
+struct Begun {
+    qemu: Vm,
+    generation: u64,
+    clock: SinceCheckpoint,
+    held: Option<Held>,
+}
+
+/// Makes the generation that the log continues. Chance is taken out of a replay-friendly guest while
+/// it stands still for that.
+async fn begin(vm: &VmDir, qemu: Vm, options: &RecordOptions) -> Result<Begun> {
+    let friendly = vm.record()?.replay_friendly;
+    let hold = || {
+        friendly
+            .then(|| chance::hold(vm, options.long_turns))
+            .flatten()
+    };
+    let follow = async |qemu: &Vm| {
+        GuestClock::follow(qemu.clock_qmp_socket(), Duration::ZERO)
+            .await
+            .map_err(Error::host(format!(
+                "cannot follow the clock of {}",
+                vm.name()
+            )))
+    };
+    let held = Mutex::new(None);
+    let _lock = vm.lock_soon().await?;
+    let (qemu, clock, origin, generation) = if options.fresh_qemu {
+        let prepare = || {
+            if let Ok(mut held) = held.lock() {
+                *held = hold();
+            }
+        };
+        let renewed = local::renew_locked(vm, qemu, &prepare).await?;
+        // From before its first instruction; but it is to run, whatever comes of that.
+        let clock = follow(&renewed.qemu).await;
+        renewed.go_on(vm).await?;
+        let Renewed { qemu, manifest, .. } = renewed;
+        (qemu, clock?, Duration::ZERO, manifest.generation)
+    } else {
+        let clock = follow(&qemu).await?;
+        let origin = Mutex::new(Duration::ZERO);
+        let prepare = || {
+            if let (Ok(mut origin), Ok(mut held)) = (origin.lock(), held.lock()) {
+                *origin = clock.now();
+                *held = hold();
+            }
+        };
+        let made = local::checkpoint_locked(vm, &qemu, Some(&prepare), After::GoesOn).await?;
+        let origin = origin.into_inner().unwrap_or_default();
+        (qemu, clock, origin, made.manifest.generation)
+    };
+    Ok(Begun {
+        clock: SinceCheckpoint {
+            clock: Arc::new(clock),
+            origin,
+            vcpus: qemu.vcpus(),
+        },
+        qemu,
+        generation,
+        held: held.into_inner().unwrap_or_default(),
     })
 }
 

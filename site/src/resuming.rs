@@ -16,7 +16,7 @@ use crate::chance;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lease::Lease;
-use crate::local::{self, Live};
+use crate::local::{self, First, Live};
 use crate::store::VmDir;
 use crate::vm::Id;
 
@@ -143,7 +143,8 @@ async fn go(vm: &VmDir, next: Next, qemu: Option<Vm>, paused: bool) -> Result<()
                     .await
                     .map_err(Error::host(format!("cannot stop {}", vm.name())))?;
             }
-            local::start_locked(vm, Accelerator::Auto, paused).await?;
+            let first = First::of(paused);
+            local::start_locked(vm, Accelerator::Auto, first).await?;
         }
     }
     if !paused && let Err(error) = chance::release_unless_recorded(vm).await {

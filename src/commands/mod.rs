@@ -67,6 +67,7 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
             listen,
             evdev,
             long_turns,
+            fresh_qemu,
             pause,
             resume,
         } => {
@@ -77,6 +78,7 @@ pub(crate) async fn run(args: Args, output: &Output) -> anyhow::Result<()> {
                 listen,
                 evdev,
                 long_turns,
+                fresh_qemu,
             };
             record::run(&vm_of(&store()?, &name).await?, &options, output).await
         }

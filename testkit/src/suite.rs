@@ -56,6 +56,9 @@ pub struct Recording {
     pub captured: Value,
 }
 
+/// How a replay-friendly guest is recorded, beside what is done of itself.
+pub const FRIENDLY: &[&str] = &["--long-turns", "--fresh-qemu"];
+
 /// Plays a session in a fresh guest of a fresh site, and records it.
 ///
 /// # Errors
@@ -76,9 +79,8 @@ pub async fn record(
     let start = site.spawn(&["vm", "start", VM, "--wait"])?;
     start.finish(GUEST_LIMIT).await?.success()?;
     come_to_rest(site).await?;
-    let long_turns = guest.friendly.then_some("--long-turns");
-    let more: Vec<&str> = long_turns.into_iter().collect();
-    let recorder = site.record_with(VM, &more).await?;
+    let more = if guest.friendly { FRIENDLY } else { &[] };
+    let recorder = site.record_with(VM, more).await?;
     let mut robot = Robot::connect(&recorder.vnc).await?;
     let played = session
         .play(&mut robot, kept.looks, |at, text| {

@@ -41,7 +41,10 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
     assert_eq!(early.code, Some(3), "{}", early.stderr);
     assert!(!Path::new(out).exists());
 
-    let recorder = a.record_with(VM, &["--long-turns=1s"]).await.unwrap();
+    let recorder = a
+        .record_with(VM, &["--long-turns=1s", "--fresh-qemu"])
+        .await
+        .unwrap();
     assert!(held());
     // But for one that had no slab before.
     let left = shuffled();

@@ -15,6 +15,7 @@ mod bench;
 mod capture;
 mod common;
 mod follow;
+mod fresh_qemu;
 mod generations;
 mod harmless;
 mod help;

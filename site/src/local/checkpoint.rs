@@ -27,7 +27,18 @@ pub async fn checkpoint(vm: &VmDir) -> Result<Manifest> {
     let _lock = vm.lock_soon().await?;
     require_lease(vm)?;
     let qemu = attach_running(vm).await?;
-    Ok(checkpoint_locked(vm, &qemu, None).await?.manifest)
+    Ok(checkpoint_locked(vm, &qemu, None, After::GoesOn)
+        .await?
+        .manifest)
+}
+
+/// What a guest does once its state is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum After {
+    /// What it did before.
+    GoesOn,
+    /// It stands still, as its QEMU is to end.
+    StandsStill,
 }
 
 /// A generation that was made.
@@ -43,6 +54,7 @@ pub(crate) async fn checkpoint_locked(
     vm: &VmDir,
     qemu: &Vm,
     for_recording: Option<&(dyn Fn() + Sync)>,
+    after: After,
 ) -> Result<Made> {
     let record = vm.record()?;
     let live = Live::of_running(vm, qemu).await?;
@@ -80,7 +92,8 @@ pub(crate) async fn checkpoint_locked(
         prepare();
     }
     let taken = take_state(vm, qemu, &record, &live).await;
-    if was_running {
+    let goes_on = was_running && (after == After::GoesOn || taken.is_err());
+    if goes_on {
         // Whatever happened above, the user's desktop goes on.
         resume_live(vm, qemu).await?;
         still::end(vm)?;
@@ -94,7 +107,7 @@ pub(crate) async fn checkpoint_locked(
     Live {
         generation: Some(manifest.generation),
         overlays,
-        ran: was_running,
+        ran: goes_on,
     }
     .store(vm)?;
     if let Some(position) = position {
@@ -247,24 +260,4 @@ pub(crate) fn next_generation(vm: &VmDir) -> Result<u64> {
         highest = highest.max(number.unwrap_or(0));
     }
     Ok(highest + 1)
-}
-
-/// Stops a VM so that `start` goes on where it was: a checkpoint, then QEMU quits.
-pub async fn suspend(vm: &VmDir) -> Result<Manifest> {
-    crate::source::settle(vm).await?;
-    let _lock = vm.lock_soon().await?;
-    require_lease(vm)?;
-    let qemu = attach_running(vm).await?;
-    qemu.pause()
-        .await
-        .map_err(Error::host(format!("cannot pause {}", vm.name())))?;
-    // It is not to go on from here.
-    still::end(vm)?;
-    let manifest = checkpoint_locked(vm, &qemu, None).await?.manifest;
-    qemu.quit()
-        .await
-        .map_err(Error::host(format!("cannot stop {}", vm.name())))?;
-    files::remove_dir(&vm.live_dir())?;
-    files::remove_dir(&vm.runtime_dir("live")?)?;
-    Ok(manifest)
 }

@@ -7,6 +7,7 @@
 mod checkpoint;
 mod create;
 pub(crate) mod still;
+mod suspend;
 mod takeover;
 
 use std::path::{Path, PathBuf};
@@ -29,10 +30,12 @@ use crate::source;
 use crate::store::VmDir;
 use crate::vm::VmRecord;
 
-pub(crate) use checkpoint::{Made, checkpoint_locked, next_generation};
-pub use checkpoint::{checkpoint, suspend};
+pub use checkpoint::checkpoint;
+pub(crate) use checkpoint::{After, Made, checkpoint_locked, next_generation};
 pub(crate) use create::create;
 pub use create::{NewVm, REPLAY_FRIENDLY, create_from};
+pub use suspend::suspend;
+pub(crate) use suspend::{Renewed, renew_locked};
 pub(crate) use takeover::give_way;
 pub use takeover::{Takeover, believe, takeover, takeover_of};
 
@@ -248,14 +251,33 @@ pub async fn start(vm: &VmDir, accelerator: Accelerator, paused: bool) -> Result
     if attach(vm).await?.is_some() {
         return Err(Error::Refused(format!("{} runs already", vm.name())));
     }
-    let qemu = start_locked(vm, accelerator, paused).await?;
+    let qemu = start_locked(vm, accelerator, First::of(paused)).await?;
     // It came, and runs.
     Resuming::forget(vm)?;
     Ok(qemu)
 }
 
+/// What a guest does first in a new QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum First {
+    Runs,
+    StandsStill,
+    /// It stands still for whoever starts it, and goes on if that dies, see [`still`].
+    StandsStillForUs,
+}
+
+impl First {
+    pub(crate) const fn of(paused: bool) -> Self {
+        if paused {
+            Self::StandsStill
+        } else {
+            Self::Runs
+        }
+    }
+}
+
 /// As [`start`], with the lock held, for a VM of this site that has no QEMU.
-pub(crate) async fn start_locked(vm: &VmDir, accelerator: Accelerator, paused: bool) -> Result<Vm> {
+pub(crate) async fn start_locked(vm: &VmDir, accelerator: Accelerator, first: First) -> Result<Vm> {
     let record = vm.record()?;
     require_lease(vm)?;
     let runtime = vm.runtime_dir("live")?;
@@ -271,6 +293,9 @@ pub(crate) async fn start_locked(vm: &VmDir, accelerator: Accelerator, paused: b
     }
     files::remove_dir(&runtime)?;
     files::make_dir(&runtime)?;
+    if first == First::StandsStillForUs {
+        still::begin(vm)?;
+    }
     let hardware = restore
         .as_ref()
         .map_or(&record.hardware, |manifest| &manifest.hardware);
@@ -302,7 +327,7 @@ pub(crate) async fn start_locked(vm: &VmDir, accelerator: Accelerator, paused: b
                     vm.name()
                 )))?;
         }
-        if !paused {
+        if first == First::Runs {
             resume_live(vm, &qemu).await?;
         }
         Ok(())

@@ -6,7 +6,9 @@
 use std::fs;
 use std::path::PathBuf;
 
-use super::{attach, resume_live};
+use vm_host::Status;
+
+use super::{First, attach, resume_live, start_locked};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lease::Lease;
@@ -50,12 +52,19 @@ pub(crate) async fn recover(vm: &VmDir) -> Result<()> {
     if !matches!(vm.lease()?, Lease::Held { .. }) {
         return Ok(());
     }
+    let what = || format!("cannot have {} go on", vm.name());
     if let Some(qemu) = attach(vm).await? {
         tracing::warn!(
             vm = %vm.name(),
             "a checkpoint was killed while the guest stood still; it goes on"
         );
-        resume_live(vm, &qemu).await?;
+        if qemu.status().await.map_err(Error::host(what()))? == Status::Incoming {
+            // A new one that has nothing of the guest yet.
+            qemu.kill().await.map_err(Error::host(what()))?;
+            start_locked(vm, qemu.accelerator(), First::Runs).await?;
+        } else {
+            resume_live(vm, &qemu).await?;
+        }
     }
     end(vm)
 }

@@ -329,7 +329,7 @@ impl Keeping<'_> {
         local::require_lease(self.vm)?;
         let qemu = local::attach_running(self.vm).await?;
         self.vcpus = Some(qemu.vcpus());
-        local::checkpoint_locked(self.vm, &qemu, None).await
+        local::checkpoint_locked(self.vm, &qemu, None, local::After::GoesOn).await
     }
 
     fn began(&mut self, why: Why, generation: u64, paused: Duration) {

@@ -46,7 +46,7 @@ struct Options {
     #[arg(long, default_value = "target/demo", value_name = "DIR")]
     out: PathBuf,
     /// With a guest that chance is taken out of, see `vm create --replay-friendly` and
-    /// `record --long-turns`
+    /// `record --long-turns --fresh-qemu`
     #[arg(long)]
     replay_friendly: bool,
     /// When the sites replay [default: while the user works]
@@ -105,20 +105,20 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
     let created = Instant::now();
     sites.a.json(&["vm", "start", VM]).await?;
     println!("runs after {:.1} s", created.elapsed().as_secs_f64());
-    // Whoever takes chance out of a guest takes what long turns take out, too.
-    let turns: &[&str] = if options.replay_friendly {
-        &["--long-turns"]
+    // Whoever takes chance out of a guest takes out all of it.
+    let more: &[&str] = if options.replay_friendly {
+        testkit::suite::FRIENDLY
     } else {
         &[]
     };
-    let recorder = sites.a.record_with(VM, turns).await?;
+    let recorder = sites.a.record_with(VM, more).await?;
     println!(
         "recorded on top of generation {}{}",
         recorder.begun["generation"],
-        if turns.is_empty() {
+        if more.is_empty() {
             ""
         } else {
-            ", its programs taking long turns"
+            ", in a fresh QEMU, its programs taking long turns"
         }
     );
     for (name, agent) in [("b", &agents[0]), ("c", &agents[1])] {
