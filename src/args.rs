@@ -102,7 +102,7 @@ pub(crate) enum Command {
               require_equals = true, default_missing_value = "400ms")]
         long_turns: Option<Duration>,
         /// Have the guest go on in a new QEMU, as its replays begin in one: emulation is slow at
-        /// first, which sets them apart else. It stands still for a few seconds; connections to
+        /// first, which sets them apart else. It stands still for about a second; connections to
         /// QEMU itself end, and those that the guest has through user-mode networking
         #[arg(long)]
         fresh_qemu: bool,

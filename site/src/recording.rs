@@ -5,13 +5,13 @@
 //! `resume`, `tell`, `viewers`, `hold`), one line of JSON back. What it answers to `flush` is on disk; once it has
 //! answered to `pause`, nothing that is typed gets into the log.
 
+mod begin;
 pub(crate) mod stretch;
 mod writer;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use recorder::{Clock, Listen, RecordSink, RecorderHandle, SinkClosed};
@@ -20,13 +20,13 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
 use traces::{GuestTime, Log, LogId, LogWriter, Record};
-use vm_host::{GuestClock, Vcpus, Vm};
 
-use crate::chance::{self, Held};
+use crate::chance;
 use crate::control_socket::{self, ControlSocket};
 use crate::error::{Error, Result};
-use crate::local::{self, After, Renewed};
+use crate::local;
 use crate::store::VmDir;
+use begin::{Begun, SinceCheckpoint, begin};
 use writer::{FLUSH_EVERY, ToWriter};
 
 /// How long a recorder may take to answer on its control socket.
@@ -112,33 +112,6 @@ fn require_free(listen: &Listen) -> Result<()> {
              address with --listen"
         ))
     })
-}
-
-/// Guest time since the checkpoint that the log rests on.
-#[derive(Clone)]
-struct SinceCheckpoint {
-    clock: Arc<GuestClock>,
-    origin: Duration,
-    vcpus: Vcpus,
-}
-
-impl Clock for SinceCheckpoint {
-    fn now(&self) -> GuestTime {
-        let clock: &GuestClock = &self.clock;
-        let since = clock.now().saturating_sub(self.origin);
-        GuestTime {
-            micros: since.as_micros() as u64,
-        }
-    }
-
-    fn is_running(&self) -> bool {
-        self.clock.is_running()
-    }
-
-    fn processor_time(&self) -> Option<Duration> {
-        // It may just have ended, which is noticed elsewhere.
-        self.vcpus.cpu_time().ok()
-    }
 }
 
 /// Hands records to the thread that writes the log.
@@ -283,70 +256,6 @@ pub async fn record(
         log_bytes,
         records,
         ended,
-    })
-}
-
-/// A guest that has been made ready to be recorded, and runs if it did.
-struct Begun {
-    qemu: Vm,
-    generation: u64,
-    clock: SinceCheckpoint,
-    held: Option<Held>,
-}
-
-/// Makes the generation that the log continues. Chance is taken out of a replay-friendly guest while
-/// it stands still for that.
-async fn begin(vm: &VmDir, qemu: Vm, options: &RecordOptions) -> Result<Begun> {
-    let friendly = vm.record()?.replay_friendly;
-    let hold = || {
-        friendly
-            .then(|| chance::hold(vm, options.long_turns))
-            .flatten()
-    };
-    let follow = async |qemu: &Vm| {
-        GuestClock::follow(qemu.clock_qmp_socket(), Duration::ZERO)
-            .await
-            .map_err(Error::host(format!(
-                "cannot follow the clock of {}",
-                vm.name()
-            )))
-    };
-    let held = Mutex::new(None);
-    let _lock = vm.lock_soon().await?;
-    let (qemu, clock, origin, generation) = if options.fresh_qemu {
-        let prepare = || {
-            if let Ok(mut held) = held.lock() {
-                *held = hold();
-            }
-        };
-        let renewed = local::renew_locked(vm, qemu, &prepare).await?;
-        // From before its first instruction; but it is to run, whatever comes of that.
-        let clock = follow(&renewed.qemu).await;
-        renewed.go_on(vm).await?;
-        let Renewed { qemu, manifest, .. } = renewed;
-        (qemu, clock?, Duration::ZERO, manifest.generation)
-    } else {
-        let clock = follow(&qemu).await?;
-        let origin = Mutex::new(Duration::ZERO);
-        let prepare = || {
-            if let (Ok(mut origin), Ok(mut held)) = (origin.lock(), held.lock()) {
-                *origin = clock.now();
-                *held = hold();
-            }
-        };
-        let made = local::checkpoint_locked(vm, &qemu, Some(&prepare), After::GoesOn).await?;
-        let origin = origin.into_inner().unwrap_or_default();
-        (qemu, clock, origin, made.manifest.generation)
-    };
-    Ok(Begun {
-        clock: SinceCheckpoint {
-            clock: Arc::new(clock),
-            origin,
-            vcpus: qemu.vcpus(),
-        },
-        qemu,
-        generation,
-        held: held.into_inner().unwrap_or_default(),
     })
 }
 
