@@ -1,5 +1,7 @@
 //! Files that are whole or not there: write, fsync, rename, fsync of the folder.
 
+mod lock;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::ops::Range;
@@ -12,6 +14,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
+
+pub(crate) use lock::FileLock;
 
 /// No JSON file of a state directory comes near this.
 const JSON_LIMIT: u64 = 4 << 20;
@@ -245,36 +249,6 @@ fn write_sparse(block: &[u8], target: &File, at: u64) -> io::Result<()> {
     }
 }
 
-/// An exclusive lock on a file, held until dropped; it goes with the process that holds it.
-#[derive(Debug)]
-pub(crate) struct FileLock(File);
-
-impl Drop for FileLock {
-    fn drop(&mut self) {
-        // Not left to closing it: a program that another thread is just starting has the file open, too,
-        // until it is that program. Closed it is in any case.
-        let _ = self.0.unlock();
-    }
-}
-
-impl FileLock {
-    /// Takes the lock, or says that another process has it.
-    pub(crate) fn try_take(path: &Path) -> Result<Option<Self>> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .map_err(Error::file("open", path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(Self(file))),
-            Err(fs::TryLockError::WouldBlock) => Ok(None),
-            Err(fs::TryLockError::Error(error)) => Err(Error::file("lock", path)(error)),
-        }
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -308,19 +282,6 @@ pub(crate) mod tests {
                 if path == wanted && source.raw_os_error() == Some(eio)),
             "{error:?}"
         );
-    }
-
-    #[test]
-    fn a_lock_is_let_go_of_though_another_process_has_its_file_open() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("lock");
-        let lock = FileLock::try_take(&path).unwrap().unwrap();
-        assert!(FileLock::try_take(&path).unwrap().is_none());
-        // As a program has that is just being started.
-        let inherited = lock.0.try_clone().unwrap();
-        drop(lock);
-        assert!(FileLock::try_take(&path).unwrap().is_some());
-        drop(inherited);
     }
 
     #[test]
@@ -375,17 +336,6 @@ pub(crate) mod tests {
         let copied = copy_sparse_into(&from, &to, target).unwrap();
         assert_eq!(copied.metadata().unwrap().len(), 3 << 20);
         assert!(!to.parent().unwrap().exists());
-    }
-
-    #[test]
-    fn a_lock_is_exclusive_until_dropped() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("lock");
-        let held = FileLock::try_take(&path).unwrap();
-        assert!(held.is_some());
-        assert!(FileLock::try_take(&path).unwrap().is_none());
-        drop(held);
-        assert!(FileLock::try_take(&path).unwrap().is_some());
     }
 
     #[test]

@@ -13,9 +13,8 @@
 //!
 //! None of it is ever read. It takes room, and half a key is better not kept.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,15 +22,16 @@ use rustix::process::{Pid, test_kill_process};
 
 use crate::chance::recording_lock;
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, FileLock};
+use crate::peers;
 use crate::store::{Store, VmDir};
 use crate::vm::Id;
 
 const RECEIVING: &str = ".receive-";
 const IMPORTING: &str = ".import-";
+const IMPORT_LOCK: &str = ".import.lock";
 const DELETED: &str = ".deleted-";
 const PEERS: &str = ".peers.";
-const PEERS_LOCK: &str = ".peers.lock";
 const KEYS: [&str; 2] = [".site.key.", ".state.key."];
 
 /// Nobody takes so long to write a key. By a clock that was set back a file is from the future,
@@ -54,15 +54,13 @@ fn scratch(images: &Path, prefix: &str) -> Result<tempfile::TempDir> {
 #[derive(Debug)]
 pub(crate) struct Importing {
     scratch: tempfile::TempDir,
-    _alive: File,
+    _alive: FileLock,
 }
 
 impl Importing {
     pub(crate) fn begin(images: &Path) -> Result<Self> {
-        let path = images.join(".import.lock");
-        let alive = lock_file(&path)?;
         // Somebody who clears away holds it for a moment.
-        alive.lock_shared().map_err(Error::file("lock", &path))?;
+        let alive = FileLock::share(&images.join(IMPORT_LOCK))?;
         Ok(Self {
             scratch: scratch(images, IMPORTING)?,
             _alive: alive,
@@ -72,16 +70,6 @@ impl Importing {
     pub(crate) fn path(&self) -> &Path {
         self.scratch.path()
     }
-}
-
-fn lock_file(path: &Path) -> Result<File> {
-    OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .map_err(Error::file("open", path))
 }
 
 /// Removes a VM's folder: from one moment to the next, durable, there is none, and what is removed
@@ -148,18 +136,17 @@ pub(crate) fn of_site(store: &Store) -> Result<Vec<PathBuf>> {
     for dir in [root, &images, keys] {
         left.extend(partials(dir)?);
     }
-    let lock = lock_file(&images.join(".import.lock"))?;
-    if lock.try_lock().is_ok() {
+    if let Some(_nobody_imports) = FileLock::try_take(&images.join(IMPORT_LOCK))? {
         left.extend(named(&images, |name| name.starts_with(IMPORTING))?);
     }
     for gone in named(&root.join("vms"), |name| name.starts_with(DELETED))? {
-        if !is_locked(&gone.join("lock")) {
+        if !FileLock::is_held(&gone.join("lock")) {
             left.push(gone);
         }
     }
-    if !is_locked(&root.join(PEERS_LOCK)) {
+    if !FileLock::is_held(&root.join(peers::LOCK)) {
         left.extend(named(root, |name| {
-            name.starts_with(PEERS) && name != PEERS_LOCK
+            name.starts_with(PEERS) && name != peers::LOCK
         })?);
     }
     for dir in [root, keys] {
@@ -207,11 +194,6 @@ fn is_dead(process: Pid) -> bool {
     own || test_kill_process(process) == Err(rustix::io::Errno::SRCH)
 }
 
-/// Whether somebody holds a lock. Who holds it at this moment may be gone at the next.
-fn is_locked(path: &Path) -> bool {
-    File::open(path).is_ok_and(|file| file.try_lock().is_err())
-}
-
 /// The entries of a folder with such names; none, where there is no folder.
 fn named(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(dir) {
@@ -233,6 +215,7 @@ fn named(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::process::Command;
     use std::time::SystemTime;
 
@@ -281,20 +264,6 @@ mod tests {
         alive.wait().unwrap();
     }
 
-    /// Clears away until this is so. A lock that was dropped here is held for a moment longer by what another test
-    /// starts just then: a process has all open files between its fork and its program.
-    fn clear_until(store: &Store, so: impl Fn() -> bool) {
-        let end = std::time::Instant::now() + Duration::from_secs(10);
-        loop {
-            clear(store).unwrap();
-            if so() {
-                return;
-            }
-            assert!(std::time::Instant::now() < end, "it is not cleared away");
-            std::thread::yield_now();
-        }
-    }
-
     #[test]
     fn halves_of_a_vms_files_stay_while_somebody_works_on_it() {
         let (_dir, store) = store();
@@ -306,7 +275,8 @@ mod tests {
         clear(&store).unwrap();
         assert!(half.exists());
         drop(working);
-        clear_until(&store, || !half.exists());
+        clear(&store).unwrap();
+        assert!(!half.exists());
     }
 
     #[test]
@@ -323,7 +293,8 @@ mod tests {
         assert!(!left(".receive-abc") && left("whole"));
         assert!(left(".import-abc") && importing.path().exists());
         drop((importing, other));
-        clear_until(&store, || !left(".import-abc"));
+        clear(&store).unwrap();
+        assert!(!left(".import-abc"));
         assert!(left("whole"));
     }
 
@@ -334,11 +305,12 @@ mod tests {
         fs::create_dir(&gone).unwrap();
         fs::write(gone.join("vm.json"), "{").unwrap();
         assert!(store.vms().unwrap().is_empty());
-        let deleting = files::FileLock::try_take(&gone.join("lock")).unwrap();
+        let deleting = FileLock::try_take(&gone.join("lock")).unwrap();
         clear(&store).unwrap();
         assert!(gone.exists(), "somebody is at it");
         drop(deleting);
-        clear_until(&store, || !gone.exists());
+        clear(&store).unwrap();
+        assert!(!gone.exists());
     }
 
     #[test]
@@ -352,8 +324,7 @@ mod tests {
             });
         let set = |path: &Path, at| File::open(path).unwrap().set_modified(at).unwrap();
         set(&key, SystemTime::now() - 2 * KEY_TAKES);
-        let changing = File::open(&locked).unwrap();
-        changing.lock().unwrap();
+        let changing = FileLock::take(&locked).unwrap();
         clear(&store).unwrap();
         assert!(!key.exists() && fresh.exists() && list.exists());
         // A clock that was set back by days makes nobody's file old.

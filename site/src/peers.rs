@@ -12,18 +12,22 @@ mod permissions;
 mod watch;
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::files::FileLock;
 use crate::identity::SiteKey;
 
 pub use permissions::{Permission, Permissions};
 pub use watch::PeerWatch;
+
+/// Held by whoever changes the list; another file than the list itself, which is replaced under its readers.
+pub(crate) const LOCK: &str = ".peers.lock";
 
 /// The version of the file this program writes, and the newest it reads. Version 1 knew neither
 /// permissions nor former keys, version 2 not that a site may have things held here: whoever reads
@@ -339,15 +343,7 @@ impl PeerStore {
         // Always set by `new`, which joins a file name to a directory.
         let dir = self.path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(dir).map_err(write)?;
-        // Another file than the store itself, which is replaced under its readers.
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(dir.join(".peers.lock"))
-            .map_err(write)?;
-        lock.lock().map_err(write)?;
+        let _alone = FileLock::take(&dir.join(LOCK)).map_err(write)?;
 
         let mut peers = self.list()?;
         let result = change(&mut peers)?;

@@ -209,6 +209,11 @@ impl LogWriter {
         Ok(self.bytes)
     }
 
+    #[cfg(test)]
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     fn write(&mut self, body: Vec<u8>) -> Result<(), Error> {
         if self.poisoned {
             return Err(Error::Poisoned {
@@ -234,6 +239,9 @@ impl Drop for LogWriter {
             // Nobody to tell here; `close` and `sync` do.
             let _ = self.flush();
         }
+        // Not left to closing it: a program that another thread is just starting has the file open, too, until it
+        // is that program, and whoever goes on with this log would be told that it is busy.
+        let _ = self.file.unlock();
     }
 }
 
