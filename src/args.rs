@@ -288,6 +288,10 @@ pub(crate) enum GuestCommand {
         /// Keep the checkpoint of a guest as `vm create --replay-friendly` makes it
         #[arg(long)]
         replay_friendly: bool,
+        /// Keep the checkpoint of a guest as `vm create --icount` makes it
+        #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true,
+              default_missing_value = "1")]
+        icount: Option<u8>,
     },
 }
 
@@ -478,6 +482,11 @@ pub(crate) struct CreateArgs {
     /// zeroed, no times of last access to files
     #[arg(long)]
     pub(crate) replay_friendly: bool,
+    /// Let the guest's clock count its instructions, 2^N ns each, so that a replay does the same things at the same time; always
+    /// under software emulation, for the VM's whole life
+    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true,
+          default_missing_value = "1")]
+    pub(crate) icount: Option<u8>,
     /// The line on the guest's serial port that says that its desktop is up
     #[arg(long, value_name = "TEXT")]
     pub(crate) ready_marker: Option<String>,

@@ -7,7 +7,7 @@ use std::path::Path;
 use site::identity::Identity;
 
 /// The protocol that the seeds of `conversation` speak.
-pub const VERSION: u16 = 10;
+pub const VERSION: u16 = 11;
 
 /// Bytes of the disk that the agent of `conversation` has: zeros.
 pub const DISK: usize = 1 << 16;

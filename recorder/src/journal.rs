@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,6 +26,16 @@ use crate::stats::Statistics;
 pub trait Clock: Send + Sync + 'static {
     /// Guest time; stands still while the guest is paused.
     fn now(&self) -> GuestTime;
+
+    /// Makes [`Self::now`] as exact as can be, where that takes asking somebody.
+    fn look(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(std::future::ready(()))
+    }
+
+    /// After each key QEMU hands the guest no other for so long.
+    fn key_delay(&self) -> Duration {
+        KEY_DELAY
+    }
 
     /// QEMU drops input for a guest that doesn't run, so such input isn't logged either.
     fn is_running(&self) -> bool {
@@ -55,6 +66,14 @@ impl Clock for vm_host::GuestClock {
     fn is_running(&self) -> bool {
         vm_host::GuestClock::is_running(self)
     }
+
+    fn look(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(vm_host::GuestClock::look(self))
+    }
+
+    fn key_delay(&self) -> Duration {
+        vm_host::GuestClock::key_delay(self)
+    }
 }
 
 impl Clock for Arc<vm_host::GuestClock> {
@@ -64,6 +83,14 @@ impl Clock for Arc<vm_host::GuestClock> {
 
     fn is_running(&self) -> bool {
         vm_host::GuestClock::is_running(self)
+    }
+
+    fn look(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Clock::look(self.as_ref())
+    }
+
+    fn key_delay(&self) -> Duration {
+        Clock::key_delay(self.as_ref())
     }
 }
 
@@ -106,6 +133,7 @@ impl RecordSink for std::sync::mpsc::Sender<Record> {
 }
 
 pub(crate) struct Journal {
+    clock: Arc<dyn Clock>,
     inner: Mutex<Inner>,
     viewers: AtomicUsize,
     observer: Arc<Observer>,
@@ -117,7 +145,7 @@ struct Inner {
     plan: AnchorPlan,
     load: Load,
     sink: Box<dyn RecordSink>,
-    clock: Box<dyn Clock>,
+    clock: Arc<dyn Clock>,
     last: GuestTime,
     /// QEMU hands the guest no key before this.
     next_key: GuestTime,
@@ -135,14 +163,14 @@ impl Journal {
     pub(crate) fn new(
         observer: Arc<Observer>,
         sink: Box<dyn RecordSink>,
-        clock: Box<dyn Clock>,
+        clock: Arc<dyn Clock>,
     ) -> Self {
         let inner = Inner {
             devices: Devices::default(),
             plan: AnchorPlan::default(),
             load: Load::default(),
             sink,
-            clock,
+            clock: Arc::clone(&clock),
             last: GuestTime::default(),
             next_key: GuestTime::default(),
             paused: false,
@@ -153,6 +181,7 @@ impl Journal {
             scratch: Vec::new(),
         };
         Self {
+            clock,
             inner: Mutex::new(inner),
             viewers: AtomicUsize::new(0),
             observer,
@@ -163,6 +192,11 @@ impl Journal {
     /// Each critical section leaves its invariants intact before anything that could panic.
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Before input: when it comes is to be known exactly.
+    pub(crate) async fn look_at_clock(&self) {
+        self.clock.look().await;
     }
 
     /// Hands an input message to QEMU and logs it; returns how many of its bytes QEMU's socket
@@ -377,7 +411,7 @@ impl Drop for Seat {
 }
 
 /// QEMU's VNC server lets this much time pass between two keys (`key-delay-ms`, its default).
-const KEY_DELAY_MICROS: u64 = 10_000;
+const KEY_DELAY: Duration = vm_host::KEY_DELAY;
 /// Keys and buttons share Linux's numbering; buttons begin at `BTN_MISC`.
 const FIRST_BUTTON: u16 = 0x100;
 
@@ -449,7 +483,7 @@ impl Inner {
         let mut now = self.clock.now();
         if matches!(event, Event::Key { .. }) {
             now = now.max(self.next_key);
-            self.next_key.micros = now.micros + KEY_DELAY_MICROS;
+            self.next_key.micros = now.micros + self.clock.key_delay().as_micros() as u64;
         }
         self.last = self.last.max(now);
         self.stats.records += 1;

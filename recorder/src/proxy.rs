@@ -266,6 +266,7 @@ impl Proxy {
         let mut may_pass = None;
         if framed.message.is_input() {
             may_pass = Some(self.gate.read().await);
+            self.journal.look_at_clock().await;
             loop {
                 match self.journal.forward(input, framed, read_at, qemu) {
                     Ok(written) => {

@@ -119,7 +119,7 @@ impl Recorder {
         let journal = Arc::new(Journal::new(
             Arc::clone(&observer),
             Box::new(sink),
-            Box::new(clock),
+            Arc::new(clock),
         ));
         journal.note_screen();
         let stop = CancellationToken::new();

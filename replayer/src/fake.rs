@@ -281,6 +281,14 @@ impl Guest for &Fake {
         self.ran_for
     }
 
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn host_time(&self, at: Instant) -> Instant {
+        at
+    }
+
     async fn until(&self, at: Instant) {
         if at > Instant::now() {
             sleep_until(at + self.oversleeps).await;

@@ -1,8 +1,9 @@
 //! What the replayer needs of a guest; a trait so that hours of schedule are tested in no time.
 
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 use traces::{Event, Pixels};
 use vm_host::screen::{FrameVersion, Observer};
 use vm_host::{Input, Vm};
@@ -26,14 +27,47 @@ pub(crate) trait Guest {
     fn cpu_time(&self) -> Result<Duration, Error>;
     /// For how long it has been running.
     fn ran_for(&self) -> Duration;
-    /// Waits until then, as exactly as can be.
+    /// The time by the guest's clock, as if that had gone like the host's from the start.
+    fn now(&self) -> Instant;
+    /// When by the host's clock it is that time by the guest's, if that goes like the host's from now on.
+    fn host_time(&self, at: Instant) -> Instant;
+    /// Waits until it is that time by the guest's clock, as exactly as can be.
     fn until(&self, at: Instant) -> impl Future<Output = ()> + Send;
 }
 
 /// A guest in QEMU.
 pub(crate) struct Real<'a> {
-    pub(crate) vm: &'a Vm,
-    pub(crate) observer: &'a Observer,
+    vm: &'a Vm,
+    observer: &'a Observer,
+    /// How far its clock was ahead of the host's when that was last looked at, in nanoseconds.
+    ahead: AtomicI64,
+}
+
+impl<'a> Real<'a> {
+    pub(crate) fn new(vm: &'a Vm, observer: &'a Observer) -> Self {
+        Self {
+            vm,
+            observer,
+            ahead: AtomicI64::new(0),
+        }
+    }
+}
+
+/// A guest's clock is looked at again so long before the time that is waited for.
+const LOOK_AGAIN: Duration = Duration::from_millis(4);
+/// For less than this it is not looked at, which takes a good part of that.
+const NO_LOOK: Duration = Duration::from_millis(1);
+/// One that is busy on a slow host falls behind; by more than this it is not waited for.
+const PATIENCE: u32 = 8;
+
+fn moved(at: Instant, nanos: i64) -> Instant {
+    let by = Duration::from_nanos(nanos.unsigned_abs());
+    let moved = if nanos < 0 {
+        at.checked_sub(by)
+    } else {
+        at.checked_add(by)
+    };
+    moved.unwrap_or(at)
 }
 
 impl Guest for Real<'_> {
@@ -75,8 +109,33 @@ impl Guest for Real<'_> {
         self.vm.ran_for()
     }
 
+    fn now(&self) -> Instant {
+        moved(Instant::now(), self.ahead.load(Ordering::Relaxed))
+    }
+
+    fn host_time(&self, at: Instant) -> Instant {
+        moved(at, -self.ahead.load(Ordering::Relaxed))
+    }
+
     async fn until(&self, at: Instant) {
-        vm_host::alarm::until(at).await;
+        if !self.vm.has_clock() {
+            return vm_host::alarm::until(at).await;
+        }
+        let begun = Instant::now();
+        if self.host_time(at) <= begun + NO_LOOK {
+            return vm_host::alarm::until(self.host_time(at)).await;
+        }
+        let wanted = self.host_time(at).saturating_duration_since(begun);
+        let limit = begun + wanted * PATIENCE + Duration::from_secs(1);
+        loop {
+            let ahead = self.vm.skew_now().await;
+            self.ahead.store(ahead, Ordering::Relaxed);
+            let due = self.host_time(at).min(limit);
+            if due.saturating_duration_since(Instant::now()) <= LOOK_AGAIN {
+                return vm_host::alarm::until(due).await;
+            }
+            sleep_until(due - LOOK_AGAIN / 2).await;
+        }
     }
 }
 

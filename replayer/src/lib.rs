@@ -96,7 +96,7 @@ impl<'a> Replay<'a> {
     /// ran before `vm` was attached to it, from then; that is `options.start`.
     pub fn new(vm: &'a Vm, observer: &'a Observer, options: &Options) -> Result<Self, Error> {
         Ok(Self {
-            player: Player::new(Real { vm, observer }, options)?,
+            player: Player::new(Real::new(vm, observer), options)?,
         })
     }
 

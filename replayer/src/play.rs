@@ -55,7 +55,7 @@ pub(crate) struct Player<G> {
 impl<G: Guest> Player<G> {
     pub(crate) fn new(guest: G, options: &Options) -> Result<Self, Error> {
         options.check()?;
-        let now = Instant::now();
+        let now = guest.now();
         let begun = now.checked_sub(guest.ran_for()).unwrap_or(now);
         Ok(Self {
             guest,
@@ -143,7 +143,7 @@ impl<G: Guest> Player<G> {
         let steady = self.think(&pause).await?;
         if let Some(anchor) = pause.anchor {
             // Where it is overdue, the guest has its time for the screen all the same.
-            let now = Instant::now();
+            let now = self.guest.now();
             let due = steady.map_or(now, |start| start.max(now));
             self.await_anchor(anchor, act.start, due).await?;
         }
@@ -155,7 +155,7 @@ impl<G: Guest> Player<G> {
             self.guest.until(start - self.lead).await;
         }
         // Where it was late or a timer overslept, what follows moves as a whole.
-        let start = Instant::now() + self.lead;
+        let start = self.guest.now() + self.lead;
         let late = start.saturating_duration_since(self.in_time(act.start));
         tracing::debug!(at = act.start.micros, ?late, "an interaction begins");
         let paced = self.paced(act.start);
@@ -172,9 +172,9 @@ impl<G: Guest> Player<G> {
                 sooner += self.type_on(before, first, due(first, sooner)).await?;
             }
             let begin = due(first, sooner) - self.lead;
-            let waited = begin > Instant::now();
+            let waited = begin > self.guest.now();
             self.guest.until(begin).await;
-            let soon = (Instant::now() + self.lead + TOGETHER).max(due(first, sooner));
+            let soon = (self.guest.now() + self.lead + TOGETHER).max(due(first, sooner));
             let now = |record: &&Record| due(record, sooner) <= soon;
             let count = left.iter().take_while(now).count();
             let (batch, rest) = left.split_at(count.max(1));
@@ -258,7 +258,7 @@ impl<G: Guest> Player<G> {
         due: Instant,
     ) -> Result<(), Error> {
         let (found, looks) = self.wait(anchor, due + self.ahead).await?;
-        let waited = Instant::now().saturating_duration_since(due);
+        let waited = self.guest.now().saturating_duration_since(due);
         self.report.waited += waited;
         if found.is_match() {
             self.report.matched += 1;
@@ -286,6 +286,11 @@ impl<G: Guest> Player<G> {
         Ok(())
     }
 
+    /// Sleeps until it is about that time by the guest's clock.
+    async fn sleep_until(&self, at: Instant) {
+        sleep_until(self.guest.host_time(at)).await;
+    }
+
     fn pictures(&self, anchor: &Anchor) -> Option<Arc<MissPictures>> {
         if self.report.missed.len() >= self.options.pictures {
             return None;
@@ -302,7 +307,7 @@ impl<G: Guest> Player<G> {
         let mut moving = Moving::new(anchor);
         let mut looks = 0;
         loop {
-            let now = Instant::now();
+            let now = self.guest.now();
             let (version, seen) = self.guest.look(|pixels| {
                 let found = anchor.matches(pixels);
                 if found.is_match() {
@@ -327,7 +332,9 @@ impl<G: Guest> Player<G> {
             }
             // A change, or the time to see whether the guest is at rest.
             let next = (now + SAMPLE).min(limit);
-            if let Ok(changed) = timeout_at(next, self.guest.changed(version)).await {
+            if let Ok(changed) =
+                timeout_at(self.guest.host_time(next), self.guest.changed(version)).await
+            {
                 changed?;
             }
         }
@@ -342,21 +349,22 @@ impl<G: Guest> Player<G> {
             Pace::Follow(_) => self.in_time(until),
             _ => real + between(recorded, until),
         };
-        sleep_until(wanted.min(Instant::now() + limit)).await;
+        self.guest.until(wanted.min(self.guest.now() + limit)).await;
         // Also where the limit cut it short: that much of the recorded time is over.
-        self.last = (recorded.max(until), Instant::now().min(wanted));
+        self.last = (recorded.max(until), self.guest.now().min(wanted));
         self.pace = self.last;
     }
 
     pub(crate) async fn settle(&mut self) -> Result<ReplayReport, Error> {
-        let limit = Instant::now() + self.options.rest.limit;
+        let limit = self.guest.now() + self.options.rest.limit;
         let mut rest = Stillness::new(self.options.rest.window, self.options.rest.busy);
         loop {
             self.report.came_to_rest = rest.sample(&self.guest)?;
-            if self.report.came_to_rest || Instant::now() >= limit {
+            if self.report.came_to_rest || self.guest.now() >= limit {
                 return Ok(self.report());
             }
-            sleep_until((Instant::now() + SAMPLE).min(limit)).await;
+            self.sleep_until((self.guest.now() + SAMPLE).min(limit))
+                .await;
         }
     }
 }

@@ -16,6 +16,7 @@ pub(crate) async fn run(command: GuestCommand, output: &Output) -> anyhow::Resul
         out,
         no_boot,
         replay_friendly,
+        icount,
     } = command;
     let options = BuildOptions {
         out,
@@ -33,10 +34,9 @@ pub(crate) async fn run(command: GuestCommand, output: &Output) -> anyhow::Resul
     let state = if no_boot {
         None
     } else {
-        let new = NewVm {
-            replay_friendly,
-            ..new_vm(&image)?
-        };
+        let mut new = new_vm(&image)?;
+        new.replay_friendly = replay_friendly;
+        new.hardware.icount = icount;
         Some(booted::ensure(&booted_cache()?, &new, &|text| output.say(text)).await?)
     };
     let result = json!({ "dir": image.dir, "disk": image.disk, "booted": state });

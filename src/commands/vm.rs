@@ -181,6 +181,7 @@ async fn create(vm: &VmDir, args: &CreateArgs, output: &Output) -> anyhow::Resul
     }
     new.hardware.cpus = args.cpus;
     new.hardware.network = !args.no_network;
+    new.hardware.icount = args.icount;
     if args.ready_marker.is_some() {
         new.ready_marker.clone_from(&args.ready_marker);
     }

@@ -31,6 +31,15 @@ const LISTEN_LIMIT: Duration = Duration::from_secs(120);
 /// A build of the guest downloads packages, and a first boot is emulated.
 const GUEST_LIMIT: Duration = Duration::from_secs(1800);
 
+/// What `vm create` and `guest build` are asked for where chance is to be taken out of a guest.
+pub fn guest_options(replay_friendly: bool) -> &'static [&'static str] {
+    if replay_friendly {
+        &["--replay-friendly"]
+    } else {
+        &[]
+    }
+}
+
 /// Why a site can't be driven on.
 #[derive(Debug, Error)]
 pub enum SiteError {
@@ -288,14 +297,14 @@ impl Site {
     }
 
     /// The folder of the demo's desktop, built from packages and booted once where the cache has none;
-    /// nothing of it is kept at the site.
-    pub async fn build_guest(&self, replay_friendly: bool) -> Result<String, SiteError> {
+    /// nothing of it is kept at the site. `options` are those of `vm create` that it is to be booted with.
+    pub async fn build_guest(&self, options: &[&str]) -> Result<String, SiteError> {
         #[derive(Deserialize)]
         struct Built {
             dir: String,
         }
         let mut words = vec!["guest", "build"];
-        words.extend(replay_friendly.then_some("--replay-friendly"));
+        words.extend(options);
         let built = self.spawn(&words)?.finish(GUEST_LIMIT).await?;
         Ok(built.success()?.last::<Built>()?.dir)
     }

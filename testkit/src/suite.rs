@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::robot::Robot;
 use crate::session::Session;
-use crate::site::Site;
+use crate::site::{Site, guest_options};
 
 const VM: &str = "desk";
 /// A build of the guest downloads packages, and a first boot is emulated.
@@ -24,8 +24,10 @@ const REST_LIMIT: Duration = Duration::from_secs(180);
 /// The guest that is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Guest {
-    /// Chance is taken out of it, see `vm create --replay-friendly`.
+    /// Chance is taken out of it, see [`guest_options`].
     pub friendly: bool,
+    /// Its instructions are counted, see `vm create --icount`.
+    pub counted: bool,
     /// It has a network card.
     pub network: bool,
 }
@@ -69,10 +71,11 @@ pub async fn record(
     guest: Guest,
     kept: &Kept<'_>,
 ) -> anyhow::Result<Recording> {
-    let friendly = guest.friendly.then_some("--replay-friendly");
-    let dir = site.build_guest(guest.friendly).await?;
+    let mut options = guest_options(guest.friendly).to_vec();
+    options.extend(guest.counted.then_some("--icount"));
+    let dir = site.build_guest(&options).await?;
     let mut create = vec!["vm", "create", VM, "--disk", &dir];
-    create.extend(friendly);
+    create.extend(options);
     create.extend((!guest.network).then_some("--no-network"));
     site.json(&create).await?;
     // One without a network card is not among the guests that have booted already.

@@ -2,16 +2,33 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 use introspection::{Linux, Physical, address_spaces, entropy, freelists, turns};
 
 use crate::common::{SOON, VM, World, program, qemus_on, work};
 use testkit::site::Site;
+use vm_host::Hardware;
+
+/// All that `vm create` knows against chance.
+const CHANCE_TAKEN_OUT: &[&str] = &["--replay-friendly", "--icount"];
 
 /// As [`crate::common::guest`], and booted once with the parameters for replay.
 async fn replay_friendly_guest(dir: &Path) -> String {
     let site = Site::new(program(), "builder", dir.join("builder"));
-    site.build_guest(true).await.unwrap()
+    site.build_guest(CHANCE_TAKEN_OUT).await.unwrap()
+}
+
+/// What the clock of a guest shows whose instructions are counted (`icount_vmstate_timers` in QEMU).
+fn guest_clock(device: &Path) -> Duration {
+    const NAME: &[u8] = b"\x05\x0ctimer/icount\0\0\0\x01";
+    let state = std::fs::read(device).unwrap();
+    let at = state.windows(NAME.len()).position(|words| words == NAME);
+    let fields = &state[at.expect("a count of instructions") + NAME.len()..];
+    let field = |at: usize| i64::from_be_bytes(fields[at..at + 8].try_into().unwrap());
+    let (bias, instructions) = (field(0), field(8));
+    let each = 1 << Hardware::ICOUNT;
+    Duration::from_nanos((bias + instructions * each).try_into().unwrap())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -19,9 +36,9 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
     let world = World::new().await;
     let a = &world.a;
     let guest = replay_friendly_guest(world.dir.path()).await;
-    a.json(&["vm", "create", VM, "--disk", &guest, "--replay-friendly"])
-        .await
-        .unwrap();
+    let mut create = vec!["vm", "create", VM, "--disk", &guest];
+    create.extend(CHANCE_TAKEN_OUT);
+    a.json(&create).await.unwrap();
     a.json(&["vm", "start", VM]).await.unwrap();
     let live = a.live_ram(VM).await.unwrap();
     let held = || {
@@ -89,6 +106,14 @@ async fn a_session_is_captured_while_chance_is_held_in_place() {
                 "{state}/{file}"
             );
         }
+    }
+    // Replays are given input by the guest's own clock, and end by it.
+    let clock = |state| guest_clock(&Path::new(out).join(state).join("device.bin"));
+    let [source, base] = ["source", "base"].map(clock);
+    assert!(source > base);
+    for state in ["replayed", "twin"] {
+        let apart = source.abs_diff(clock(state));
+        assert!(apart < Duration::from_millis(250), "{state}: {apart:?}");
     }
     let again = a.run(&["capture", VM, "--out", out]).await.unwrap();
     assert_eq!(again.code, Some(3), "{}", again.stderr);

@@ -38,7 +38,7 @@ pub(crate) async fn guest() -> &'static str {
     let build = async {
         let dir = tempfile::tempdir().unwrap();
         let site = Site::new(program(), "builder", dir.path());
-        site.build_guest(false).await.unwrap()
+        site.build_guest(&[]).await.unwrap()
     };
     GUEST.get_or_init(|| build).await
 }

@@ -25,6 +25,12 @@ const TICKS: Range<usize> = 0..8;
 const CLOCK: Range<usize> = 16..24;
 /// After it (`QEMU_VM_SECTION_FOOTER`), before its number once more.
 const FOOTER: u8 = 0x7e;
+/// After it instead, where instructions are counted: a part of its own (`QEMU_VM_SUBSECTION`), its name and version
+/// (`icount_vmstate_timers`).
+const COUNTED: &[u8] = b"\x05\x0ctimer/icount\0\0\0\x01";
+/// In it: how far the guest's clock, and the processor's time stamp counter, which is the same then, are ahead of the
+/// time that the instructions took, in nanoseconds.
+const BIAS: Range<usize> = CLOCK.end + COUNTED.len()..CLOCK.end + COUNTED.len() + 8;
 
 /// The device state of a guest that has slept for as long as `by` since this one was saved.
 ///
@@ -35,9 +41,15 @@ pub fn asleep_for(state: &[u8], by: Duration, accelerator: Accelerator) -> Optio
         return None;
     }
     let at = find(state)?;
+    let by = i64::try_from(by.as_nanos()).ok()?;
+    if is_counted(state, at) {
+        let bias = read(state, at, BIAS)?.checked_add(by)?;
+        let mut state = state.to_vec();
+        write(&mut state, at, BIAS, bias)?;
+        return Some(state);
+    }
     let ticks = read(state, at, TICKS)?;
     let clock = read(state, at, CLOCK)?;
-    let by = i64::try_from(by.as_nanos()).ok()?;
     // Both have counted since the guest was booted, the one at the rate of that host, which is
     // what the guest reckons with.
     if ticks <= 0 || clock <= 0 {
@@ -47,11 +59,15 @@ pub fn asleep_for(state: &[u8], by: Duration, accelerator: Accelerator) -> Optio
     let ticks = ticks.checked_add(i64::try_from(more).ok()?)?;
     let clock = clock.checked_add(by)?;
     let mut state = state.to_vec();
-    for (field, value) in [(TICKS, ticks), (CLOCK, clock)] {
-        let field = at + field.start..at + field.end;
-        state.get_mut(field)?.copy_from_slice(&value.to_be_bytes());
-    }
+    write(&mut state, at, TICKS, ticks)?;
+    write(&mut state, at, CLOCK, clock)?;
     Some(state)
+}
+
+/// Whether a section's virtual clock is the count of instructions.
+fn is_counted(state: &[u8], section: usize) -> bool {
+    let rest = state.get(section + CLOCK.end..);
+    rest.is_some_and(|rest| rest.starts_with(COUNTED))
 }
 
 /// Where the section's fields begin, if there is just one.
@@ -62,7 +78,8 @@ fn find(state: &[u8]) -> Option<usize> {
         let kind = at.checked_sub(NUMBER + 1).and_then(|at| state.get(at));
         let end = fields + CLOCK.end;
         let footer = state.get(end + 1..end + 1 + NUMBER);
-        kind == Some(&FULL) && state.get(end) == Some(&FOOTER) && footer == number
+        let ends = state.get(end) == Some(&FOOTER) && footer == number;
+        kind == Some(&FULL) && number.is_some() && (ends || is_counted(state, fields))
     };
     let named = state.windows(SECTION.len()).enumerate();
     let mut found = named
@@ -76,6 +93,12 @@ fn find(state: &[u8]) -> Option<usize> {
 fn read(state: &[u8], section: usize, field: Range<usize>) -> Option<i64> {
     let bytes = state.get(section + field.start..section + field.end)?;
     Some(i64::from_be_bytes(bytes.try_into().ok()?))
+}
+
+fn write(state: &mut [u8], section: usize, field: Range<usize>, value: i64) -> Option<()> {
+    let field = state.get_mut(section + field.start..section + field.end)?;
+    field.copy_from_slice(&value.to_be_bytes());
+    Some(())
 }
 
 #[cfg(test)]
@@ -102,6 +125,27 @@ mod tests {
         let later = asleep_for(&before, Duration::from_millis(2), TCG);
         assert_eq!(later, Some(state(7_800_000, 3_000_000)));
         assert_eq!(asleep_for(&before, Duration::ZERO, TCG), Some(before));
+    }
+
+    #[test]
+    fn a_count_of_instructions_goes_ahead_by_its_bias() {
+        let counted = |bias: i64| {
+            let mut state = state(2_600_000, 1_000_000);
+            let footer = state.len() - 15;
+            assert_eq!(state[footer], 0x7e);
+            let end = state.split_off(footer);
+            state.extend(COUNTED);
+            state.extend(bias.to_be_bytes());
+            state.extend(77_i64.to_be_bytes());
+            state.extend(end);
+            state
+        };
+        let by = Duration::from_millis(2);
+        assert_eq!(asleep_for(&counted(-5), by, TCG), Some(counted(1_999_995)));
+        assert_eq!(asleep_for(&counted(i64::MAX), by, TCG), None);
+        let whole = counted(0);
+        let cut = &whole[..whole.len() - 15 - 12];
+        assert_eq!(asleep_for(cut, by, TCG), None);
     }
 
     #[test]

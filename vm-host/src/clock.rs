@@ -5,10 +5,22 @@
 //! stretches.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::task::JoinHandle;
+
 use crate::Result;
+use crate::counted::{self, Skew};
 use crate::qmp::Qmp;
+
+/// What nobody asks for exactly may be off by about a half of this.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// After each key of a viewer's QEMU keeps the next one back for so long (`key-delay-ms`), by itself. Where
+/// instructions are counted it does not: by the guest's clock, which it reads when the guest wakes up, that could be long.
+pub const KEY_DELAY: Duration = Duration::from_millis(10);
 
 /// A time stamp older than this is taken for a step of the host's clock.
 const EVENT_DELAY_MAX: Duration = Duration::from_secs(1);
@@ -75,28 +87,95 @@ pub(crate) fn instant_of(at: SystemTime) -> Instant {
 ///
 /// It holds the VM's clock socket ([`crate::Vm::clock_qmp_socket`]), which QEMU lends to one
 /// client at a time. When QEMU is gone, it stands still for ever.
+///
+/// Where the guest's instructions are counted it is the guest's own clock that is shown, looked at every few
+/// hundredths of a second; else QEMU tells when the guest runs, and the host's clock how long.
 #[derive(Debug)]
 pub struct GuestClock {
-    qmp: Qmp,
+    qmp: Arc<Qmp>,
     start: Duration,
+    skew: Arc<Skew>,
+    /// What was shown last, in nanoseconds: it never goes back.
+    shown: AtomicU64,
+    looking: Option<JoinHandle<()>>,
+}
+
+impl Drop for GuestClock {
+    fn drop(&mut self) {
+        if let Some(looking) = &self.looking {
+            looking.abort();
+        }
+    }
 }
 
 impl GuestClock {
     /// Starts a clock that shows `start` now, and goes on from there as the guest runs.
     pub async fn follow(socket: &Path, start: Duration) -> Result<Self> {
-        let qmp = Qmp::connect(socket, Duration::from_secs(10)).await?;
+        let qmp = Arc::new(Qmp::connect(socket, Duration::from_secs(10)).await?);
         qmp.learn_run_state().await?;
-        Ok(Self { qmp, start })
+        let skew = Arc::new(Skew::default());
+        let mut looking = None;
+        if counted::is_readable(&qmp).await {
+            skew.look(&qmp).await?;
+            looking = Some(tokio::spawn(look_on(Arc::clone(&qmp), Arc::clone(&skew))));
+        }
+        Ok(Self {
+            qmp,
+            start,
+            skew,
+            shown: AtomicU64::new(0),
+            looking,
+        })
     }
 
     /// Guest running time.
     pub fn now(&self) -> Duration {
-        self.start + self.qmp.stopwatch().elapsed(Instant::now())
+        let ran = self.start + self.qmp.stopwatch().elapsed(Instant::now());
+        if self.looking.is_none() {
+            return ran;
+        }
+        let ran = u64::try_from(ran.as_nanos()).unwrap_or(u64::MAX);
+        let shows = ran.saturating_add_signed(self.skew.last());
+        Duration::from_nanos(self.shown.fetch_max(shows, Ordering::Relaxed).max(shows))
+    }
+
+    /// Looks at the guest's own clock, where it is that which is shown, unless somebody just has.
+    pub async fn look(&self) {
+        if self.looking.is_none() || !self.is_running() || self.skew.is_fresh(&self.qmp) {
+            return;
+        }
+        if let Err(error) = self.skew.look(&self.qmp).await {
+            tracing::debug!(%error, "the guest's clock can't be looked at");
+        }
+    }
+
+    /// For how long QEMU keeps a viewer's next key back after each.
+    pub fn key_delay(&self) -> Duration {
+        if self.looking.is_some() {
+            Duration::ZERO
+        } else {
+            KEY_DELAY
+        }
     }
 
     /// Whether the guest runs at the moment.
     pub fn is_running(&self) -> bool {
         self.qmp.stopwatch().is_running()
+    }
+}
+
+/// Looks at the guest's clock while the guest runs, until QEMU is gone.
+async fn look_on(qmp: Arc<Qmp>, skew: Arc<Skew>) {
+    let mut running = qmp.watch_running();
+    loop {
+        if running.wait_for(Stopwatch::is_running).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+        if let Err(error) = skew.look(&qmp).await {
+            tracing::debug!(%error, "the guest's clock is not looked at any more");
+            return;
+        }
     }
 }
 

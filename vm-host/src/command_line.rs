@@ -8,6 +8,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::counted;
 use crate::hardware::{Accelerator, Launch, Network};
 use crate::runtime::Paths;
 use crate::snapshot::file_node;
@@ -53,9 +54,19 @@ pub(crate) fn arguments(
         &format!("{},memory-backend=ram0", hardware.machine),
     ]);
     add(&["-cpu", &hardware.cpu, "-smp", &hardware.cpus.to_string()]);
-    match accelerator {
-        Accelerator::Kvm => add(&["-accel", "kvm"]),
-        _ => add(&["-accel", &format!("tcg,thread=multi,tb-size={TB_SIZE_MIB}")]),
+    match (accelerator, hardware.icount) {
+        (Accelerator::Kvm, _) => add(&["-accel", "kvm"]),
+        (_, None) => add(&["-accel", &format!("tcg,thread=multi,tb-size={TB_SIZE_MIB}")]),
+        (_, Some(shift)) => {
+            // One thread for all processors: who is first must not be chance.
+            add(&[
+                "-accel",
+                &format!("tcg,thread=single,tb-size={TB_SIZE_MIB}"),
+            ]);
+            // While the guest waits its clock goes as the host's, and does not jump to the next timer.
+            add(&["-icount", &format!("shift={shift},sleep=on")]);
+            add(&["-netdev", counted::NETDEV]);
+        }
     }
     add(&["-m", &format!("{}M", hardware.memory_mib), "-object"]);
     add(&[&format!(
@@ -135,7 +146,11 @@ pub(crate) fn arguments(
         add(&["-mon", &format!("chardev={id},mode=control")]);
     }
     // QEMU's default share policy throws others out when a viewer asks to be alone.
-    add(&["-vnc", &format!("unix:{},share=ignore", value(&paths.vnc))]);
+    // And after each key it waits for 10 ms by the guest's clock, which it may read much later than that where instructions are
+    // counted.
+    let delay = hardware.icount.map_or("", |_| ",key-delay-ms=0");
+    let vnc = format!("unix:{},share=ignore{delay}", value(&paths.vnc));
+    add(&["-vnc", &vnc]);
     add(&["-S"]);
     if launch.incoming {
         // Deferred: the capability must be set before it listens.
@@ -149,29 +164,60 @@ mod tests {
     use super::*;
     use crate::Hardware;
 
-    fn arguments_of(network: Option<Network>, incoming: bool) -> Vec<String> {
-        let mut hardware = Hardware::new("pc-q35-7.2");
-        hardware.network = network.is_some();
-        let launch = Launch {
+    fn launch() -> Launch {
+        Launch {
             name: "desk".into(),
-            hardware,
+            hardware: Hardware::new("pc-q35-7.2"),
             boot: None,
-            accelerator: Accelerator::Tcg,
+            accelerator: Accelerator::Auto,
             runtime_dir: "/run/desk".into(),
             ram: "/run/desk/ram.img".into(),
             disks: vec!["/vm/disk0.qcow2".into()],
             arriving: Vec::new(),
-            network: network.unwrap_or(Network::Connected),
-            incoming,
-        };
+            network: Network::Connected,
+            incoming: false,
+        }
+    }
+
+    fn arguments_for(launch: &Launch) -> Vec<String> {
         let paths = Paths::new(&launch.runtime_dir).unwrap();
-        arguments(&launch, Accelerator::Tcg, &paths, &[])
+        arguments(launch, Accelerator::Tcg, &paths, &[])
+    }
+
+    fn arguments_of(network: Option<Network>, incoming: bool) -> Vec<String> {
+        let mut launch = launch();
+        launch.hardware.network = network.is_some();
+        launch.network = network.unwrap_or(Network::Connected);
+        launch.incoming = incoming;
+        arguments_for(&launch)
     }
 
     /// What follows each mention of an option.
     fn values<'a>(arguments: &'a [String], option: &str) -> Vec<&'a str> {
         let pairs = arguments.windows(2).filter(|pair| pair[0] == option);
         pairs.map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn instructions_are_counted_where_that_was_asked_for() {
+        let mut launch = launch();
+        let arguments = arguments_for(&launch);
+        assert!(values(&arguments, "-icount").is_empty());
+        assert_eq!(
+            values(&arguments, "-accel"),
+            ["tcg,thread=multi,tb-size=256"]
+        );
+        launch.hardware.icount = Some(3);
+        let arguments = arguments_for(&launch);
+        assert_eq!(values(&arguments, "-icount"), ["shift=3,sleep=on"]);
+        assert_eq!(
+            values(&arguments, "-accel"),
+            ["tcg,thread=single,tb-size=256"]
+        );
+        launch.checked().unwrap();
+        launch.accelerator = Accelerator::Kvm;
+        let refused = launch.checked().unwrap_err().to_string();
+        assert!(refused.contains("KVM"), "{refused}");
     }
 
     #[test]

@@ -29,12 +29,25 @@ pub struct Hardware {
     pub screen_height: u16,
     /// Whether there is a network card.
     pub network: bool,
+    /// With N, the guest's time is counted by the instructions that it executes, 2^N ns each, see [`Self::ICOUNT`];
+    /// otherwise the host's clock tells it. Part of the device state, and TCG alone can do it.
+    #[serde(default)]
+    pub icount: Option<u8>,
 }
 
 impl Hardware {
     /// The CPU model used when none is named: runs under KVM on any Intel host of the last
     /// decade and under TCG, and has no RDRAND and RDSEED, whose numbers no replay can repeat.
     pub const DEFAULT_CPU: &str = "Nehalem-v1";
+
+    /// What an instruction takes where instructions are counted and nobody says how long: 2 ns, which is about what
+    /// TCG needs for one on hosts of our day, so that the guest's clock goes like the host's.
+    ///
+    /// While the guest has something to do its clock goes as fast as it gets on, whatever else the host does; while
+    /// it waits, as the host's. So what a program does before a timer expires, and who is interrupted
+    /// where, is the same in each replay. QEMU calls it `-icount shift=N` (qemu-options, "TCG Instruction Counting" in
+    /// its developers' manual).
+    pub const ICOUNT: u8 = 1;
 
     /// A machine of the given versioned type with 768 MiB, one CPU and a 1280x800 screen.
     pub fn new(machine: impl Into<String>) -> Self {
@@ -46,6 +59,7 @@ impl Hardware {
             screen_width: 1280,
             screen_height: 800,
             network: true,
+            icount: None,
         }
     }
 
@@ -108,6 +122,13 @@ impl Hardware {
             format!("{}x{}", self.screen_width, self.screen_height),
             (320..=5120).contains(&self.screen_width) && (200..=2160).contains(&self.screen_height),
             "between 320x200 and 5120x2160, what QEMU's VNC server shows",
+        )?;
+        let shift = self.icount.unwrap_or(Self::ICOUNT);
+        bounds(
+            "the time of an instruction",
+            format!("2^{shift} ns"),
+            shift <= 10,
+            "2^0 to 2^10 ns",
         )
     }
 }
@@ -184,6 +205,13 @@ impl Launch {
     /// Makes paths absolute and checks what can be checked before QEMU is started.
     pub(crate) fn checked(&self) -> Result<Self> {
         self.hardware.validate()?;
+        if self.hardware.icount.is_some() && self.accelerator == Accelerator::Kvm {
+            return Err(Error::OutOfBounds {
+                what: "the accelerator",
+                value: "KVM".into(),
+                bounds: "TCG, or the one that is chosen by itself, for a VM whose instructions are counted",
+            });
+        }
         let name_ok = (1..=64).contains(&self.name.len())
             && self
                 .name
@@ -258,7 +286,7 @@ mod tests {
     fn bounds_are_checked() {
         let good = Hardware::new("pc-q35-7.2");
         good.validate().unwrap();
-        let bad: [fn(&mut Hardware); 9] = [
+        let bad: [fn(&mut Hardware); 10] = [
             |h| h.machine = "q35".into(),
             |h| h.machine = "pc-q35-7.2,usb=on".into(),
             |h| h.machine = "pc-i440fx-7.2".into(),
@@ -268,12 +296,21 @@ mod tests {
             |h| h.memory_mib = u32::MAX,
             |h| h.cpus = 0,
             |h| h.screen_width = 10_000,
+            |h| h.icount = Some(11),
         ];
         for (index, spoil) in bad.iter().enumerate() {
             let mut hardware = good.clone();
             spoil(&mut hardware);
             assert!(hardware.validate().is_err(), "case {index}: {hardware:?}");
         }
+    }
+
+    #[test]
+    fn hardware_from_before_there_was_counting_does_not_count() {
+        let hardware = Hardware::new("pc-q35-7.2");
+        let mut json = serde_json::to_value(&hardware).unwrap();
+        json.as_object_mut().unwrap().remove("icount");
+        assert_eq!(serde_json::from_value::<Hardware>(json).unwrap(), hardware);
     }
 
     #[test]

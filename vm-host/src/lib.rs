@@ -16,6 +16,7 @@ pub mod alarm;
 mod arriving;
 mod clock;
 mod command_line;
+mod counted;
 mod device_state;
 pub mod disk;
 mod error;
@@ -38,7 +39,7 @@ mod snapshot;
 mod vcpus;
 mod vm;
 
-pub use clock::GuestClock;
+pub use clock::{GuestClock, KEY_DELAY};
 pub use device_state::DEVICE_STATE_MAX;
 pub use error::{Error, Result};
 pub use hardware::{Accelerator, Boot, DISKS_MAX, Hardware, Launch, Network};

@@ -8,10 +8,12 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use qapi::Command;
 
+use crate::counted::{self, Skew};
 use crate::error::Context as _;
 use crate::hardware::{Accelerator, Launch, Network};
 use crate::process::{Death, Process};
@@ -76,6 +78,8 @@ pub struct Vm {
     pub(crate) qmp: Qmp,
     vcpu_threads: Vec<u32>,
     pub(crate) screen_size: std::sync::Mutex<(u16, u16)>,
+    /// Its clock, from when it last began to run; none where that is the host's.
+    skew: std::sync::Mutex<Option<Arc<Skew>>>,
 }
 
 impl Vm {
@@ -114,6 +118,7 @@ impl Vm {
         }
         prepare_ram(&launch)?;
         let accelerator = match launch.accelerator {
+            Accelerator::Auto if launch.hardware.icount.is_some() => Accelerator::Tcg,
             Accelerator::Auto => crate::probe::accelerator(),
             chosen => chosen,
         };
@@ -241,6 +246,7 @@ impl Vm {
             qmp,
             vcpu_threads,
             screen_size,
+            skew: std::sync::Mutex::default(),
         }
     }
 
@@ -340,7 +346,45 @@ impl Vm {
             });
         }
         remove(&self.paths.saved)?;
+        self.note_clock().await;
         self.ask("resume", qapi::qmp::cont {}).await.map(drop)
+    }
+
+    /// Where the guest's instructions are counted, its clock is counted from here on.
+    async fn note_clock(&self) {
+        if self.launch.hardware.icount.is_none() || !counted::is_readable(&self.qmp).await {
+            return;
+        }
+        let skew = Skew::default();
+        match skew.look(&self.qmp).await {
+            Ok(_) => {
+                let mut noted = self.skew.lock().unwrap_or_else(PoisonError::into_inner);
+                noted.get_or_insert_with(|| Arc::new(skew));
+            }
+            // Input comes by the host's clock then, which is less exact.
+            Err(error) => tracing::warn!(%error, "the guest's clock can't be read"),
+        }
+    }
+
+    /// Whether input can come by the guest's own clock: its instructions are counted.
+    pub fn has_clock(&self) -> bool {
+        self.skew().is_some()
+    }
+
+    /// How far the guest's own clock is ahead of [`Self::ran_for`] since this resumed it, in nanoseconds; zero where that is not known.
+    pub async fn skew_now(&self) -> i64 {
+        match self.skew() {
+            Some(skew) => match skew.look(&self.qmp).await {
+                Ok(ahead) => ahead,
+                Err(_) => skew.last(),
+            },
+            None => 0,
+        }
+    }
+
+    fn skew(&self) -> Option<Arc<Skew>> {
+        let noted = self.skew.lock().unwrap_or_else(PoisonError::into_inner);
+        noted.clone()
     }
 
     /// Ends QEMU in an orderly way (the guest isn't asked), and waits until it is gone.

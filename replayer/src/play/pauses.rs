@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use traces::{Anchor, Event, GuestTime, Record};
 
 use super::{Player, between, released};
@@ -57,7 +57,7 @@ impl<G: Guest> Player<G> {
                 !late
             }
         };
-        let mut over = Instant::now();
+        let mut over = self.guest.now();
         let mut start = None;
         if steady {
             over = over.max(due);
@@ -116,16 +116,17 @@ impl<G: Guest> Player<G> {
             return Ok(Duration::ZERO);
         }
         let bound = quick.at_most.map(|bound| gap.div_f64(bound));
-        let earliest = Instant::now() + quick.key_gap.max(bound.unwrap_or_default());
+        let earliest = self.guest.now() + quick.key_gap.max(bound.unwrap_or_default());
         let mut rest = Stillness::new(quick.key_gap, self.options.rest.busy);
         loop {
             rest.sample_processors(&self.guest)?;
-            let now = Instant::now();
+            let now = self.guest.now();
             if now >= due || (now >= earliest && rest.idle(quick.key_gap)) {
                 return Ok(due.saturating_duration_since(now));
             }
             let next = if now < earliest { earliest } else { due };
-            sleep_until((now + KEY_SAMPLE).min(next).min(due)).await;
+            self.sleep_until((now + KEY_SAMPLE).min(next).min(due))
+                .await;
         }
     }
 
@@ -166,7 +167,7 @@ impl<G: Guest> Player<G> {
         let bound = quick.at_most.map(|bound| pause.thought.div_f64(bound));
         let earliest = from.max(real + quick.floor.max(bound.unwrap_or_default()));
         if earliest >= due {
-            sleep_until(due).await;
+            self.sleep_until(due).await;
             return Ok(());
         }
         let watched = pause.anchor.is_some() || pause.leads;
@@ -177,7 +178,7 @@ impl<G: Guest> Player<G> {
         let mut shown_since = None;
         loop {
             rest.sample(&self.guest)?;
-            let now = Instant::now();
+            let now = self.guest.now();
             let shown = pause.anchor.is_none_or(|anchor| self.shows(anchor));
             shown_since = shown.then(|| shown_since.unwrap_or(now));
             let shown_for = shown_since.map(|since| now.duration_since(since));
@@ -192,7 +193,7 @@ impl<G: Guest> Player<G> {
             if (shown && rested && now >= earliest) || now >= due {
                 return Ok(());
             }
-            sleep_until((now + SAMPLE).min(due)).await;
+            self.sleep_until((now + SAMPLE).min(due)).await;
         }
     }
 

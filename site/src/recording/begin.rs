@@ -1,5 +1,6 @@
 //! How a recording begins: the generation that its log continues, and the clock that counts from there.
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -96,6 +97,14 @@ impl Clock for SinceCheckpoint {
 
     fn is_running(&self) -> bool {
         self.clock.is_running()
+    }
+
+    fn look(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(self.clock.look())
+    }
+
+    fn key_delay(&self) -> Duration {
+        self.clock.key_delay()
     }
 
     fn processor_time(&self) -> Option<Duration> {

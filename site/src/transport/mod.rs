@@ -49,7 +49,7 @@ use traffic::Counted;
 pub use traffic::{RateCap, Traffic};
 
 /// The version of everything said after the preamble.
-pub const PROTOCOL_VERSION: u16 = 10;
+pub const PROTOCOL_VERSION: u16 = 11;
 
 const MAGIC: [u8; 4] = *b"RPLM";
 

@@ -305,6 +305,7 @@ impl Setting<'_> {
         let site = Site::new(program, "ablation", temporary.path().join("site"));
         let guest = suite::Guest {
             friendly: self.guest == Guest::Friendly,
+            counted: false,
             network: self.network == Network::On,
         };
         let (count, often) = (repeats.to_string(), "--quick-replays".to_owned());

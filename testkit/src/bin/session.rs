@@ -38,6 +38,9 @@ struct Options {
     /// With a guest that chance is taken out of, see `vm create --replay-friendly`
     #[arg(long)]
     replay_friendly: bool,
+    /// With a guest whose clock counts its instructions, see `vm create --icount`
+    #[arg(long)]
+    icount: bool,
     /// A guest without a network card
     #[arg(long)]
     no_network: bool,
@@ -85,6 +88,7 @@ async fn run(options: &Options) -> anyhow::Result<()> {
 async fn record(options: &Options, site: &Site, session: &Session) -> anyhow::Result<()> {
     let guest = Guest {
         friendly: options.replay_friendly,
+        counted: options.icount,
         network: !options.no_network,
     };
     let mut capture = vec!["--speed".to_owned(), options.speed.to_string()];

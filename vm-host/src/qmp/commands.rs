@@ -27,6 +27,13 @@ commands! {
     "migrate-set-capabilities" MigrateSetCapabilities { capabilities: Vec<Capability> } -> Empty;
     /// Migration speed.
     "migrate-set-parameters" MigrateSetParameters { max_bandwidth: u64 } -> Empty;
+    /// Makes an object, here a filter of a network.
+    "object-add" ObjectAdd { qom_type: &'static str, id: &'static str, netdev: &'static str,
+        interval: u32 } -> Empty;
+    /// Sets an object's property.
+    "qom-set" QomSet { path: String, property: String, value: Value } -> Empty;
+    /// A line of the human monitor, which alone reads memory.
+    "human-monitor-command" HumanMonitorCommand { command_line: String } -> String;
     /// Sends state.
     "migrate" Migrate { uri: String } -> Empty;
     /// Receives state.

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use testkit::link::{LinkProfile, Rate, parse_delay};
 use testkit::robot::{Robot, Waited};
 use testkit::session::{Played, Session};
-use testkit::site::{self, Agent, Site};
+use testkit::site::{self, Agent, Site, guest_options};
 
 use images::{differing_pixels, same_images, same_state, screenshot, side_by_side};
 use roam::{Replays, roam};
@@ -100,7 +100,7 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
 
     heading("The desktop at A");
     let mut create = vec!["vm", "create", VM, "--disk", &guest];
-    create.extend(options.replay_friendly.then_some("--replay-friendly"));
+    create.extend(guest_options(options.replay_friendly));
     sites.a.json(&create).await?;
     let created = Instant::now();
     sites.a.json(&["vm", "start", VM]).await?;
@@ -272,7 +272,7 @@ async fn build_guest(program: &Path, out: &Path, replay_friendly: bool) -> anyho
     let begun = Instant::now();
     // No site's state is needed for it, and none is made.
     let builder = Site::new(program, "builder", out.join("builder"));
-    let dir = builder.build_guest(replay_friendly).await?;
+    let dir = builder.build_guest(guest_options(replay_friendly)).await?;
     println!("{dir}, ready after {:.0} s", begun.elapsed().as_secs_f64());
     Ok(dir)
 }

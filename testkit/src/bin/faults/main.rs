@@ -154,7 +154,7 @@ async fn run_cases(options: &Options, results: &mut Results) -> anyhow::Result<b
     let out = options.sites.canonicalize()?;
     let shim = volume::build_shim(&out)?;
     let guest = Site::new(&program, "builder", out.join("builder"))
-        .build_guest(false)
+        .build_guest(&[])
         .await?;
     let cases: Vec<Case> = Case::all()
         .into_iter()

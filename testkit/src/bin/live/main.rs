@@ -20,7 +20,7 @@ use clap::{Parser, ValueEnum};
 use testkit::ablation::table::replace_section;
 use testkit::link::{LinkProfile, Rate, parse_delay};
 use testkit::robot::Robot;
-use testkit::site::{Site, introduce, program};
+use testkit::site::{Site, guest_options, introduce, program};
 use testkit::workload::Workload;
 
 use rows::{Results, Way};
@@ -214,10 +214,9 @@ async fn sites(dir: &Path) -> anyhow::Result<(Site, Site)> {
 
 /// Makes and starts the VM, as Debian makes it or with chance taken out.
 async fn start(site: &Site, replay_friendly: bool) -> anyhow::Result<()> {
-    let guest = site.build_guest(replay_friendly).await?;
-    let friendly = replay_friendly.then_some("--replay-friendly");
-    let words = ["vm", "create", VM, "--disk", &guest];
-    let words: Vec<&str> = words.into_iter().chain(friendly).collect();
+    let guest = site.build_guest(guest_options(replay_friendly)).await?;
+    let mut words = vec!["vm", "create", VM, "--disk", &guest];
+    words.extend(guest_options(replay_friendly));
     site.json(&words).await?;
     site.json(&["vm", "start", VM]).await?;
     Ok(())
