@@ -6,18 +6,8 @@ use std::time::Duration;
 
 use introspection::{Linux, Physical, address_spaces, entropy, freelists, turns};
 
-use crate::common::{SOON, VM, World, program, qemus_on, work};
-use testkit::site::Site;
+use crate::common::{CHANCE_TAKEN_OUT, SOON, VM, World, qemus_on, work};
 use vm_host::Hardware;
-
-/// All that `vm create` knows against chance.
-const CHANCE_TAKEN_OUT: &[&str] = &["--replay-friendly", "--icount"];
-
-/// As [`crate::common::guest`], and booted once with the parameters for replay.
-async fn replay_friendly_guest(dir: &Path) -> String {
-    let site = Site::new(program(), "builder", dir.join("builder"));
-    site.build_guest(CHANCE_TAKEN_OUT).await.unwrap()
-}
 
 /// What the clock of a guest shows whose instructions are counted (`icount_vmstate_timers` in QEMU).
 fn guest_clock(device: &Path) -> Duration {
@@ -35,7 +25,7 @@ fn guest_clock(device: &Path) -> Duration {
 async fn a_session_is_captured_while_chance_is_held_in_place() {
     let world = World::new().await;
     let a = &world.a;
-    let guest = replay_friendly_guest(world.dir.path()).await;
+    let guest = world.guest_without_chance().await;
     let mut create = vec!["vm", "create", VM, "--disk", &guest];
     create.extend(CHANCE_TAKEN_OUT);
     a.json(&create).await.unwrap();

@@ -43,6 +43,9 @@ pub(crate) async fn guest() -> &'static str {
     GUEST.get_or_init(|| build).await
 }
 
+/// All that `vm create` knows against chance.
+pub(crate) const CHANCE_TAKEN_OUT: &[&str] = &["--replay-friendly", "--icount"];
+
 impl World {
     /// Sites A and B, which have the guest's read-only files and no VM.
     pub(crate) async fn new() -> Self {
@@ -67,6 +70,12 @@ impl World {
             .await
             .unwrap();
         world
+    }
+
+    /// The folder of the guest, booted once with [`CHANCE_TAKEN_OUT`] as well.
+    pub(crate) async fn guest_without_chance(&self) -> String {
+        let site = Site::new(program(), "builder", self.dir.path().join("builder"));
+        site.build_guest(CHANCE_TAKEN_OUT).await.unwrap()
     }
 
     /// As [`Self::new`], with both agents up, and the VM running at A.

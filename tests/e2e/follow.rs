@@ -6,11 +6,11 @@ use serde_json::Value;
 use testkit::link::{Link, LinkProfile, Rate};
 use testkit::robot::Robot;
 use testkit::session::Session;
-use testkit::site::{Running, Site};
+use testkit::site::{Running, Site, introduce};
 
 use crate::common::{
-    SOON, VM, World, assert_hardly_refetched, assert_same_images, eventually, program, qemus_on,
-    work,
+    CHANCE_TAKEN_OUT, SOON, VM, World, assert_hardly_refetched, assert_same_images, eventually,
+    program, qemus_on, work,
 };
 
 /// A fork is restored, or a line called again.
@@ -148,4 +148,29 @@ async fn following_ends_without_a_trace_and_a_killed_follower_is_no_hindrance() 
     assert_same_images(a, b);
     assert_eq!(b.state(VM).await.unwrap(), "running");
     eventually("no QEMU at the source", || qemus_on(a.dir()) == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_instructions_are_counted_is_followed_and_moves() {
+    let mut world = World::new().await;
+    introduce(&mut world.a, &mut world.b).await.unwrap();
+    let guest = world.guest_without_chance().await;
+    let (a, b) = (&world.a, &world.b);
+    let mut create = vec!["vm", "create", VM, "--disk", &guest];
+    create.extend(CHANCE_TAKEN_OUT);
+    a.json(&create).await.unwrap();
+    a.json(&["vm", "start", VM]).await.unwrap();
+    let recorder = a.record_with(VM, &["--fresh-qemu"]).await.unwrap();
+    a.json(&["seed", VM, "--to", "b"]).await.unwrap();
+    let mut follower = a.spawn(&["follow", VM, "--to", "b"]).unwrap();
+    // It begins to live later than its source, and sleeps through that.
+    follows(&mut follower, 0).await;
+    work(&recorder).await;
+    follows(&mut follower, 50).await;
+    let report = a.json(&["migrate", VM, "--to", "b"]).await.unwrap();
+    assert_eq!(report["strategy"], "replay");
+    assert_eq!(report["replay"]["missed"].as_u64(), Some(0), "{report}");
+    assert_hardly_refetched(&report);
+    assert_same_images(a, b);
+    assert_eq!(b.state(VM).await.unwrap(), "running");
 }

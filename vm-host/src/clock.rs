@@ -88,8 +88,8 @@ pub(crate) fn instant_of(at: SystemTime) -> Instant {
 /// It holds the VM's clock socket ([`crate::Vm::clock_qmp_socket`]), which QEMU lends to one
 /// client at a time. When QEMU is gone, it stands still for ever.
 ///
-/// Where the guest's instructions are counted it is the guest's own clock that is shown, looked at every few
-/// hundredths of a second; else QEMU tells when the guest runs, and the host's clock how long.
+/// Where the guest's instructions are counted it is the guest's own clock that is shown, looked at ten times a second
+/// and when asked to; else QEMU tells when the guest runs, and the host's clock how long.
 #[derive(Debug)]
 pub struct GuestClock {
     qmp: Arc<Qmp>,
@@ -141,7 +141,7 @@ impl GuestClock {
 
     /// Looks at the guest's own clock, where it is that which is shown, unless somebody just has.
     pub async fn look(&self) {
-        if self.looking.is_none() || !self.is_running() || self.skew.is_fresh(&self.qmp) {
+        if self.looking.is_none() {
             return;
         }
         if let Err(error) = self.skew.look(&self.qmp).await {

@@ -44,7 +44,11 @@ const BLUR: i64 = 2_000_000;
 
 /// How far a guest's clock is ahead of the time for which it ran, in nanoseconds.
 #[derive(Debug, Default)]
-pub(crate) struct Skew(Mutex<State>);
+pub(crate) struct Skew {
+    state: Mutex<State>,
+    /// One looks at a time: whoever is done lets the processor's thread sleep again.
+    looking: tokio::sync::Mutex<()>,
+}
 
 #[derive(Clone, Copy, Debug, Default)]
 struct State {
@@ -61,7 +65,7 @@ impl Skew {
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes in what the clock showed; what no host can have brought about is not believed.
@@ -83,16 +87,23 @@ impl Skew {
         }
     }
 
-    /// Whether it was looked at within a millisecond.
-    pub(crate) fn is_fresh(&self, qmp: &Qmp) -> bool {
-        let ran = qmp.stopwatch().elapsed(Instant::now());
+    /// Whether there is nothing new to be seen.
+    fn is_fresh(&self, ran: Duration) -> bool {
         let ran = i64::try_from(ran.as_nanos()).unwrap_or(i64::MAX);
-        ran.saturating_sub(self.state().last.1) < FRESH
+        let state = self.state();
+        state.origin.is_some() && ran.saturating_sub(state.last.1) < FRESH
     }
 
-    /// Looks at the clock, and says how far it is ahead.
+    /// Looks at the clock, unless somebody just has, and says how far it is ahead.
     pub(crate) async fn look(&self, qmp: &Qmp) -> Result<i64> {
-        let running = qmp.stopwatch().is_running();
+        let _alone = self.looking.lock().await;
+        let stopwatch = qmp.stopwatch();
+        let running = stopwatch.is_running();
+        // While the guest stands still nothing wakes that thread, and the clock may show less than it will.
+        let known = !running && self.state().origin.is_some();
+        if known || self.is_fresh(stopwatch.elapsed(Instant::now())) {
+            return Ok(self.last());
+        }
         if running {
             wake(qmp, true).await?;
             // By the time that this is answered it is awake.
@@ -177,6 +188,16 @@ mod tests {
         ] {
             assert_eq!(parse(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn what_was_just_looked_at_is_fresh() {
+        let skew = Skew::default();
+        let ran = Duration::from_micros;
+        assert!(!skew.is_fresh(ran(0)), "nobody has looked yet");
+        skew.take(7_000, ran(500));
+        assert!(skew.is_fresh(ran(1_000)));
+        assert!(!skew.is_fresh(ran(1_500)));
     }
 
     #[test]
