@@ -36,6 +36,7 @@ capture: setup build ## a session recorded anew, its states kept: SESSION=demo O
 # Hours for all of it; what is measured already is kept, so that it can be interrupted. ABLATION takes
 # options: ABLATION="--workloads files,writing --guests friendly --networks off --moves 0" (without the demo).
 # ABLATION="--users ordinary --guests friendly --networks on" has a user who types and thinks at leisure.
+# ABLATION="--guests counted --networks on" has guests whose instructions are counted (`vm create --icount`).
 bench-replay: setup build ## how far replays diverge: the suite, quick or not, friendly or not, with a network or not
 	$(CARGO) build --release --locked --package testkit --bin demo
 	$(CARGO) run --release --locked --package testkit --bin ablation -- $(ABLATION)

@@ -103,6 +103,8 @@ pub enum Guest {
     Friendly,
     /// As its distribution makes it.
     Ordinary,
+    /// A friendly one whose instructions are counted, as `--icount` does.
+    Counted,
 }
 
 /// Whether the guest had a network with a link.
@@ -129,7 +131,7 @@ pub enum Mode {
 
 impl Guest {
     /// All, the one that others are compared with first.
-    pub const ALL: [Self; 2] = [Self::Friendly, Self::Ordinary];
+    pub const ALL: [Self; 3] = [Self::Friendly, Self::Ordinary, Self::Counted];
 }
 
 impl Network {
@@ -147,6 +149,7 @@ impl fmt::Display for Guest {
         f.pad(match self {
             Self::Friendly => "friendly",
             Self::Ordinary => "ordinary",
+            Self::Counted => "counted",
         })
     }
 }

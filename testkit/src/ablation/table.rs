@@ -29,6 +29,7 @@ pub fn markdown(results: &Results) -> String {
     let parts = [
         head(results),
         against_base(results),
+        counted(results),
         quick(results),
         ordinary_users(results),
         settings(results),
@@ -103,6 +104,30 @@ fn against_base(results: &Results) -> String {
                     replayed at the recorded pace. *With a twin* is what is sent by default, and \
                     what *fewer* is about; *missed* are the anchors that each repeat missed.\n\n"
         .to_owned();
+    let workloads = results.workloads();
+    text += &bytes_against_base(results, &workloads, Setting::REFERENCE);
+    text
+}
+
+fn counted(results: &Results) -> String {
+    let mut text = "### Bytes against `base`, instructions counted\n\nThe same with `vm create --icount`: the guest's clock \
+                    counts its instructions, and replays go by that. Other recordings than those above.\n\n"
+        .to_owned();
+    let setting = Setting {
+        guest: Guest::Counted,
+        ..Setting::REFERENCE
+    };
+    let mut workloads = results.workloads();
+    workloads.retain(|workload| results.of(workload, setting).next().is_some());
+    if workloads.is_empty() {
+        return text + "Not measured.\n";
+    }
+    text += &bytes_against_base(results, &workloads, setting);
+    text
+}
+
+/// What replays of these sessions send, held against the aims.
+fn bytes_against_base(results: &Results, workloads: &[&str], setting: Setting) -> String {
     let mut table = Table::new(
         1,
         &[
@@ -115,9 +140,8 @@ fn against_base(results: &Results) -> String {
             "missed",
         ],
     );
-    let setting = Setting::REFERENCE;
     let mut fewer = Vec::new();
-    for workload in results.workloads() {
+    for workload in workloads.iter().copied() {
         let sent = |strategy| results.spread(workload, setting, |row| sent(row, strategy));
         let share = results.spread(workload, setting, |row| row.fewer(TWIN));
         fewer.extend(share.map(|share| (workload, share.median)));
@@ -138,7 +162,7 @@ fn against_base(results: &Results) -> String {
             },
         ]);
     }
-    text += &table.text();
+    let mut text = table.text();
     text.push('\n');
     let Some(all) = Spread::of(fewer.iter().map(|(_, share)| *share)) else {
         return text + "Fewer bytes than `base`: not measured.\n";

@@ -230,6 +230,30 @@ fn bytes_are_medians_and_held_against_the_aims() {
 }
 
 #[test]
+fn a_guest_whose_instructions_are_counted_has_a_table_of_its_own() {
+    let counted = Setting {
+        guest: Guest::Counted,
+        ..REAL
+    };
+    let results = of([
+        row("files", REAL, 1, 0, 400_000),
+        row("writing", REAL, 1, 0, 500_000),
+        row("files", counted, 1, 0, 100_000),
+    ]);
+    let text = markdown(&results);
+    assert_eq!(
+        line(&text, "### Bytes against `base`\n", "files")[4],
+        "400,000"
+    );
+    let part = "### Bytes against `base`, instructions counted";
+    assert_eq!(line(&text, part, "files")[4], "100,000");
+    let (_, part) = text.split_once(part).unwrap();
+    let part = part.split("\n### ").next().unwrap();
+    assert!(part.contains("In the median over 1 session,"), "{part}");
+    assert!(!part.contains("writing"), "{part}");
+}
+
+#[test]
 fn what_reaches_the_aims_is_said_to() {
     let text = markdown(&of([row("writing", REAL, 1, 60_000, 50_000)]));
     assert!(text.contains("at least 90 %; it is reached"), "{text}");
@@ -286,7 +310,7 @@ fn settings_are_compared_session_by_session() {
     let text = markdown(&results);
     let (_, part) = text.split_once("### What each").unwrap();
     let lines: Vec<&str> = part.lines().filter(|line| line.starts_with("| ")).collect();
-    assert_eq!(lines.len(), 2 + 8);
+    assert_eq!(lines.len(), 2 + 12);
     assert_eq!(
         lines[2],
         "| friendly | on | real | 2 | 200,000 (100,000–300,000) | 1 | 80.0 % (70.0–90.0) | \

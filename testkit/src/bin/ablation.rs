@@ -108,6 +108,8 @@ enum GuestArg {
     Friendly,
     /// As Debian makes it
     Ordinary,
+    /// Chance is taken out, and its instructions are counted
+    Counted,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -123,6 +125,7 @@ impl From<GuestArg> for Guest {
         match guest {
             GuestArg::Friendly => Self::Friendly,
             GuestArg::Ordinary => Self::Ordinary,
+            GuestArg::Counted => Self::Counted,
         }
     }
 }
@@ -278,10 +281,7 @@ fn keep_one(captures: &Path, capture: &Path) -> anyhow::Result<PathBuf> {
 
 impl Setting<'_> {
     fn name(&self) -> String {
-        let guest = match self.guest {
-            Guest::Friendly => "friendly",
-            Guest::Ordinary => "ordinary",
-        };
+        let guest = self.guest;
         let network = match self.network {
             Network::Off => "-without-network",
             Network::On => "",
@@ -304,8 +304,8 @@ impl Setting<'_> {
         let temporary = tempfile::tempdir().context("cannot make a folder for the site")?;
         let site = Site::new(program, "ablation", temporary.path().join("site"));
         let guest = suite::Guest {
-            friendly: self.guest == Guest::Friendly,
-            counted: false,
+            friendly: self.guest != Guest::Ordinary,
+            counted: self.guest == Guest::Counted,
             network: self.network == Network::On,
         };
         let (count, often) = (repeats.to_string(), "--quick-replays".to_owned());
