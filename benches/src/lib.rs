@@ -29,6 +29,7 @@ mod measure;
 mod memory;
 mod pace;
 mod report;
+mod run;
 mod states;
 mod told;
 

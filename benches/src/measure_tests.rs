@@ -1,6 +1,6 @@
 use std::fs;
 
-use reconciler::PageDelta;
+use reconciler::{PAGE_SIZE, PageDelta};
 
 use super::*;
 use crate::report::codec_of;
