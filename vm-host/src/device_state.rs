@@ -14,7 +14,7 @@ use tokio::sync::broadcast;
 use crate::error::Context as _;
 use crate::qmp::{Event, commands};
 use crate::runtime::{remove, write_atomically};
-use crate::vm::apply_network;
+use crate::start::apply_network;
 use crate::{Error, Result, Status, Vm};
 
 /// The longest device state, in bytes, that is saved or taken from another site. It holds 8 MiB

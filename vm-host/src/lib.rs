@@ -36,6 +36,7 @@ pub mod screen;
 mod screenshot;
 mod serial;
 mod snapshot;
+mod start;
 mod vcpus;
 mod vm;
 

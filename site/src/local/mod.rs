@@ -6,6 +6,8 @@
 
 mod checkpoint;
 mod create;
+mod live;
+mod status;
 pub(crate) mod still;
 mod suspend;
 mod takeover;
@@ -13,7 +15,6 @@ mod takeover;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use vm_host::{Accelerator, Boot, Hardware, Launch, Network, Status, Vm, programs};
 
 use crate::arriving;
@@ -24,7 +25,6 @@ use crate::files;
 use crate::generation::Manifest;
 use crate::lease::Lease;
 use crate::leftovers;
-use crate::recording::{self, Logging};
 use crate::resuming::Resuming;
 use crate::source;
 use crate::store::VmDir;
@@ -34,128 +34,12 @@ pub use checkpoint::checkpoint;
 pub(crate) use checkpoint::{After, Made, checkpoint_locked, next_generation};
 pub(crate) use create::create;
 pub use create::{NewVm, REPLAY_FRIENDLY, create_from};
+pub(crate) use live::Live;
+pub use status::{VmState, VmStatus, status};
 pub use suspend::suspend;
 pub(crate) use suspend::{Renewed, renew_locked};
 pub(crate) use takeover::give_way;
 pub use takeover::{Takeover, believe, takeover, takeover_of};
-
-/// What the overlays of a VM's last run rest on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Live {
-    /// The generation it was restored from or last checkpointed as; `None` after a first boot.
-    pub generation: Option<u64>,
-    /// File names of the top overlays in the live folder, one a disk.
-    pub overlays: Vec<String>,
-    /// Whether the guest has run since that generation.
-    pub ran: bool,
-}
-
-impl Live {
-    fn path(vm: &VmDir) -> PathBuf {
-        vm.live_dir().join("live.json")
-    }
-
-    pub(crate) fn load(vm: &VmDir) -> Result<Option<Self>> {
-        files::read_json(&Self::path(vm))
-    }
-
-    pub(crate) fn store(&self, vm: &VmDir) -> Result<()> {
-        files::write_json(&Self::path(vm), self)
-    }
-
-    /// What the disks of a running VM rest on, as QEMU has it: a checkpoint that was killed
-    /// after it swapped the overlays has not noted that.
-    pub(crate) async fn of_running(vm: &VmDir, qemu: &Vm) -> Result<Self> {
-        let live = Self::load(vm)?.ok_or_else(|| Error::Damaged {
-            path: vm.live_dir(),
-            reason: "the VM runs, but what its disks rest on is not noted".into(),
-        })?;
-        let tops = qemu.disks().await.map_err(Error::host(format!(
-            "cannot ask the QEMU of {} for its disks",
-            vm.name()
-        )))?;
-        let healed = live.with_tops(&tops)?;
-        if healed != live {
-            tracing::warn!(vm = %vm.name(), "noting overlays that a checkpoint left unnoted");
-            healed.store(vm)?;
-        }
-        Ok(healed)
-    }
-
-    /// The same, with the overlays that are really on top.
-    fn with_tops(&self, tops: &[PathBuf]) -> Result<Self> {
-        let overlays = tops
-            .iter()
-            .map(|top| {
-                top.file_name()
-                    .and_then(|name| name.to_str())
-                    .map(str::to_owned)
-                    .ok_or_else(|| Error::Damaged {
-                        path: top.clone(),
-                        reason: "QEMU uses it as a disk, and it is none of ours".into(),
-                    })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        if overlays == self.overlays {
-            return Ok(self.clone());
-        }
-        Ok(Self {
-            generation: self.generation,
-            overlays,
-            ran: true,
-        })
-    }
-
-    /// The top overlays, as paths.
-    pub(crate) fn overlay_paths(&self, vm: &VmDir) -> Vec<PathBuf> {
-        self.overlays
-            .iter()
-            .map(|name| vm.live_dir().join(name))
-            .collect()
-    }
-}
-
-/// What a VM does at this site.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum VmState {
-    /// Its guest runs.
-    Running,
-    /// QEMU holds it, stopped.
-    Paused,
-    /// There is no QEMU; it starts from its newest generation, or boots.
-    Stopped,
-    /// Another site runs it; here is a stale copy.
-    Elsewhere,
-    /// Its hand-over was cut off; see [`Lease::Offered`].
-    InDoubt,
-}
-
-/// One line of `vm list`.
-#[derive(Clone, Debug, Serialize)]
-pub struct VmStatus {
-    /// What the VM is.
-    #[serde(flatten)]
-    pub record: VmRecord,
-    /// What it does here.
-    pub state: VmState,
-    /// Whether this site may run it.
-    pub lease: Lease,
-    /// The generations held here.
-    pub generations: Vec<u64>,
-    /// The generation that the running state rests on.
-    pub base: Option<u64>,
-    /// QEMU's process.
-    pub pid: Option<u32>,
-    /// Where a VNC viewer can reach the guest without being recorded.
-    pub vnc: Option<PathBuf>,
-    /// Whether it is being recorded, and what is typed gets into the log.
-    pub recording: Option<Logging>,
-    /// Bytes of its disks that are still to come from another site, by what was noted last.
-    pub arriving: u64,
-    /// The site that the rest of its disks is owed, where it moved there and not all of them has.
-    pub owed: Option<String>,
-}
 
 /// Finds the running QEMU of a VM.
 pub async fn attach(vm: &VmDir) -> Result<Option<Vm>> {
@@ -174,46 +58,6 @@ pub async fn attach_running(vm: &VmDir) -> Result<Vm> {
             "{0} is not running here; start it with `replay-migrate vm start {0}`",
             vm.name()
         ))
-    })
-}
-
-/// What a VM is and does.
-pub async fn status(vm: &VmDir) -> Result<VmStatus> {
-    let record = vm.record()?;
-    let lease = vm.lease()?;
-    let qemu = attach(vm).await?;
-    let recording = match &qemu {
-        Some(_) => recording::logging(vm).await,
-        None => None,
-    };
-    let state = match (&lease, &qemu) {
-        (Lease::Offered { .. }, _) => VmState::InDoubt,
-        (Lease::Elsewhere { .. }, _) => VmState::Elsewhere,
-        (Lease::Held { .. }, None) => VmState::Stopped,
-        (Lease::Held { .. }, Some(qemu)) => match guest_status(vm, qemu).await? {
-            Status::Running => VmState::Running,
-            _ => VmState::Paused,
-        },
-    };
-    let mut arriving = 0;
-    for disk in &record.disks {
-        arriving += arriving::missing(vm.store(), disk.hash)?.map_or(0, |(bytes, _)| bytes);
-    }
-    Ok(VmStatus {
-        arriving,
-        owed: source::owed(vm)?.map(|(_, name)| name),
-        record,
-        state,
-        lease,
-        generations: vm
-            .generations()?
-            .iter()
-            .map(|manifest| manifest.generation)
-            .collect(),
-        base: Live::load(vm)?.and_then(|live| live.generation),
-        pid: qemu.as_ref().map(Vm::pid),
-        vnc: qemu.as_ref().map(|qemu| qemu.vnc_socket().to_owned()),
-        recording,
     })
 }
 
